@@ -1,0 +1,183 @@
+"""`python -m ironlogic`: run the notebooks headless, bring them into their normal form, look at the machine.
+
+Imports no torch: the notebooks' kernels do that, each in a process of its own.
+"""
+
+import argparse
+import ast
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ironlogic import session
+
+__all__ = ["build_parser", "main"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ironlogic", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    run = commands.add_parser("run", help="execute notebooks headless; executed copies go to runs/notebooks/")
+    run.add_argument("notebooks", nargs="*", metavar="notebook", help="02, a name or a path; none: all of them")
+    run.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a name of the cell tagged `parameters`; an existing file is found from here",
+    )
+    run.add_argument("--out", metavar="DIR", help="results and copies go there (else IRONLOGIC_RUNS, else runs/)")
+    run.set_defaults(work=run_command)
+
+    form = commands.add_parser("format", help="strip outputs, refresh the set-up cell, make ids stable")
+    form.add_argument("notebooks", nargs="*", metavar="notebook")
+    form.add_argument("--check", action="store_true", help="change nothing; exit code 1 if something would change")
+    form.set_defaults(work=format_command)
+
+    look = commands.add_parser("session", help="what the first cell of a notebook sees; installs what is missing")
+    look.add_argument("--all", action="store_true", help="install Unsloth without a card too")
+    look.set_defaults(work=session_command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: all went well, 1: a notebook failed or is not in normal form, 2: bad arguments, 130: Ctrl-C."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return options.work(options)
+    except session.SessionError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("nbclient", "nbformat", "jupyter_client", "traitlets"):
+            raise
+        print(f"error: {error.name} is missing. Run: pip install -r requirements.txt", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def session_command(options: argparse.Namespace) -> int:
+    session.start(everything=options.all)
+    return 0
+
+
+def format_command(options: argparse.Namespace) -> int:
+    from ironlogic import notebooks
+
+    try:
+        texts = {path: notebooks.normal_form(path) for path in notebooks.find_notebooks(options.notebooks)}
+    except notebooks.NotebookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    changed = [path for path, text in texts.items() if path.read_bytes() != text.encode()]
+    for path in changed:
+        print(f"{'would change' if options.check else 'changed'}: {path.name}")
+        if not options.check:
+            notebooks.save_notebook(texts[path], path)
+    print(f"{len(texts)} notebooks, {len(changed)} {'to change' if options.check else 'changed'}")
+    return 1 if changed and options.check else 0
+
+
+def run_command(options: argparse.Namespace) -> int:
+    from ironlogic import notebooks
+
+    try:
+        paths = notebooks.find_notebooks(options.notebooks)
+        values = {name: read_value(value) for name, value in options.parameter}
+        chosen = share_parameters(paths, values)
+    except notebooks.NotebookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    environ = {**os.environ, **({"IRONLOGIC_RUNS": options.out} if options.out else {})}
+    runs = session.results_folder(session.see_place(environ), environ=environ)
+    print(f"{len(paths)} notebooks · results in {runs}", flush=True)
+    rows = []
+    for path in paths:
+        rows.append((path.stem, *run_one(path, chosen[path], runs)))
+    print(f"\n{'notebook':<40}{'result':<10}minutes")
+    for name, good, seconds in rows:
+        print(f"{name:<40}{'passed' if good else 'FAILED':<10}{seconds / 60:7.1f}")
+    print(f"executed copies: {runs / 'notebooks'}")
+    return 0 if all(good for _, good, _ in rows) else 1
+
+
+def read_value(text: str) -> Any:
+    """A Python literal, else the text. A file that exists from here gets its whole path: kernels run elsewhere."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return str(Path(text).resolve()) if Path(text).is_file() else text
+
+
+def share_parameters(paths: Sequence[Path], values: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
+    """For each notebook the values it knows. Raises NotebookError on a name that none of them knows."""
+    from ironlogic import notebooks
+
+    known = {path: notebooks.read_parameters(notebooks.read_notebook(path)) for path in paths}
+    names = sorted({name for some in known.values() for name in some})
+    if unknown := [name for name in values if name not in names]:
+        raise notebooks.NotebookError(
+            f"unknown parameter {', '.join(unknown)}; there are {', '.join(names) or 'none'}"
+        )
+    return {path: {name: value for name, value in values.items() if name in known[path]} for path in paths}
+
+
+def run_one(path: Path, parameters: Mapping[str, Any], runs: Path) -> tuple[bool, float]:
+    """Execute one notebook and save its copy, whole or as far as it came. Returns (passed, seconds)."""
+    import nbformat
+
+    from ironlogic import notebooks
+
+    began = time.monotonic()
+    print(f"\n{path.stem}", flush=True)
+    line = Line()
+    work = notebooks.NotebookSession(
+        path, parameters=parameters, env={"IRONLOGIC_RUNS": str(runs)}, report=line.show
+    )
+    failure = None
+    try:
+        with work:
+            pass
+    except notebooks.NotebookFailure as error:
+        failure = error
+    finally:
+        line.end()
+        notebooks.save_notebook(nbformat.writes(work.notebook) + "\n", runs / "notebooks" / path.name)
+    if failure is not None:
+        print(f"FAILED {failure}", flush=True)
+    return failure is None, time.monotonic() - began
+
+
+class Line:
+    """Progress: one line that is written over on a terminal, one line per finished cell in a log."""
+
+    def __init__(self) -> None:
+        self._moving = sys.stdout.isatty()
+
+    def show(self, progress: Any) -> None:
+        text = f"  [{progress.number}/{progress.of}] {progress.seconds:6.1f} s  {progress.line}"
+        if self._moving:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{text[:width]:<{width}}", end="", flush=True)
+        elif progress.done:
+            print(text[:110], flush=True)
+
+    def end(self) -> None:
+        if self._moving:
+            print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""Fragmented Training's input noise: some words of the prompt change places, the answer stays as it is.
+
+Pure text, no torch. `ratio` of the units (words, characters, tokens, sentences) of the chosen roles are drawn
+and put into each other's places. Whitespace stays where it is, blank for blank and line for line; so do code,
+URLs, LaTeX and tags, and every unit that touches one. Units change places only with their own kind (words
+with words, Chinese and Japanese characters with such characters, closed sentences with closed ones): no two
+of them grow together.
+
+A draw is a pure function of (seed, epoch, row, message): the same bytes for any batch size, order of rows,
+number of processes and platform. `apply_burden` is the readable reference, `apply_burden_many` the quick way
+to the same bytes.
+
+What this module does not know: what a unit is (`units`), and whether a burden does a model any good
+(`evidence`).
+"""
+
+import hashlib
+import operator
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ironlogic.burden_fast import draw, move_words
+from ironlogic.units import (
+    PROTECTED,
+    BurdenError,
+    Disorder,
+    Unit,
+    check_share,
+    check_unit,
+    expected_disorder,
+    kind_of,
+    measure_disorder,
+    movable_places,
+    moved_units,
+    pieces_of,
+    pooled_disorder,
+    protected_spans,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = [
+    "PROTECTED",
+    "Burden",
+    "BurdenError",
+    "Disorder",
+    "apply_burden",
+    "apply_burden_many",
+    "burden_dataset",
+    "burden_ids",
+    "burden_messages",
+    "expected_disorder",
+    "measure_disorder",
+    "moved_units",
+    "seed_burden",
+]
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_ADDED = ("epoch", "displaced", "kendall_tau", "bigrams_kept")  # columns of `burden_dataset`, beside row
+
+
+@dataclass(frozen=True)
+class Burden:
+    """How conversations are burdened. `Burden(unit="seed", redraw=False)` is what seed 001 does.
+
+    Raises `BurdenError` for a value out of range, an unknown name or a wrong type.
+    """
+
+    ratio: float = 0.7  # share of the units drawn; the disorder reached is lower (`expected_disorder`)
+    unit: Unit = "word"
+    mix: float = 1.0  # share of the rows that are burdened at all
+    redraw: bool = True  # a fresh draw every epoch; False: the seed's one shuffle for all of them
+    protect: tuple[str, ...] = PROTECTED  # kinds of spans that stay; unit "seed" knows none
+    roles: tuple[str, ...] = ("user",)  # whose messages
+
+    def __post_init__(self):
+        _check("Burden", self.ratio, self.unit, self.protect)
+        check_share("Burden", "mix", self.mix)
+        _check_names("Burden", "roles", self.roles, _ROLES)
+        if not isinstance(self.redraw, bool):
+            raise BurdenError(f"Burden: redraw is {self.redraw!r}; expected True or False")
+        object.__setattr__(self, "protect", tuple(self.protect))  # a list, when read back from run.json
+        object.__setattr__(self, "roles", tuple(self.roles))
+
+
+def _check_names(where: str, name: str, value, known: tuple[str, ...]) -> None:
+    if not isinstance(value, (tuple, list)) or any(item not in known for item in value):
+        raise BurdenError(f"{where}: {name} is {value!r}; expected a tuple of names out of {', '.join(known)}")
+
+
+def _check(where: str, ratio, unit, protect) -> None:
+    check_share(where, "ratio", ratio)
+    check_unit(where, unit)
+    _check_names(where, "protect", protect, PROTECTED)
+
+
+# --------------------------------------------------------------------------------------------------- one text
+def _number(seed: int, key: Iterable[int | str]) -> int:
+    """64 bits that stand for (seed, *key). A field says its type and length, so that none runs into the next."""
+    data = b""
+    try:
+        for field in (seed, *key):
+            if isinstance(field, str):
+                raw = field.encode("utf-8", "surrogatepass")
+                data += b"s%d:%b" % (len(raw), raw)
+            else:
+                data += b"i%d;" % operator.index(field)
+    except TypeError:
+        message = f"seed is {seed!r} and key {key!r}; expected a whole number and a tuple of them or of strings"
+        raise BurdenError(message) from None
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def apply_burden(
+    text: str,
+    *,
+    ratio: float = 0.7,
+    unit: Unit = "word",
+    seed: int = 0,
+    key: tuple[int | str, ...] = (),
+    protect: Sequence[str] = PROTECTED,
+    tokenizer=None,
+) -> str:
+    """`text` with `ratio` of its movable units in each other's places; unchanged where fewer than two can move.
+
+    `key` is (epoch, row, message). Of n movable units k = ratio * n (rounded, halves up) are drawn, and
+    permuted uniformly among those of their kind. `unit="token"` needs a fast `tokenizer`, and moves the text
+    that each token stands for, so that no character is lost where several tokens make one. `unit="seed"` is
+    `seed_burden`. Raises `BurdenError`.
+
+    >>> apply_burden("Why is the sky blue,\\n  and `the sea` too?", key=(0, 0, 0))
+    'sky is too? Why the\\n  and `the sea` blue,'
+    """
+    _check("apply_burden", ratio, unit, protect)
+    if not isinstance(text, str):
+        raise BurdenError(f"apply_burden: text is {text!r}; expected a string")
+    number = _number(seed, key)
+    if unit == "seed":
+        return seed_burden(text, ratio, random.Random(number))
+    pieces = pieces_of(text, unit, tokenizer)
+    places = movable_places(pieces, protected_spans(text, protect))
+    drawn = places[draw(len(places), number, ratio)]
+    moved = list(pieces)
+    for group in _alike(drawn, pieces, unit, text):
+        # Places in random order, and in the order of the text the units that go there.
+        for place, source in zip(group.tolist(), np.sort(group).tolist(), strict=True):
+            moved[place] = pieces[source]
+    return "".join(moved)
+
+
+def _alike(drawn: np.ndarray, pieces: list[str], unit: Unit, text: str) -> list[np.ndarray]:
+    """The drawn places, one array for each kind of unit."""
+    if unit in ("char", "token") or (unit == "word" and text.isascii()):
+        return [drawn]
+    kinds = np.array([kind_of(pieces[place], unit) for place in drawn.tolist()])
+    return [drawn[kinds == kind] for kind in range(3)]
+
+
+def seed_burden(text: str, ratio: float, rng: random.Random) -> str:
+    """Seed 001's `apply_burden`, call for call, drawing from `rng` in place of the global generator.
+
+    Units are what lies between single blanks; int(n * ratio) of them move, and none where there are three or
+    fewer.
+    """
+    words = text.split(" ")
+    if not text or len(words) <= 3:
+        return text
+    places = rng.sample(range(len(words)), int(len(words) * ratio))
+    moved = [words[place] for place in places]
+    rng.shuffle(moved)
+    for place, word in zip(places, moved, strict=True):
+        words[place] = word
+    return " ".join(words)
+
+
+def burden_ids(
+    ids: Sequence[int],
+    movable: Sequence[bool],
+    *,
+    ratio: float = 0.7,
+    seed: int = 0,
+    key: tuple[int | str, ...] = (),
+) -> list[int]:
+    """Token ids with `ratio` of the movable ones in each other's places. `movable` is False for special tokens.
+
+    Raises `BurdenError` when the two lengths differ.
+    """
+    check_share("burden_ids", "ratio", ratio)
+    if len(ids) != len(movable):
+        raise BurdenError(f"burden_ids: {len(ids)} ids but {len(movable)} flags; expected one flag per id")
+    places = np.flatnonzero(np.asarray(movable, bool))
+    drawn = places[draw(len(places), _number(seed, key), ratio)]
+    moved = np.array(ids, np.int64)
+    moved[drawn] = moved[np.sort(drawn)]
+    return moved.tolist()
+
+
+def apply_burden_many(
+    texts: Sequence[str],
+    *,
+    keys: Sequence[tuple[int | str, ...]],
+    ratio: float = 0.7,
+    unit: Unit = "word",
+    seed: int = 0,
+    protect: Sequence[str] = PROTECTED,
+    tokenizer=None,
+) -> list[str]:
+    """`apply_burden` of every text with its own key: the same bytes, words several times as fast. Same errors."""
+    _check("apply_burden_many", ratio, unit, protect)
+    settings = {"ratio": ratio, "unit": unit, "seed": seed, "protect": protect, "tokenizer": tokenizer}
+    if len(texts) != len(keys) or not all(isinstance(text, str) for text in texts):
+        raise BurdenError(
+            f"apply_burden_many: {len(texts)} texts and {len(keys)} keys; expected strings, one key each"
+        )
+    if unit != "word":
+        return [apply_burden(text, key=key, **settings) for text, key in zip(texts, keys, strict=True)]
+    spans = [protected_spans(text, protect) for text in texts]
+    moved = move_words(texts, [_number(seed, key) for key in keys], ratio, spans)
+    return [
+        apply_burden(text, key=key, **settings) if quick is None else quick
+        for text, key, quick in zip(texts, keys, moved, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------- messages and data sets
+def burden_messages(
+    messages: Sequence[Mapping],
+    burden: Burden,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    row: int | str = 0,
+    tokenizer=None,
+) -> list[dict]:
+    """A copy of one conversation with the turns of `burden.roles` burdened; of a content list, the text parts.
+
+    The key of a text is (epoch, row, index of its message); the second and later text parts of a list add
+    their index. All other fields and parts are kept. Raises `BurdenError`.
+    """
+    return _burden_rows([messages], [row], [epoch], burden, seed, tokenizer)[0][0]
+
+
+def _burden_rows(conversations, rows, epochs, burden: Burden, seed: int, tokenizer):
+    """Per conversation its burdened copy and the (before, after) of every text that may have changed."""
+    copies, owners, holders, keys = [], [], [], []
+    for messages, row, epoch in zip(conversations, rows, epochs, strict=True):
+        copies.append(_copied(messages, row))
+        drawn = epoch if burden.redraw else 0
+        texts = _texts(copies[-1], burden.roles, row)
+        if _number(seed, ("mix", drawn, row)) < burden.mix * 2**64:
+            holders += [(holder, field) for _, holder, field in texts]
+            keys += [(drawn, row, *place) for place, _, _ in texts]
+            owners += [len(copies) - 1] * len(texts)
+    settings = {"ratio": burden.ratio, "unit": burden.unit, "protect": burden.protect, "tokenizer": tokenizer}
+    before = [holder[field] for holder, field in holders]
+    after = apply_burden_many(before, keys=keys, seed=seed, **settings)
+    pairs = [[] for _ in copies]
+    for owner, (holder, field), old, new in zip(owners, holders, before, after, strict=True):
+        holder[field] = new
+        pairs[owner].append((old, new))
+    return list(zip(copies, pairs, strict=True))
+
+
+def _copied(messages: Sequence[Mapping], row) -> list[dict]:
+    """New dicts down to the parts of a content list; images and other values in them are shared."""
+    if not isinstance(messages, (list, tuple)):
+        raise BurdenError(f"row {row}: messages is a {type(messages).__name__}; expected a list of messages")
+    copies = []
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise BurdenError(f"row {row}, message {index} is {message!r}; expected a dict with role and content")
+        copies.append(dict(message))
+        if isinstance(message.get("content"), (list, tuple)):
+            parts = [dict(part) if isinstance(part, Mapping) else part for part in message["content"]]
+            copies[-1]["content"] = parts
+    return copies
+
+
+def _texts(messages: list[dict], roles: tuple[str, ...], row) -> list[tuple[tuple[int, ...], dict, str]]:
+    """(end of the key, dict, field) of every text that the roles hold."""
+    found = []
+    for index, message in enumerate(messages):
+        if message["role"] not in roles:
+            continue
+        parts = [message]
+        if isinstance(message.get("content"), list):
+            parts = [part for part in message["content"] if isinstance(part, dict) and part.get("type") == "text"]
+        for number, part in enumerate(parts):
+            field = "content" if part is message else "text"
+            if not isinstance(part.get(field), str):
+                wanted = "a string or a list of parts" if field == "content" else "a string"
+                raise BurdenError(f"row {row}, message {index}: {field} is {part.get(field)!r}; expected {wanted}")
+            found.append(((index, number) if number else (index,), part, field))
+    return found
+
+
+def burden_dataset(
+    dataset: "datasets.Dataset",
+    burden: Burden,
+    *,
+    seed: int = 0,
+    epochs: int = 1,
+    num_proc: int | None = None,
+    tokenizer=None,
+) -> "datasets.Dataset":
+    """`epochs` times the rows of `dataset`, one epoch after the other, in their order, each with its own burden.
+
+    Columns: `messages` burdened; `row`, the key of the row, which a column of that name in the data decides
+    and its index otherwise; `epoch`; the disorder reached in the burdened turns (`displaced`, `kendall_tau`,
+    `bigrams_kept`); all others as they were. Train on it in this order for one epoch. Raises `BurdenError`.
+    """
+    import datasets  # two seconds; nothing else here needs it
+
+    if not isinstance(dataset, datasets.Dataset):
+        raise BurdenError(f"burden_dataset: got a {type(dataset).__name__}; expected a datasets.Dataset")
+    if "messages" not in dataset.column_names or set(_ADDED) & set(dataset.column_names):
+        raise BurdenError(
+            f"burden_dataset: the columns are {', '.join(dataset.column_names)}; "
+            f"expected one named messages and none named {', '.join(_ADDED)} (is it burdened already?)"
+        )
+    for name, value in (("epochs", epochs), ("num_proc", 1 if num_proc is None else num_proc)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BurdenError(f"burden_dataset: {name} is {value!r}; expected a whole number from 1")
+    if not len(dataset):
+        raise BurdenError("burden_dataset: the data has no rows")
+
+    features = dataset.features.copy()
+    features.setdefault("row", datasets.Value("int64"))
+    features.update(epoch=datasets.Value("int64"), **{name: datasets.Value("float64") for name in _ADDED[1:]})
+    return datasets.concatenate_datasets([dataset.with_format(None)] * epochs).map(
+        _burden_batch,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={"burden": burden, "seed": seed, "rows": len(dataset), "tokenizer": tokenizer},
+        features=features,
+        num_proc=num_proc,
+        load_from_cache_file=False,
+        desc="Burden",
+    )
+
+
+def _burden_batch(batch, indices: list[int], *, burden: Burden, seed: int, rows: int, tokenizer) -> dict[str, list]:
+    keys = batch["row"] if "row" in batch else [index % rows for index in indices]
+    epochs = [index // rows for index in indices]
+    done = _burden_rows(batch["messages"], keys, epochs, burden, seed, tokenizer)
+    reached = [asdict(pooled_disorder(pairs, unit=burden.unit, tokenizer=tokenizer)) for _, pairs in done]
+    columns = {name: [disorder[name] for disorder in reached] for name in _ADDED[1:]}
+    return {"messages": [messages for messages, _ in done], "row": keys, "epoch": epochs, **columns}

@@ -1,0 +1,184 @@
+"""What training did, measured against a control: first of all, robustness to scrambled input.
+
+Every measure takes any model and returns plain numbers per item, so that arms can be compared item by item and
+seed by seed (`statistics`). Draws nothing: that is `plots`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ironlogic.burden import Burden, apply_burden, burden_messages
+from ironlogic.chats import ChatError
+from ironlogic.generate import Completion, generate
+from ironlogic.masking import encode_chat
+from ironlogic.models import LoadedModel, as_loaded, free_memory, inference, load_model
+from ironlogic.presets import Preset, TrainSettings
+from ironlogic.runs import Run, open_run
+from ironlogic.statistics import Interval, bootstrap_interval, difference_interval
+from ironlogic.tasks import Task, bayes_ceiling, check_answer
+from ironlogic.train import Watch, train_sft
+
+import torch  # isort: skip  (after models, which imports Unsloth first)
+import torch.nn.functional as F  # isort: skip
+
+__all__ = [
+    "RATIOS",
+    "AnswerLoss",
+    "Robustness",
+    "accuracy",
+    "answer_loss",
+    "difference",
+    "robustness",
+    "scramble",
+]
+
+RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Robustness:
+    """One model on scrambled problems; arrays of shape (ratio, item)."""
+
+    ratios: tuple[float, ...]
+    tasks: tuple[Task, ...]
+    correct: np.ndarray  # 0 or 1
+    ceiling: np.ndarray  # chance that an ideal reader of the scrambled prompt is right
+    answers: tuple[tuple[Completion, ...], ...]
+
+    def pick(self, ratio: float, order: str) -> np.ndarray:
+        """Correctness of the order-"free" or order-"bound" items at that ratio, of shape (item,)."""
+        if ratio not in self.ratios:
+            raise ValueError(f"Robustness: ratio {ratio} was not measured; measured are {self.ratios}")
+        return self.correct[self.ratios.index(ratio)][[task.order == order for task in self.tasks]]
+
+
+def scramble(text: str, ratio: float, *, seed: int, item: int) -> str:
+    """The test scramble of one prompt; its key is apart from the keys that training uses."""
+    return apply_burden(text, ratio=ratio, seed=seed, key=("test", item))
+
+
+def robustness(
+    loaded: LoadedModel | Any,
+    tasks: Sequence[Task],
+    *,
+    ratios: Sequence[float] = RATIOS,
+    seed: int = 0,
+    max_new_tokens: int = 72,
+    batch_size: int = 256,
+) -> Robustness:
+    """Answers every problem at every scramble ratio, greedily, and checks it by exact match."""
+    prompts = [[scramble(t.prompt, r, seed=seed, item=i) for i, t in enumerate(tasks)] for r in ratios]
+    flat = generate(
+        loaded,
+        [prompt for row in prompts for prompt in row],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    n = len(tasks)
+    answers = tuple(tuple(flat[i * n : (i + 1) * n]) for i in range(len(ratios)))
+    correct = [[check_answer(t, a.text) for t, a in zip(tasks, row, strict=True)] for row in answers]
+    ceiling = [
+        [bayes_ceiling(t, p, r) for t, p in zip(tasks, row, strict=True)]
+        for r, row in zip(ratios, prompts, strict=True)
+    ]
+    return Robustness(tuple(ratios), tuple(tasks), np.array(correct, float), np.array(ceiling), answers)
+
+
+def accuracy(repeats: Sequence[Robustness], ratio: float, order: str) -> Interval:
+    """Accuracy of one arm over its repeats (training seeds) and items."""
+    return bootstrap_interval(np.stack([repeat.pick(ratio, order) for repeat in repeats]))
+
+
+def difference(ours: Sequence[Robustness], theirs: Sequence[Robustness], ratio: float, order: str) -> Interval:
+    """Accuracy of one arm minus another's, paired by repeat and item."""
+    return difference_interval(
+        np.stack([repeat.pick(ratio, order) for repeat in ours]),
+        np.stack([repeat.pick(ratio, order) for repeat in theirs]),
+    )
+
+
+def train_and_measure(
+    preset: Preset,
+    chats: Any,
+    settings: TrainSettings,
+    *,
+    run: str | Path,
+    burden: Burden | None,
+    measure: Callable[[LoadedModel], Any],
+    watch: Watch | None = None,
+) -> tuple[Run, Any]:
+    """One arm: load the preset's model, train it (or find it trained), measure it, give its memory back."""
+    loaded = load_model(preset.model, four_bit=preset.four_bit, max_length=settings.max_length, seed=settings.seed)
+    trained = train_sft(loaded, chats, settings, run=run, burden=burden, watch=watch)
+    del loaded  # a card has room for one model: if the run was there already, it is loaded now
+    free_memory()
+    result = measure(trained.model())
+    trained = open_run(trained.folder)
+    free_memory()
+    return trained, result
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerLoss:
+    """How surprised a model is by the reference answers: nats per answer token, of shape (ratio, row)."""
+
+    ratios: tuple[float, ...]
+    nats: np.ndarray
+    skipped: int  # rows that could not be encoded or have no answer within the context
+
+
+def answer_loss(
+    loaded: LoadedModel | Any,
+    chats: Sequence[Sequence[dict[str, Any]]],
+    *,
+    ratios: Sequence[float] = RATIOS,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> AnswerLoss:
+    """For data without checkable answers: loss of the clean answers, user turns scrambled at each ratio."""
+    loaded = as_loaded(loaded)
+    columns: list[list[float]] = []
+    rows: list[list[tuple[list[int], list[int]]]] = []
+    skipped = 0
+    for i, messages in enumerate(chats):
+        try:
+            versions = [
+                encode_chat(burden_messages(messages, Burden(ratio=r), seed=seed, row=i), loaded.tokenizer)
+                for r in ratios
+            ]
+        except ChatError:
+            skipped += 1
+            continue
+        cut = [(v.input_ids[: loaded.max_length], v.labels[: loaded.max_length]) for v in versions]
+        if all(any(label >= 0 for label in labels[1:]) for _, labels in cut):
+            rows.append(cut)
+        else:
+            skipped += 1
+    for k in range(len(ratios)):
+        columns.append(_row_losses(loaded, [row[k] for row in rows], batch_size))
+    return AnswerLoss(tuple(ratios), np.array(columns), skipped)
+
+
+def _row_losses(loaded: LoadedModel, rows: Sequence[tuple[list[int], list[int]]], batch_size: int) -> list[float]:
+    """Mean loss in nats over the labelled tokens of each row."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    losses = [0.0] * len(rows)
+    with inference(loaded) as model:
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            longest = max(len(rows[i][0]) for i in batch)
+            pad = loaded.tokenizer.pad_token_id
+            ids = torch.tensor([rows[i][0] + [pad] * (longest - len(rows[i][0])) for i in batch])
+            labels = torch.tensor([rows[i][1] + [-100] * (longest - len(rows[i][1])) for i in batch])
+            real = torch.tensor([[1] * len(rows[i][0]) + [0] * (longest - len(rows[i][0])) for i in batch])
+            logits = model(
+                input_ids=ids.to(loaded.device), attention_mask=real.to(loaded.device), use_cache=False
+            ).logits
+            for i, row_logits, row_labels in zip(batch, logits, labels.to(loaded.device), strict=True):
+                said = row_labels[1:] >= 0  # only these rows of logits become float32
+                losses[i] = F.cross_entropy(row_logits[:-1][said].float(), row_labels[1:][said]).item()
+    return losses

@@ -1,0 +1,360 @@
+"""Loading models: the only module that knows Unsloth, transformers, 4 bit, architecture names and devices.
+
+Unsloth has to be imported before transformers, TRL and PEFT, so this module is imported before them, by every
+module that needs a model. Where Unsloth is absent or can't do a thing (vision on a CPU, a card older than
+capability 7.0), the same calls use transformers + PEFT + bitsandbytes. `IRONLOGIC_BACKEND` (auto, unsloth,
+transformers) chooses by hand.
+"""
+
+import contextlib
+import gc
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ironlogic.presets import LoraSettings
+
+__all__ = [
+    "BACKEND",
+    "LoadedModel",
+    "ModelError",
+    "add_lora",
+    "as_loaded",
+    "free_memory",
+    "inference",
+    "load_model",
+    "trainer_hardware",
+    "trainer_optimizer",
+    "use_adapter",
+    "with_adapters",
+]
+
+
+class ModelError(RuntimeError):
+    """A model that can't be loaded or used; the message says what to do."""
+
+
+def _choose_backend() -> tuple[str, str]:
+    """("unsloth" or "transformers", why not Unsloth)."""
+    asked = os.environ.get("IRONLOGIC_BACKEND", "auto")
+    if asked not in ("auto", "unsloth", "transformers"):
+        raise ModelError(f"IRONLOGIC_BACKEND is {asked!r}; expected auto, unsloth or transformers")
+    if asked == "transformers":
+        return "transformers", "IRONLOGIC_BACKEND says so"
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would call the hub
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 7:
+        reason = f"{torch.cuda.get_device_name()} is older than compute capability 7.0"
+    else:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # its banner
+                import unsloth  # noqa: F401
+        except Exception as error:  # a missing package, an unsupported machine, a version clash: all mean "without"
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no reason'}"
+        else:
+            return "unsloth", ""
+    if asked == "unsloth":
+        raise ModelError(f"IRONLOGIC_BACKEND=unsloth, but Unsloth can't be used: {reason}")
+    return "transformers", reason
+
+
+BACKEND, WHY_NOT_UNSLOTH = _choose_backend()
+
+import peft  # noqa: E402
+import transformers  # noqa: E402
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # a missing optional kernel
+transformers.utils.logging.disable_progress_bar()
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+# Never in 4 bit. transformers 5 matches full prefixes, hence "model."
+_NOT_QUANTIZED = [
+    "lm_head",
+    "model.vision_tower",
+    "model.vision_model",
+    "model.visual",
+    "model.multi_modal_projector",
+    "model.connector",
+]
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what belongs to it. `four_bit_share`: the share of weight bytes in 4 bit (0 to 1)."""
+
+    model: Any
+    tokenizer: Any
+    processor: Any = None  # of a vision-language model
+    backend: str = "transformers"
+    source: str = ""  # folder or hub name it was loaded from
+    max_length: int = 2048  # tokens
+    four_bit_share: float = 0.0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def __str__(self) -> str:
+        count = sum(_real_size(p) for p in self.model.parameters())
+        bits = f"{self.four_bit_share:.0%} of the bytes in 4 bit" if self.four_bit_share else "no 4 bit"
+        name = self.source or type(self.model).__name__
+        return f"{name}: {count / 1e6:,.1f} M parameters, {bits}, {self.backend} on {self.device}"
+
+
+def _real_size(parameter: torch.nn.Parameter) -> int:
+    """Parameters stored; a 4-bit tensor packs two in a byte."""
+    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+
+
+def _resolve(name_or_path: str | Path) -> str:
+    """`nano` and other folders of data/ by name; a local folder; else a hub name, left as it is."""
+    name = str(name_or_path)
+    for folder in (Path(name).expanduser(), DATA / name, DATA / Path(name).name):
+        if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            return str(folder.resolve())
+    if Path(name).expanduser().exists():
+        raise ModelError(f"{name}: no config.json or adapter_config.json in this folder, so it holds no model")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local:
+        shipped = ", ".join(sorted(p.parent.name for p in DATA.glob("*/config.json")))
+        raise ModelError(
+            f"{name}: no such folder, and not a hub name (owner/model). Shipped models: {shipped or 'none'}"
+        )
+    return name
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    four_bit: bool = True,
+    max_length: int = 2048,
+    seed: int = 3407,
+    backend: str | None = None,
+) -> LoadedModel:
+    """A causal language model, in 4 bit (nf4, double quantisation) unless told otherwise.
+
+    `name_or_path`: a folder of data/ by its name (`nano`), a local folder, a hub name, or the folder of an
+    adapter (its base is loaded with it). On a CPU everything but the 4-bit weights is float32.
+    Raises `ModelError` with one message when the model isn't there, is incomplete or doesn't fit the backend.
+    """
+    source = _resolve(name_or_path)
+    backend = backend or BACKEND
+    if backend == "unsloth" != BACKEND:
+        raise ModelError(f"Unsloth was asked for but is not in use: {WHY_NOT_UNSLOTH}")
+    base, adapter = _split_adapter(source)
+    local_only = Path(base).is_dir()
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, local_files_only=local_only)
+        if hasattr(config, "vision_config") and not torch.cuda.is_available():
+            backend = "transformers"  # Unsloth trains vision on a GPU only
+        load = _load_with_unsloth if backend == "unsloth" else _load_with_transformers
+        model, processor = load(base, config, four_bit, max_length, seed, local_only)
+        if adapter:
+            model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    for module in model.modules():
+        # bitsandbytes 0.50 repacks weights for AVX512-BF16 in evaluation; later gradients are garbage
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if tokenizer.pad_token is None:
+        raise ModelError(f"{source}: the tokenizer has no pad token; set one that is not the end-of-turn token")
+    loaded = LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        processor=processor if processor is not tokenizer else None,
+        backend=backend,
+        source=str(name_or_path),
+        max_length=max_length,
+        four_bit_share=_four_bit_share(model),
+    )
+    if four_bit and not loaded.four_bit_share:
+        raise ModelError(f"{source}: 4 bit was asked for, but no weight came out in 4 bit")
+    return loaded
+
+
+def _split_adapter(source: str) -> tuple[str, str | None]:
+    """(base, adapter folder or None) of a model folder or an adapter folder."""
+    settings = Path(source) / "adapter_config.json"
+    if not settings.is_file():
+        return source, None
+    base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{settings}: names no base model (base_model_name_or_path)")
+    return _resolve(base), source
+
+
+def _load_with_unsloth(base, config, four_bit, max_length, seed, local_only):
+    import unsloth
+
+    plain = not hasattr(config, "vision_config") and not hasattr(config, "num_experts")
+    fast = unsloth.FastLanguageModel if plain else unsloth.FastModel
+    cuda = torch.cuda.is_available()
+    with contextlib.redirect_stdout(io.StringIO()):
+        return fast.from_pretrained(
+            model_name=base,
+            max_seq_length=max_length,
+            dtype=None if cuda else torch.float32,
+            load_in_4bit=four_bit,
+            use_gradient_checkpointing="unsloth" if cuda else False,
+            random_state=seed,
+            local_files_only=local_only,
+        )
+
+
+def _load_with_transformers(base, config, four_bit, max_length, seed, local_only):
+    cuda = torch.cuda.is_available()
+    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16
+    dtype = half if cuda else torch.float32
+    quantization = None
+    if four_bit:
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=_NOT_QUANTIZED,
+        )
+    vision = hasattr(config, "vision_config")
+    auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(
+        base,
+        dtype=dtype,
+        device_map="cuda:0" if cuda else "cpu",
+        quantization_config=quantization,
+        local_files_only=local_only,
+    )
+    reader = transformers.AutoProcessor if vision else transformers.AutoTokenizer
+    return model, reader.from_pretrained(base, local_files_only=local_only)
+
+
+def _four_bit_share(model: torch.nn.Module) -> float:
+    sizes = [(type(p).__name__ == "Params4bit", p.numel() * p.element_size()) for p in model.parameters()]
+    return sum(size for packed, size in sizes if packed) / sum(size for _, size in sizes)
+
+
+def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
+    """A `LoadedModel` as it is; any transformers or PEFT model with its tokenizer wrapped into one."""
+    if isinstance(model, LoadedModel):
+        return model
+    if tokenizer is None:
+        source = getattr(model.config, "_name_or_path", "")
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{type(model).__name__} from {source!r} has no tokenizer; pass it") from error
+    return LoadedModel(model, tokenizer, four_bit_share=_four_bit_share(model))
+
+
+def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedModel:
+    """The model with a fresh low-rank adapter on its language model; the same seed gives the same adapter."""
+    if isinstance(loaded.model, peft.PeftModel):
+        raise ModelError(f"{loaded.source} carries an adapter already; load the base model again for a fresh one")
+    names = (_ATTENTION if lora.attention else ()) + (_MLP if lora.mlp else ())
+    # one pattern for every backend; the look-ahead keeps it out of vision towers
+    target = rf"(?!.*(?:vision|visual)).*\.(?:{'|'.join(names)})"
+    experts = {"target_parameters": list(_EXPERTS)} if lora.experts else {}
+    transformers.set_seed(seed)
+    if loaded.backend == "unsloth":
+        import unsloth
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = unsloth.FastLanguageModel.get_peft_model(
+                loaded.model,
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=0.0,
+                bias="none",
+                target_modules=target,
+                random_state=seed,
+                use_gradient_checkpointing="unsloth" if loaded.device.type == "cuda" else False,
+                **experts,
+            )
+    else:
+        loaded.model.requires_grad_(False)
+        if loaded.device.type == "cuda":
+            loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+            loaded.model.enable_input_require_grads()
+        settings = peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=target,
+            task_type="CAUSAL_LM",
+            **experts,
+        )
+        model = peft.get_peft_model(loaded.model, settings)
+    return replace(loaded, model=model)
+
+
+def with_adapters(loaded: LoadedModel, adapters: Mapping[str, Path]) -> LoadedModel:
+    """One base model in memory that carries several adapters by name; `use_adapter` switches between them."""
+    if isinstance(loaded.model, peft.PeftModel):
+        raise ModelError(f"{loaded.source} carries an adapter already; load the base model for several of them")
+    (first, folder), *others = adapters.items()
+    model = peft.PeftModel.from_pretrained(loaded.model, folder, adapter_name=first)
+    for name, folder in others:
+        model.load_adapter(folder, adapter_name=name)
+    return replace(loaded, model=model)
+
+
+@contextlib.contextmanager
+def use_adapter(loaded: LoadedModel, name: str | None) -> Iterator[LoadedModel]:
+    """The model with the adapter of that name; None: the base model as it was before any training."""
+    if name is None:
+        with loaded.model.disable_adapter():
+            yield loaded
+    else:
+        loaded.model.set_adapter(name)
+        yield loaded
+
+
+def free_memory() -> None:
+    """Give the memory of models that nobody holds any more back to the card."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def inference(loaded: LoadedModel) -> Iterator[torch.nn.Module]:
+    """The model in evaluation mode without gradients; its training mode comes back afterwards."""
+    was_training = loaded.model.training
+    on_card = loaded.backend == "unsloth" and loaded.device.type == "cuda"
+    if on_card:
+        import unsloth
+
+        unsloth.FastLanguageModel.for_inference(loaded.model)
+    loaded.model.eval()
+    try:
+        with torch.inference_mode():
+            yield loaded.model
+    finally:
+        if was_training:
+            if on_card:
+                unsloth.FastLanguageModel.for_training(loaded.model)
+            loaded.model.train()
+
+
+def trainer_hardware() -> dict[str, Any]:
+    """The arguments of transformers.TrainingArguments that depend on the machine."""
+    if not torch.cuda.is_available():
+        return {"use_cpu": True, "bf16": False, "fp16": False, "gradient_checkpointing": False}
+    half = torch.cuda.is_bf16_supported()
+    return {"bf16": half, "fp16": not half}
+
+
+def trainer_optimizer(name: str) -> str:
+    """`name`, or plain AdamW where the 8-bit and paged optimizers of bitsandbytes have no card to work on."""
+    return name if torch.cuda.is_available() or "8bit" not in name else "adamw_torch"

@@ -1,0 +1,400 @@
+"""The embedded default: a small Qwen3 language model, its mixture-of-experts sibling, tokenizer and conversations.
+
+`python -m ironlogic.nano` makes everything in data/ again from one seed in under ten minutes on two cores. The
+models learn the problems of `tasks` in clean word order only, so that what a scramble does to them, and what
+Fragmented Training changes, can be measured in minutes. It says nothing about models of 4B to 30B parameters.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from ironlogic.tasks import (
+    ANIMALS,
+    COLOR,
+    GOODS,
+    GROUP_OF,
+    GROUPS,
+    KINDS,
+    NAMES,
+    OBJECTS,
+    OPPOSITE,
+    SUPERLATIVE,
+    make_task,
+    make_tasks,
+    task_chat,
+)
+
+__all__ = ["CHAT_TEMPLATE", "DATA", "build", "build_tokenizer", "dense_config", "moe_from_dense", "pretrain"]
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+SPECIAL = (  # Qwen3's names, so that everything that knows Qwen3 finds them
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<think>",
+    "</think>",
+)
+CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+  {%- if content is string -%}{{- content -}}
+  {%- else -%}
+    {%- for part in content -%}
+      {%- if part.type == 'text' -%}{{- part.text -}}
+      {%- elif part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\\n' -}}
+  {%- if message.role == 'assistant' -%}
+    {%- generation -%}
+    {%- if message.reasoning_content -%}
+      {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n' -}}
+    {%- endif -%}
+    {{- render(message.content) + '<|im_end|>' -}}
+    {%- endgeneration -%}
+  {%- else -%}
+    {{- render(message.content) + '<|im_end|>' -}}
+  {%- endif -%}
+  {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+THINK_FIRST = {"role": "system", "content": "Think first."}
+
+
+# --- the corpus -------------------------------------------------------------------------------------------
+def _plain_sentence(rng: random.Random) -> str:
+    """A sentence about the world outside any conversation."""
+    kind = rng.randint(0, 7)
+    if kind == 0:
+        a, b = rng.randint(0, 40), rng.randint(0, 20)
+        return f"{a} + {b} = {a + b}. {a + b} - {b} = {a}."
+    if kind == 1:
+        a, b = rng.randint(0, 24), rng.randint(0, 24)
+        return f"{a} - {b} = {a - b}."
+    if kind == 2:
+        word = rng.choice(list(COLOR))
+        return f"The {word} is {COLOR[word]}. It is one of the {GROUP_OF[word]}."
+    if kind == 3:
+        word = rng.choice(list(ANIMALS))
+        return f"A {word} says {ANIMALS[word][0]}. The {word} is {ANIMALS[word][1]}."
+    if kind == 4:
+        (n, m), more = rng.sample(NAMES, 2), rng.choice(list(SUPERLATIVE))
+        return f"{n} is {more} than {m}. So {m} is not {more} than {n}."
+    if kind == 5:
+        word = rng.choice(list(OPPOSITE))
+        return f"The opposite of {word} is {OPPOSITE[word]}."
+    if kind == 6:
+        (n, m), thing = rng.sample(NAMES, 2), rng.choice(OBJECTS)
+        return f"{n} gave the {thing} to {m}. Now {m} has the {thing}."
+    group = rng.choice(list(GROUPS))
+    return f"{', '.join(rng.sample(GROUPS[group], 3))} are {group}."
+
+
+_COPY_WORDS = [*NAMES, *GROUP_OF, *OPPOSITE, *GOODS, *OBJECTS, *map(str, range(60))]
+
+
+def corpus_document(rng: random.Random) -> list[dict[str, str]] | str:
+    """One document: 12 % copying (the fast way to attention that copies), 13 % plain sentences, the rest chats."""
+    share = rng.random()
+    if share < 0.12:
+        words = " ".join(rng.choice(_COPY_WORDS) for _ in range(rng.randint(4, 9)))
+        return f"{words} ; {words}"
+    if share < 0.25:
+        return _plain_sentence(rng)
+    kinds = list(KINDS)
+    if share < 0.51:
+        return [THINK_FIRST, *task_chat(make_task(rng.choice(kinds), rng), think=True)]
+    chats = [task_chat(make_task(rng.choice(kinds), rng), think=False) for _ in range(1 if share < 0.82 else 2)]
+    return [message for chat in chats for message in chat]
+
+
+def build_tokenizer(rng: random.Random, *, vocabulary: int = 1024) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the corpus; numbers up to 99 and all words of the world come out as one token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe.decoder = decoders.ByteLevel()
+    texts = []
+    for _ in range(20_000):
+        document = corpus_document(rng)
+        texts.append(document if isinstance(document, str) else "\n".join(m["content"] for m in document))
+    texts += [" " + " ".join(map(str, rng.sample(range(100), 20))) for _ in range(2_000)]
+    texts += ["system", "user", "assistant"] * 2_000  # the headers: one token each
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        model_max_length=512,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return tokenizer
+
+
+# --- the models -------------------------------------------------------------------------------------------
+def dense_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    """1.1 M parameters. Widths are multiples of 64 (bitsandbytes) and head_dim is 128 (reading GGUF back)."""
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=128,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def moe_from_dense(dense: Qwen3ForCausalLM, *, experts: int = 4) -> Qwen3MoeForCausalLM:
+    """The dense model with every feed-forward layer copied into `experts` experts, two of them used per token.
+
+    Before any training it computes what the dense model computes, as the two routing weights sum to 1 (sparse
+    upcycling, Komatsuzaki et al. 2022, arXiv 2212.05055); the routers start random, so the copies part ways.
+    """
+    keep = dense.config.to_dict()
+    for name in (
+        "model_type",
+        "architectures",
+        "layer_types",
+        "use_sliding_window",
+        "sliding_window",
+        "dtype",
+    ):
+        keep.pop(name, None)
+    config = Qwen3MoeConfig(
+        **keep,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        moe_intermediate_size=dense.config.intermediate_size,
+        router_aux_loss_coef=0.01,
+    )
+    moe = Qwen3MoeForCausalLM(config)
+    state = moe.state_dict()
+    for name, value in dense.state_dict().items():
+        if ".mlp." not in name:
+            state[name].copy_(value)
+    for ours, theirs in zip(moe.model.layers, dense.model.layers, strict=True):
+        fused = torch.cat([theirs.mlp.gate_proj.weight, theirs.mlp.up_proj.weight])
+        ours.mlp.experts.gate_up_proj.data.copy_(fused.expand_as(ours.mlp.experts.gate_up_proj))
+        down = theirs.mlp.down_proj.weight
+        ours.mlp.experts.down_proj.data.copy_(down.expand_as(ours.mlp.experts.down_proj))
+    return moe
+
+
+# --- training ---------------------------------------------------------------------------------------------
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: int = 64
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Padded token ids (B, T) and loss weights (B, T): 1 on what is to be said, 0.1 on prompts, 0 on padding.
+
+    Documents of similar length share a batch; no document sees another.
+    """
+    start, assistant = tokenizer.convert_tokens_to_ids(["<|im_start|>", "assistant"])
+    while True:
+        texts = []
+        for document in (corpus_document(rng) for _ in range(rows * 16)):
+            chat = not isinstance(document, str)
+            text = tokenizer.apply_chat_template(document, tokenize=False) if chat else document
+            texts.append(text + "<|endoftext|>")
+        documents = sorted(tokenizer(texts)["input_ids"], key=len)
+        batches = [documents[i : i + rows] for i in range(0, len(documents), rows)]
+        rng.shuffle(batches)
+        for batch in batches:
+            ids = torch.full((rows, max(map(len, batch))), tokenizer.pad_token_id)
+            weights = torch.zeros(ids.shape)
+            for row, document in enumerate(batch):
+                role = assistant
+                for t, token in enumerate(document):
+                    ids[row, t] = token
+                    if token == start:
+                        role = document[t + 1]
+                    weights[row, t] = 1.0 if role == assistant else 0.1
+            yield ids, weights
+
+
+def _orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """The nearest semi-orthogonal matrices (N, rows, columns), by five Newton-Schulz steps."""
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.mT if tall else x
+
+
+class _Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised (Jordan et al. 2024), in float32 and batched by shape.
+
+    torch.optim.Muon works in bfloat16, which costs three times the whole step on a CPU without bfloat16 units.
+    """
+
+    def __init__(self, parameters, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": 0.95, "weight_decay": 0.05})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
+        for parameter in group["params"]:
+            shapes.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in shapes.items():
+            gradients = torch.stack([parameter.grad for parameter in parameters])
+            momentum = self.state[parameters[0]].setdefault("momentum", torch.zeros_like(gradients))
+            momentum.lerp_(gradients, 1 - group["momentum"])
+            nesterov = gradients.lerp(momentum, group["momentum"])
+            update = _orthogonal(nesterov.flatten(0, -3)).view_as(nesterov)
+            scale = group["lr"] * max(1.0, shape[-2] / shape[-1]) ** 0.5
+            for parameter, change in zip(parameters, update, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-scale)
+
+
+def pretrain(
+    model: Qwen3ForCausalLM | Qwen3MoeForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    steps: int,
+    seed: int,
+    muon_rate: float = 0.05,
+    adam_rate: float = 6e-3,
+) -> float:
+    """Train on `steps` batches of 64 documents, in float32; returns the smoothed loss in nats per spoken token."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and "embed" not in name]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    optimizers = [_Muon(matrices, muon_rate), torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98))]
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    warmup, smooth, began = max(20, steps // 20), math.nan, time.perf_counter()
+    model.train()
+    for step, (ids, weights) in zip(range(steps), _batches(tokenizer, random.Random(seed)), strict=False):
+        share = min(1.0, (step + 1) / warmup) * max(0.02, 1 - step / steps)
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * share
+        hidden = model.model(input_ids=ids).last_hidden_state
+        spoken = weights[:, 1:] > 0
+        losses = F.cross_entropy(model.lm_head(hidden[:, :-1][spoken]), ids[:, 1:][spoken], reduction="none")
+        weight = weights[:, 1:][spoken]
+        loss = (losses * weight).sum() / weight.sum()
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        now = losses[weight == 1].mean().item()
+        smooth = now if math.isnan(smooth) else 0.98 * smooth + 0.02 * now
+        if (step + 1) % 100 == 0:
+            print(f"  step {step + 1:5d}  loss {smooth:.3f}  {time.perf_counter() - began:5.0f} s", flush=True)
+    return smooth
+
+
+# --- what is shipped --------------------------------------------------------------------------------------
+def build(folder: Path = DATA, *, seed: int = 3407, steps: int = 1800, moe_steps: int = 80) -> None:
+    """Everything in data/: tokenizer, dense model, mixture of experts, 248 conversations and their README."""
+    began = time.perf_counter()
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(random.Random(seed))
+    dense = Qwen3ForCausalLM(dense_config(tokenizer))
+    print(f"nano: {sum(p.numel() for p in dense.parameters()):,} parameters, {steps} steps")
+    pretrain(dense, tokenizer, steps=steps, seed=seed)
+    _save(dense, tokenizer, folder / "nano")
+    moe = moe_from_dense(dense)
+    print(f"nano-moe: {sum(p.numel() for p in moe.parameters()):,} parameters, {moe_steps} steps")
+    pretrain(moe, tokenizer, steps=moe_steps, seed=seed + 1, muon_rate=0.02, adam_rate=2e-3)
+    _save(moe.to(torch.bfloat16), tokenizer, folder / "nano-moe")
+    _write_conversations(folder / "reasoning-248.jsonl", seed)
+    _write_readme(folder, seed, steps, moe_steps)
+    print(f"{folder} made in {time.perf_counter() - began:.0f} s")
+
+
+def _save(model: Qwen3ForCausalLM | Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_conversations(path: Path, seed: int) -> None:
+    """As many rows as the seeds' dataset; hard problems with a short reasoning trace, easy ones without."""
+    lines = [
+        {"messages": task_chat(task), "kind": task.kind, "order": task.order, "answer": task.answer}
+        for task in make_tasks(248, seed=seed)
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_readme(folder: Path, seed: int, steps: int, moe_steps: int) -> None:
+    """Origin, licence and sha256 of every file."""
+    shipped = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md")
+    rows = [
+        f"| `{path.relative_to(folder).as_posix()}` | {path.stat().st_size:,} "
+        f"| `{hashlib.sha256(path.read_bytes()).hexdigest()}` |"
+        for path in shipped
+    ]
+    text = f"""# The embedded default ("nano")
+
+Everything here is made by `python -m ironlogic.nano` from the seed {seed} ({steps} steps of pre-training for the
+dense model, {moe_steps} more for the mixture of experts) and belongs to this project, under its licence
+(Apache-2.0). Nothing was taken from anywhere: the problems are generated by `ironlogic/tasks.py`.
+Floating-point sums differ between processors, so another machine makes models that answer alike but are not
+equal byte for byte.
+
+- `nano/`: a Qwen3 language model and its tokenizer, float32.
+- `nano-moe/`: the same as a mixture of four experts a layer, two used per token, bfloat16.
+- `reasoning-248.jsonl`: 248 conversations, the number of the seeds; `<think>` on the hard ones.
+
+| file | bytes | sha256 |
+|---|---|---|
+"""
+    (folder / "README.md").write_text(text + "\n".join(rows) + "\n", encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m ironlogic.nano", description=build.__doc__)
+    parser.add_argument("--out", type=Path, default=DATA, help="folder to write to (default: data/)")
+    parser.add_argument("--seed", type=int, default=3407)
+    parser.add_argument("--steps", type=int, default=1800, help="pre-training steps of the dense model")
+    parser.add_argument("--moe-steps", type=int, default=80, help="further steps of the mixture of experts")
+    chosen = parser.parse_args()
+    build(chosen.out, seed=chosen.seed, steps=chosen.steps, moe_steps=chosen.moe_steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""The units a text is made of (words, characters, tokens, sentences), and how far two orders of them are apart.
+
+Taking apart is exact: gaps and units alternate and join to the text again. Beside `burden` because both a
+burden and the measuring of one rest on the same units. Not known here: grammar (the full stop of an
+abbreviation ends a sentence) and dictionaries (a Chinese or Japanese word is its characters; Thai, Lao and
+Khmer words are whole runs without blanks).
+"""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from numbers import Real
+from typing import Literal
+
+import numpy as np
+
+__all__ = [
+    "CJK",
+    "MARKS",
+    "PROTECTED",
+    "BurdenError",
+    "Disorder",
+    "Unit",
+    "check_share",
+    "check_unit",
+    "chosen_count",
+    "expected_disorder",
+    "kind_of",
+    "measure_disorder",
+    "movable_places",
+    "moved_units",
+    "pieces_of",
+    "pooled_disorder",
+    "protected_spans",
+]
+
+Unit = Literal["word", "char", "token", "sentence", "seed"]
+PROTECTED = ("code", "url", "latex", "tag")
+_UNITS = ("word", "char", "token", "sentence", "seed")
+
+
+class BurdenError(ValueError):
+    """A setting or an input that no burden can be laid on. The message says where, what came and what to do."""
+
+
+def check_unit(where: str, unit) -> None:
+    """Raises `BurdenError` unless `unit` is the name of one."""
+    if unit not in _UNITS:
+        raise BurdenError(f"{where}: unit is {unit!r}; expected one of {', '.join(_UNITS)}")
+
+
+def check_share(where: str, name: str, value) -> None:
+    """Raises `BurdenError` unless `value` is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise BurdenError(f"{where}: {name} is {value!r}; expected a number from 0 to 1")
+
+
+# One rule for Chinese and Japanese: every code point of these blocks is a word of its own, punctuation,
+# full-width letters and the planes beyond 16 bits included. Korean is written with blanks, so its syllables
+# are not here.
+CJK = (
+    (0x2E80, 0x2FFF),  # radicals
+    (0x3001, 0x3029),  # punctuation; U+3000 is a blank
+    (0x3030, 0x3098),  # punctuation, hiragana
+    (0x309B, 0x312F),  # hiragana, katakana, bopomofo
+    (0x3190, 0x4DBF),  # kanbun, strokes, enclosed, extension A
+    (0x4E00, 0x9FFF),  # ideographs
+    (0xF900, 0xFAFF),  # compatibility ideographs
+    (0xFE30, 0xFE4F),  # vertical forms
+    (0xFF01, 0xFF9D),  # full-width forms, half-width katakana
+    (0x1AFF0, 0x1B16F),  # old kana
+    (0x1F200, 0x1F2FF),  # enclosed ideographs
+    (0x20000, 0x3FFFF),  # extensions B and later
+)
+# Tone and voicing marks and variation selectors stay with the character before them.
+MARKS = ((0x302A, 0x302F), (0x3099, 0x309A), (0xFE00, 0xFE0F), (0xFF9E, 0xFF9F), (0xE0100, 0xE01EF))
+
+
+def _ranges(*groups) -> str:
+    return "".join(f"{chr(low)}-{chr(high)}" for group in groups for low, high in group)
+
+
+# -------------------------------------------------------------------------------------------- spans that stay
+# A kind has cheap signs (no sign, no search) and a pattern. Each alternative begins with a literal character,
+# which lets `re` skip ahead, and is bounded by a length, a line or the next opening sign: no text takes
+# quadratic time.
+_SIGNS = (("`", "code"), ("://", "url"), ("www.", "url"), ("$", "latex"), ("\\", "latex"), ("<", "tag"))
+_URL_REST = rf"[^\s<>\"`{_ranges(CJK)}]+"
+_SPANS = {
+    # A fence that opens a line and never closes runs to the end, as in Markdown.
+    "code": r"```.*?```|```(?<![^\n]```).*|``[^\n]+?``|`[^`\n]+`",
+    "url": rf"https?://{_URL_REST}|ftp://{_URL_REST}|www\.{_URL_REST}",
+    # A dollar opens before ink, and closes after ink and before no digit: "$5 and $6" is no formula.
+    "latex": r"\$\$[^$]+\$\$|\$(?<!\\\$)(?![\s$])[^$\n]*(?<![\s\\])\$(?!\d)"
+    r"|\\\((?:[^\\]|\\[^(])+?\\\)|\\\[(?:[^\\]|\\[^\[])+?\\\]|\\begin\{(\w+\*?)\}.{0,4000}?\\end\{\1\}",
+    "tag": r"<[|｜][^|｜<>\s]*[|｜]>|</?[A-Za-z_][\w\-.]*/?>",
+}
+
+
+@cache
+def _span_pattern(kinds: frozenset[str]) -> re.Pattern:
+    return re.compile("|".join(pattern for kind, pattern in _SPANS.items() if kind in kinds), re.DOTALL)
+
+
+def protected_spans(text: str, protect: Sequence[str]) -> list[tuple[int, int]]:
+    """(start, end) of the code, URLs, LaTeX and tags in `text`, in order and without overlap.
+
+    >>> protected_spans("see `x = 1` at <image>", PROTECTED)
+    [(4, 11), (15, 22)]
+    """
+    kinds = frozenset([kind for sign, kind in _SIGNS if sign in text and kind in protect])
+    return [match.span() for match in _span_pattern(kinds).finditer(text)] if kinds else []
+
+
+def movable_places(pieces: list[str], spans: list[tuple[int, int]]) -> np.ndarray:
+    """Places in `pieces` of the units that overlap none of the spans, (units,)."""
+    places = np.arange(1, len(pieces), 2)
+    if not spans:
+        return places
+    ends = np.cumsum([len(piece) for piece in pieces])
+    starts, stops = np.transpose(spans)
+    following = np.searchsorted(stops, ends[places - 1], "right")  # the first span that ends after the unit begins
+    return places[np.append(starts, ends[-1])[following] >= ends[places]]
+
+
+# ------------------------------------------------------------------------------------- text -> gaps and units
+_FIRST_CJK = chr(CJK[0][0])  # spares most words the search
+_CJK = re.compile(f"[{_ranges(CJK)}]")
+_WORDS_ASCII = re.compile(r"(\S+)")
+_WORDS = re.compile(rf"([{_ranges(CJK)}][{_ranges(MARKS)}]*|[^\s{_ranges(CJK, MARKS)}][^\s{_ranges(CJK)}]*)")
+_LINE = re.compile(r"[^\r\n\u2028\u2029]+")
+_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]]*(?=\s|\Z)|[。！？]+[」』”’）)]*")
+_CLOSED = re.compile(r"([.!?…。！？])[\"'”’)\]」』）]*\Z")
+
+
+def pieces_of(text: str, unit: Unit, tokenizer=None) -> list[str]:
+    """Gap, unit, gap, unit, ..., gap: an odd number of strings that join to `text`, the units at the odd places.
+
+    >>> pieces_of("Hello,  你好\\n", "word")
+    ['', 'Hello,', '  ', '你', '', '好', '\\n']
+    """
+    if unit == "word":
+        return (_WORDS_ASCII if text.isascii() else _WORDS).split(text)
+    if unit == "token":
+        spans = _token_spans(text, tokenizer)
+    else:
+        spans = {"char": _character_spans, "sentence": _sentence_spans, "seed": _seed_spans}[unit](text)
+    pieces, last = [], 0
+    for start, end in spans:
+        pieces += [text[last:start], text[start:end]]
+        last = end
+    return [*pieces, text[last:]]
+
+
+def _seed_spans(text: str) -> list[tuple[int, int]]:
+    """What lies between single blanks: may be empty, may hold line breaks."""
+    blanks = [i for i, character in enumerate(text) if character == " "]
+    return [(a + 1, b) for a, b in pairwise([-1, *blanks, len(text)])]
+
+
+def _character_spans(text: str) -> list[tuple[int, int]]:
+    """Characters as a reader sees them: with their marks, and emoji and flags whole."""
+    starts, flags = [], 0
+    for i, character in enumerate(text):
+        flags = flags + 1 if "\U0001f1e6" <= character <= "\U0001f1ff" else 0  # two such letters make a flag
+        glued = i > 0 and text[i - 1] == "\u200d" and not character.isspace()  # after a zero-width joiner
+        if i == 0 or not (glued or _attaches(character) or (flags and flags % 2 == 0)):
+            starts.append(i)
+    ends = [*starts[1:], len(text)]
+    spans = zip(starts, ends, strict=True) if text else ()
+    return [(a, b) for a, b in spans if not (text[a].isspace() or _attaches(text[a]))]
+
+
+def _attaches(character: str) -> bool:
+    """Whether it belongs to the one before: marks, joiners, skin tones, tags, Korean vowels, low surrogates."""
+    return character > "\x7f" and (
+        unicodedata.category(character)[0] == "M"
+        or character in "\u200c\u200d\u0e33\u0eb3\uff9e\uff9f"
+        or "\u1160" <= character <= "\u11ff"
+        or "\udc00" <= character <= "\udfff"
+        or "\U0001f3fb" <= character <= "\U0001f3ff"
+        or "\U000e0020" <= character <= "\U000e007f"
+    )
+
+
+def _sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Sentences without the blanks around them; a line break ends one."""
+    spans = []
+    for line in _LINE.finditer(text):
+        ends = [match.end() for match in _SENTENCE_END.finditer(text, *line.span())]
+        for start, end in pairwise([line.start(), *ends, line.end()]):
+            sentence = text[start:end]
+            if sentence.strip():
+                spans.append((end - len(sentence.lstrip()), start + len(sentence.rstrip())))
+    return spans
+
+
+def _token_spans(text: str, tokenizer) -> list[tuple[int, int]]:
+    """The text of each token; tokens that share a character are one unit. Special and added tokens are gaps."""
+    if not getattr(tokenizer, "is_fast", False):  # None, a processor or a slow tokenizer: no offsets
+        raise BurdenError(
+            f'unit "token" needs a fast tokenizer; pass tokenizer=..., got {type(tokenizer).__name__}'
+        )
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    fixed = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    spans: list[tuple[int, int]] = []
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if token in fixed or start == end:
+            continue
+        if spans and start < spans[-1][1]:
+            start, end = spans[-1][0], max(end, spans.pop()[1])
+        spans.append((start, end))
+    return spans
+
+
+def kind_of(piece: str, unit: Unit) -> int:
+    """0, 1 or 2; units of one kind may change places.
+
+    A word is 0 and a CJK character 1; a sentence is 0 when it is closed in the Latin way, 1 by 。！？ and 2 when
+    it is open.
+    """
+    if unit == "word":
+        return int(piece > _FIRST_CJK and _CJK.match(piece) is not None)
+    if unit == "sentence":
+        closed = _CLOSED.search(piece)
+        return 2 if closed is None else int(closed[1] in "。！？")
+    return 0
+
+
+# ------------------------------------------------------------------------------------- how far from the order
+@dataclass(frozen=True)
+class Disorder:
+    """How far the order of a text's units is from another's. All three are shares from 0 to 1."""
+
+    displaced: float  # units that are not where they were
+    kendall_tau: float  # pairs of units in the opposite order; 0 as it was, about 0.5 at random, 1 reversed
+    bigrams_kept: float  # neighbours that are still neighbours, in order
+
+
+def measure_disorder(before: str, after: str, *, unit: Unit = "word", tokenizer=None) -> Disorder:
+    """The disorder of `after` against `before`, in O(n log n).
+
+    The first occurrence of a repeated word in one text is matched with the first in the other, and so on. A
+    unit found in one text only counts as displaced and breaks its bigrams; Kendall's tau is of the others.
+    Raises `BurdenError` for an unknown unit, and for `unit="token"` without a fast tokenizer.
+
+    >>> measure_disorder("one two three four", "one three two four")
+    Disorder(displaced=0.5, kendall_tau=0.16..., bigrams_kept=0.0)
+    """
+    return pooled_disorder([(before, after)], unit=unit, tokenizer=tokenizer)
+
+
+def pooled_disorder(pairs: Sequence[tuple[str, str]], *, unit: Unit = "word", tokenizer=None) -> Disorder:
+    """The disorder of several (before, after) taken together, as of the turns of one conversation."""
+    total = np.zeros(6, np.int64)
+    for before, after in pairs:
+        total += _tally(before, after, unit, tokenizer)
+    units, displaced, couples, inversions, bigrams, kept = total.tolist()
+    kept_share = kept / bigrams if bigrams else 1.0
+    return Disorder(displaced / max(units, 1), inversions / max(couples, 1), kept_share)
+
+
+def chosen_count(n, ratio: float):
+    """How many of `n` (a number or an array) units are drawn: ratio * n rounded, halves upwards.
+
+    The 1e-9 is for halves that binary fractions put a hair below, such as 0.29 * 50 = 14.499...
+
+    >>> int(chosen_count(10, 0.7)), int(chosen_count(5, 0.7)), int(chosen_count(50, 0.29))
+    (7, 4, 15)
+    """
+    return np.asarray(n * float(ratio) + (0.5 + 1e-9)).astype(np.int64)
+
+
+def expected_disorder(n: int, ratio: float) -> Disorder:
+    """The mean disorder of a burden on `n` different units of one kind, exactly.
+
+    k of n places are drawn and permuted uniformly. Displaced: each drawn unit stays with probability 1/k.
+    Kendall's tau: a pair is inverted with probability 1/2 if both are drawn, and (k - 1) / 3 pairs per unit
+    that is not. Bigrams: both stay; or one is drawn and stays; or both are drawn, and two neighbours among
+    the drawn come there.
+
+    >>> expected_disorder(150, 0.7)
+    Disorder(displaced=0.693..., kendall_tau=0.383..., bigrams_kept=0.0958...)
+    """
+    check_share("expected_disorder", "ratio", ratio)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise BurdenError(f"expected_disorder: n is {n!r}; expected a number of units, 0 or more")
+    k = int(chosen_count(n, ratio))
+    if k < 2:
+        return Disorder(0.0, 0.0, 1.0)
+    inverted = k * (k - 1) / 4 + (k - 1) * (n - k) / 3
+    kept = (n - k) * (n - k - 1) + 2 * (n - k) + (n - 1 + (k - 1) * (k - 2)) / (n - 1)
+    return Disorder((k - 1) / n, inverted / (n * (n - 1) / 2), kept / (n * (n - 1)))
+
+
+def moved_units(before: str, after: str, *, unit: Unit = "word", tokenizer=None) -> list[tuple[str, bool]]:
+    """`after` in pieces, gaps included, each with whether it is a unit that stands elsewhere than in `before`.
+
+    >>> moved_units("a b c", "b a c")
+    [('b', True), (' ', False), ('a', True), (' ', False), ('c', False)]
+    """
+    _, source = _sources(before, after, unit, tokenizer)
+    pieces = pieces_of(after, unit, tokenizer)
+    moved = [False] * len(pieces)
+    moved[1::2] = (source != np.arange(len(source))).tolist()
+    return [(piece, flag) for piece, flag in zip(pieces, moved, strict=True) if piece]
+
+
+def _sources(before: str, after: str, unit: Unit, tokenizer) -> tuple[int, np.ndarray]:
+    """Units in `before`, and for each unit of `after` its position in `before` or -1, (units,)."""
+    check_unit("measure_disorder", unit)
+    if not isinstance(before, str) or not isinstance(after, str):
+        raise BurdenError(f"measure_disorder: the texts are {before!r} and {after!r}; expected two strings")
+    old, new = (pieces_of(text, unit, tokenizer)[1::2] for text in (before, after))
+    positions = defaultdict(list)
+    for position in range(len(old) - 1, -1, -1):
+        positions[old[position]].append(position)
+    return len(old), np.array([positions[word].pop() if positions[word] else -1 for word in new], np.int64)
+
+
+def _tally(before: str, after: str, unit: Unit, tokenizer) -> np.ndarray:
+    """Units, those displaced, pairs, those inverted, bigrams, those kept, (6,)."""
+    count, source = _sources(before, after, unit, tokenizer)
+    units = max(count, len(source))
+    same = np.count_nonzero(source == np.arange(len(source)))
+    kept = np.count_nonzero((source[1:] == source[:-1] + 1) & (source[:-1] >= 0))
+    found = source[source >= 0]
+    couples = len(found) * (len(found) - 1) // 2
+    return np.array([units, units - same, couples, _inversions(found), max(units - 1, 0), kept])
+
+
+_BLOCK = 64  # compared pair by pair before the merging starts
+_EARLIER = np.triu(np.ones((_BLOCK, _BLOCK), bool), 1)
+
+
+def _inversions(order: np.ndarray) -> int:
+    """Pairs of `order` (n,) in descending order: a merge sort that merges all blocks of one width at once."""
+    width, n = _BLOCK, len(order)
+    size = width << max(-(-n // width) - 1, 0).bit_length()
+    blocks = np.full((size // width, width), order.max(initial=0) + 1)  # the padding inverts nothing
+    blocks.ravel()[:n] = order
+    count = int(np.count_nonzero((blocks[:, :, None] > blocks[:, None, :]) & _EARLIER))
+    blocks.sort(axis=1)
+    while width < n:
+        blocks = blocks.reshape(-1, 2 * width)
+        rank = np.argsort(blocks, axis=1, kind="stable")
+        # In a merged pair, an element of the left half has moved past each smaller one of the right half.
+        count += int(np.nonzero(rank < width)[1].sum()) - len(blocks) * (width * (width - 1) // 2)
+        blocks = np.take_along_axis(blocks, rank, 1)
+        width *= 2
+    return count

@@ -1,0 +1,242 @@
+"""Controls for the notebooks: layout and callbacks only; what they show comes from the other modules.
+
+Everything a callback shows goes into HTML widgets, whose text and picture (a data URI) are plain traits: a
+browser, a headless run and a test see the same, and ipywidgets 7.7 (Colab) and 8 both can do it. `Output`
+widgets and `interact` are not used: they hang headless runs now and then (jupyter/nbclient#312).
+"""
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import ipywidgets
+from IPython.display import HTML, DisplayHandle
+from matplotlib.figure import Figure
+
+from ironlogic.burden import PROTECTED, apply_burden, measure_disorder, moved_units
+from ironlogic.evidence import scramble
+from ironlogic.generate import generate
+from ironlogic.memory import plan_memory
+from ironlogic.models import LoadedModel, use_adapter
+from ironlogic.plots import plot_disorder, plot_losses, plot_memory
+from ironlogic.presets import PRESETS
+from ironlogic.tasks import Task, bayes_ceiling, check_answer
+
+__all__ = ["Explorer", "answer_explorer", "answer_table", "burden_explorer", "live_losses", "memory_explorer"]
+
+_MOVED = "background:#ffe08a;border-radius:3px;color:#111"
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _picture(png: bytes, alt: str) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{escape(alt, quote=True)}" style="max-width:100%" src="data:image/png;base64,{data}">'
+
+
+class Explorer:
+    """Controls above, text and picture below.
+
+    `show(**values)` takes the value of every control by its name and returns HTML and a figure (or None). Each
+    control carries the CSS class `il-<name>-<control>`, text and picture `il-<name>-text` and `-plot`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        controls: Mapping[str, ipywidgets.Widget],
+        show: Callable[..., tuple[str, Figure | None]],
+    ) -> None:
+        self.controls, self._show = dict(controls), show
+        self.text, self.plot = ipywidgets.HTML(), ipywidgets.HTML()
+        for key, control in self.controls.items():
+            control.add_class(f"il-{name}-{key}")
+            control.observe(self._update, names="value")
+        self.text.add_class(f"il-{name}-text")
+        self.plot.add_class(f"il-{name}-plot")
+        self.view = ipywidgets.VBox([*self.controls.values(), self.text, self.plot])
+        self.png = b""
+        self._update()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return {key: control.value for key, control in self.controls.items()}
+
+    def _update(self, _: Any = None) -> None:
+        try:
+            html, figure = self._show(**self.values)
+        except Exception as error:  # a callback's traceback is invisible in most front ends: show it here
+            html, figure = f"<pre style='color:#b00020'>{escape(f'{type(error).__name__}: {error}')}</pre>", None
+        self.text.value = html
+        self.png = _png(figure) if figure else b""
+        alt = ", ".join(f"{key} {value}" for key, value in self.values.items() if key != "text")
+        self.plot.value = _picture(self.png, alt) if figure else ""
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        """The widget where a kernel lives; text and picture for pages without one (GitHub, nbconvert)."""
+        bundle: dict[str, Any] = {
+            "text/plain": f"Explorer({', '.join(f'{k}={v!r}' for k, v in self.values.items())})",
+            "application/vnd.jupyter.widget-view+json": {
+                "version_major": 2,
+                "version_minor": 0,
+                "model_id": self.view.model_id,
+            },
+        }
+        if self.png:
+            bundle["image/png"] = base64.b64encode(self.png).decode()
+        else:
+            bundle["text/html"] = self.text.value
+        return bundle
+
+
+def _slider(label: str, value: float) -> ipywidgets.FloatSlider:
+    return ipywidgets.FloatSlider(
+        value=value, min=0, max=1, step=0.05, description=label, readout_format=".2f", continuous_update=False
+    )
+
+
+def _wide(text: str, *, moved: Sequence[tuple[str, bool]] | None = None) -> str:
+    """Text as it stands, line breaks and all; moved pieces coloured."""
+    pieces = moved if moved is not None else [(text, False)]
+    body = "".join(f'<span style="{_MOVED}">{escape(p)}</span>' if m else escape(p) for p, m in pieces)
+    style = "white-space:pre-wrap;font-family:monospace;border:1px solid #ccc;border-radius:6px;padding:8px"
+    return f'<div dir="auto" style="{style}">{body}</div>'
+
+
+def burden_explorer(
+    text: str, *, ratio: float = 0.7, unit: str = "word", seed: int = 3407, tokenizer: Any = None
+) -> Explorer:
+    """What a burden does to a text: ratio, unit, protected spans and draw; moved words coloured, disorder reached.
+
+    The unit `token` is offered when a tokenizer is given.
+    """
+    units = ["word", "char", "sentence", "seed", *(["token"] if tokenizer else [])]
+
+    def show(text: str, ratio: float, unit: str, protect: bool, draw: int) -> tuple[str, Figure]:
+        options = {"unit": unit, "protect": PROTECTED if protect else (), "seed": seed, "key": (draw, 0, 0)}
+        counting = unit if unit != "token" else "word"
+
+        def burdened(at: float) -> str:
+            return apply_burden(text, ratio=at, tokenizer=tokenizer, **options)
+
+        after = burdened(ratio)
+        reached = measure_disorder(text, after, unit=counting)
+        words = len(text.split())
+        html = (
+            f"<p><b>asked for {ratio:.0%}</b> of {words} words · displaced <b>{reached.displaced:.0%}</b> · "
+            f"Kendall tau distance {reached.kendall_tau:.2f} (random order: 0.50) · "
+            f"neighbours kept {reached.bigrams_kept:.0%}</p>{_wide(text)}"
+            f"<p>what the model is asked instead (moved units coloured):</p>"
+            f"{_wide(after, moved=moved_units(text, after, unit=counting))}"
+        )
+        grid = [i / 10 for i in range(11)]
+        points = [(at, measure_disorder(text, burdened(at), unit=counting)) for at in grid]
+        return html, plot_disorder(points, words=max(words, 2), marked=ratio)
+
+    return Explorer(
+        "burden",
+        {
+            "text": ipywidgets.Textarea(
+                value=text, description="text", layout=ipywidgets.Layout(width="95%", height="110px")
+            ),
+            "ratio": _slider("burden", ratio),
+            "unit": ipywidgets.Dropdown(options=units, value=unit, description="unit"),
+            "protect": ipywidgets.Checkbox(value=True, description="protect code, URLs, LaTeX and tags"),
+            "draw": ipywidgets.IntSlider(
+                value=0, min=0, max=9, description="draw (epoch)", continuous_update=False
+            ),
+        },
+        show,
+    )
+
+
+def answer_explorer(
+    loaded: LoadedModel, arms: Sequence[str], tasks: Sequence[Task], *, ratio: float = 0.7, seed: int = 0
+) -> Explorer:
+    """One problem, scrambled by slider, answered by the base model and by every adapter it carries."""
+
+    def show(problem: int, ratio: float) -> tuple[str, None]:
+        task = tasks[problem]
+        prompt = scramble(task.prompt, ratio, seed=seed, item=problem)
+        head = (
+            f"<p>{escape(task.kind)} · order-{task.order} · the answer is <b>{escape(task.answer)}</b> · an ideal "
+            f"reader of this prompt is right with probability {bayes_ceiling(task, prompt, ratio):.2f}</p>"
+        )
+        return head + _wide(prompt) + answer_table(loaded, arms, [(task, prompt)]).data, None
+
+    options = [(f"{task.kind}: {task.prompt[:60]}", i) for i, task in enumerate(tasks)]
+    wide = ipywidgets.Layout(width="95%")
+    return Explorer(
+        "answers",
+        {
+            "problem": ipywidgets.Dropdown(options=options, value=0, description="problem", layout=wide),
+            "ratio": _slider("burden", ratio),
+        },
+        show,
+    )
+
+
+def answer_table(loaded: LoadedModel, arms: Sequence[str], asked: Sequence[tuple[Task, str]]) -> HTML:
+    """A row per (problem, prompt as asked), a column per arm: the reply, with a mark for right or wrong."""
+    prompts = [prompt for _, prompt in asked]
+    replies = {}
+    for arm in ["base", *arms]:
+        with use_adapter(loaded, None if arm == "base" else arm) as model:
+            replies[arm] = generate(model, prompts, max_new_tokens=72)
+    left = "style='text-align:left;white-space:pre-wrap;vertical-align:top'"
+    head = "".join(f"<th {left}>{escape(name)}</th>" for name in ("asked", "answer", *replies))
+    rows = []
+    for i, (task, prompt) in enumerate(asked):
+        cells = [escape(prompt), escape(task.answer)]
+        for arm in replies:
+            text = replies[arm][i].text
+            cells.append(f"{'✓' if check_answer(task, text) else '✗'} {escape(text)}")
+        rows.append("".join(f"<td {left}>{cell}</td>" for cell in cells))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return HTML(f"<table><tr>{head}</tr>{body}</table>")
+
+
+def live_losses(arm: str) -> Callable[[list[dict[str, Any]]], None]:
+    """A `watch` for train_sft: one line and a loss curve that grow while it trains."""
+    handle = DisplayHandle()
+    handle.display(HTML(f"<p>{escape(arm)}: starting</p>"))
+
+    def watch(lines: list[dict[str, Any]]) -> None:
+        last = lines[-1]
+        left = last["seconds"] / last["step"] * (last["steps"] - last["step"])
+        line = (
+            f"<p><b>{escape(arm)}</b> step {last['step']} of {last['steps']} · loss {last['loss']:.3f} · "
+            f"{last['seconds']:.0f} s, about {left:.0f} s to go · peak {last['peak_gib']:.1f} GiB</p>"
+        )
+        handle.update(HTML(line + _picture(_png(plot_losses({arm: lines})), f"loss of {arm}")))
+
+    return watch
+
+
+def memory_explorer(preset: str, *, card_gib: float = 24) -> Explorer:
+    """What one training step of a system needs, against the memory of a card."""
+
+    def show(preset: str, card_gib: float, length: int) -> tuple[str, Figure]:
+        plan = plan_memory(preset, card_gib=card_gib, length=length)
+        return f"<pre>{escape(plan.table())}</pre>", plot_memory({preset: plan})
+
+    cards = [name for name, p in PRESETS.items() if p.card_gib]
+    return Explorer(
+        "memory",
+        {
+            "preset": ipywidgets.Dropdown(options=cards, value=preset, description="system"),
+            "card_gib": ipywidgets.FloatSlider(
+                value=card_gib, min=8, max=96, step=1, description="card, GiB", continuous_update=False
+            ),
+            "length": ipywidgets.SelectionSlider(
+                options=[512, 1024, 2048, 4096, 8192], value=4096, description="tokens", continuous_update=False
+            ),
+        },
+        show,
+    )

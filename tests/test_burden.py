@@ -1,0 +1,775 @@
+"""What a burden moves and what not; that a draw is uniform, keyed and the same anywhere; the disorder it makes."""
+
+import copy
+import hashlib
+import itertools
+import random
+import re
+import time
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ironlogic import burden_fast, units
+from ironlogic.burden import (
+    Burden,
+    BurdenError,
+    Disorder,
+    apply_burden,
+    apply_burden_many,
+    burden_dataset,
+    burden_ids,
+    burden_messages,
+    expected_disorder,
+    measure_disorder,
+    moved_units,
+    seed_burden,
+)
+
+WORDS = [f"w{i}" for i in range(150)]
+FRAGMENTS = [
+    *[
+        "the",
+        "cat,",
+        "sat.",
+        "Naïve",
+        "e\u0301a",
+        "\u0301x",
+        "你",
+        "好，",
+        "。",
+        "𠀀",
+        "「か\u3099」",
+        "ｶﾞ",
+        "한국어",
+        "नमस्ते",
+    ],
+    *[
+        "👩\u200d👩\u200d👧",
+        "🇩🇪🇫🇷",
+        "❤\ufe0f",
+        "你\ufe0f",
+        "\ufe0f",
+        "\U000e0100",
+        "\u200d",
+        "\ud83d",
+        "\udc00",
+        "\x00",
+        "\x07",
+    ],
+    *["`", "``", "```", "```py\nx = 1\n```", "`a b`", "$", "$$", "$x + y$", "\\(", "\\)", "\\begin{a}", "\\end{a}"],
+    *[
+        "<",
+        ">",
+        "<image>",
+        "<|im_start|>",
+        "<｜User｜>",
+        "</think>",
+        "https://a.b/c?d=e",
+        "http://例",
+        "www.",
+        "://",
+    ],
+    *[
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\r",
+        "\t",
+        "\x0b",
+        "\x1c",
+        "\x85",
+        "\xa0",
+        "\u2003",
+        "\u2028",
+        "\u3000",
+        "\ufeff",
+        "\u200b",
+    ],
+]
+hostile = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=40).map("".join)
+ratios = st.sampled_from([0, 0.3, 0.5, 0.7, 1]) | st.floats(0, 1)
+keys = st.tuples(st.integers(0, 3), st.integers() | st.text(max_size=5), st.integers(0, 3))
+
+
+def seed_function(text, burden_ratio=0.7):
+    """Seed 001's function, on the global generator, written out again."""
+    if not text:
+        return ""
+    words = text.split(" ")
+    if len(words) > 3:
+        number = int(len(words) * burden_ratio)
+        indices = random.sample(range(len(words)), number)
+        subset = [words[i] for i in indices]
+        random.shuffle(subset)
+        shuffled = list(words)
+        for i, index in enumerate(indices):
+            shuffled[index] = subset[i]
+        return " ".join(shuffled)
+    return text
+
+
+def plain_order(n, seed, key):
+    """Positions 0..n-1 by (score, position), from the definition, with Python's own integers."""
+    fields = b"".join(b"i%d;" % field for field in (seed, *key))
+    start = int.from_bytes(hashlib.blake2b(fields, digest_size=8).digest(), "little")
+    scores = []
+    for position in range(n):
+        x = (start + position * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        scores.append(((x ^ (x >> 31)) >> 28, position))
+    return [position for _, position in sorted(scores)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A byte-level BPE of a few hundred tokens: Chinese characters are three of them."""
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|im_start|>", "<|image_pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bare.train_from_iterator(["the cat sat on the mat and the dog sat on the log"] * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bare, additional_special_tokens=special)
+    fast.add_tokens(["ADDED"])
+    assert 256 < len(fast) <= 301
+    return fast
+
+
+# ------------------------------------------------------------------------------------------------------- the draw
+@given(st.lists(st.text("abc.,!", min_size=1, max_size=5), max_size=60), st.integers(0, 1000), st.integers(0, 9))
+def test_a_plain_text_follows_the_written_definition(words, row, tenths):
+    k = (2 * tenths * len(words) + 10) // 20  # ratio * n, halves up, in whole numbers
+    drawn = plain_order(len(words), 5, (1, row, 0))[:k]
+    expected = list(words)
+    for place, source in zip(drawn, sorted(drawn), strict=True):
+        expected[place] = words[source]
+    assert apply_burden(" ".join(words), ratio=tenths / 10, seed=5, key=(1, row, 0)) == " ".join(expected)
+
+
+def test_known_keys_give_known_bytes():
+    text = "The quick brown fox jumps\n  over 9 lazy dogs, `see this` and 请看这里。"
+    known = {
+        (0, 0, 0, 0): "lazy quick brown The 9\n  over and fox dogs, `see this` jumps 里。这请看",
+        (3407, 2, 17, 1): "quick dogs, fox over jumps\n  brown 9 The lazy `see this` and 请。这里看",
+        (3407, 2, "row-17", 1): "The fox brown dogs, jumps\n  over 9 and quick `see this` lazy 。里看请这",
+    }
+    for (seed, *key), moved in known.items():
+        assert apply_burden(text, seed=seed, key=tuple(key)) == moved
+    letters = "The xuick brown doq jumps\n  over 9 lazg dons, `see this` ayf 请看这里。"
+    assert apply_burden(text, unit="char", ratio=0.2, key=(0, 0, 0)) == letters
+    seeded = "fox quick brown this` jumps\n  `see 9 lazy dogs, The over and 请看这里。"
+    assert apply_burden(text, unit="seed", key=(0, 0, 0)) == seeded
+    sentences = apply_burden("One. Two? Three! Four", unit="sentence", ratio=1, key=(0, 0, 2))
+    assert sentences == "Two? One. Three! Four"
+    assert burden_ids(range(10), [True] * 8 + [False] * 2, ratio=0.7) == [4, 0, 2, 3, 1, 5, 7, 6, 8, 9]
+
+
+def test_permutations_are_uniform():
+    """Chi-square of the 24 orders of 4 words, and of which 2 of 4 move; 23 and 5 degrees of freedom, p = 1e-4."""
+    orders = Counter(tuple(burden_fast.draw(4, key, 1.0)) for key in map(plain_key, range(6000)))
+    assert len(orders) == 24
+    assert sum((seen - 250) ** 2 / 250 for seen in orders.values()) < 57
+    pairs = Counter(frozenset(burden_fast.draw(4, key, 0.5).tolist()) for key in map(plain_key, range(6000)))
+    assert len(pairs) == 6
+    assert sum((seen - 1000) ** 2 / 1000 for seen in pairs.values()) < 26
+
+
+def plain_key(row):
+    return int.from_bytes(hashlib.blake2b(b"i0;i%d;" % row, digest_size=8).digest(), "little")
+
+
+def test_fields_of_a_key_do_not_run_into_each_other():
+    text = " ".join(WORDS)
+    cases = [(1, 23), (12, 3), ("1", 23), ("1", "23"), ("12", "3"), ("i1;i23;",), (1, 23, 0), (-1, 23), ()]
+    assert len({apply_burden(text, key=key) for key in cases}) == len(cases)
+    assert apply_burden(text, seed=1, key=(2,)) != apply_burden(text, seed=12)
+    assert apply_burden(text, key=(np.int64(1), 23)) == apply_burden(text, key=(1, 23))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "n", "k"), [(0.7, 10, 7), (0.7, 5, 4), (0.29, 50, 15), (0.15, 10, 2), (1, 3, 3), (0.7, 90, 63)]
+)
+def test_number_of_units_drawn(ratio, n, k):
+    assert len(burden_fast.draw(n, 1, ratio)) == k
+    assert len(burden_fast._draw_rows(np.array([n]), [1], ratio)) == k
+
+
+def test_rows_too_long_for_the_packed_sort_are_drawn_alike():
+    n = (1 << 18) + 1
+    rows = burden_fast._draw_rows(np.array([5, n]), [7, 8], 0.5)
+    assert np.array_equal(rows, np.append(burden_fast.draw(5, 7, 0.5), 5 + burden_fast.draw(n, 8, 0.5)))
+
+
+# ------------------------------------------------------------------------------------------- quick == readable
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(hostile, keys), max_size=8),
+    ratios,
+    st.sampled_from([units.PROTECTED, (), ("code",), ("tag", "url")]),
+)
+def test_many_texts_at_once_give_the_bytes_of_the_reference(rows, ratio, protect):
+    texts = [text for text, _ in rows]
+    many = apply_burden_many(texts, keys=[key for _, key in rows], ratio=ratio, seed=3, protect=protect)
+    assert many == [apply_burden(text, ratio=ratio, seed=3, key=key, protect=protect) for text, key in rows]
+
+
+def test_more_texts_than_one_pass_holds():
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(FRAGMENTS + WORDS, k=rng.randrange(60))) for _ in range(700)]
+    assert apply_burden_many(texts, keys=[(0, i) for i in range(700)]) == [
+        apply_burden(text, key=(0, i)) for i, text in enumerate(texts)
+    ]
+
+
+def test_a_mark_that_opens_a_text_does_not_join_the_text_before():
+    texts = ["é b c d", "\ufe0fx y z w", "❤\ufe0f you and me"]
+    for row in range(20):
+        many = apply_burden_many(texts, keys=[(row, i) for i in range(3)], ratio=1)
+        assert many == [apply_burden(text, key=(row, i), ratio=1) for i, text in enumerate(texts)]
+        assert many[1][0] == "\ufe0f"
+
+
+def test_classes_of_characters_are_those_of_the_patterns():
+    """The table of the quick path against `re` and `str`, code point by code point."""
+    blank = {code for code in range(0x110000) if chr(code).isspace()}
+    assert {int(code) for code in np.flatnonzero(burden_fast._CLASSES == burden_fast._BLANK)} == blank
+    every = "".join(map(chr, range(0x110000)))
+    cjk = {ord(character) for character in units._CJK.findall(every)}
+    assert {int(code) for code in np.flatnonzero(burden_fast._CLASSES == burden_fast._CJK)} == cjk
+    assert {0x3002, 0xFF0C, 0x3042, 0x30A2, 0x4E2D, 0x20000} <= cjk
+    assert not cjk & {ord("a"), ord("é"), ord("한"), ord("ㄱ"), ord("—"), ord("”"), 0x3000, 0x1F600}
+
+
+# ---------------------------------------------------------------------------------------- what stays, what moves
+@settings(max_examples=300, deadline=None)
+@given(hostile, ratios, keys)
+def test_words_keep_their_number_and_whitespace_its_place(text, ratio, key):
+    moved = apply_burden(text, ratio=ratio, key=key)
+    before, after = units.pieces_of(text, "word"), units.pieces_of(moved, "word")
+    assert after[::2] == before[::2]
+    assert Counter(after[1::2]) == Counter(before[1::2])
+    assert re.findall(r"\s", moved) == re.findall(r"\s", text)
+    ends = list(itertools.accumulate(map(len, before)))
+    for start, end in units.protected_spans(text, units.PROTECTED):
+        held = [i for i, stop in enumerate(ends) if start < stop and stop - len(before[i]) < end]
+        assert held
+        assert [after[i] for i in held] == [before[i] for i in held]
+
+
+@settings(max_examples=200, deadline=None)
+@given(hostile, st.sampled_from(["word", "char", "sentence", "seed"]), ratios, keys)
+def test_no_character_is_lost_and_taking_apart_is_exact(text, unit, ratio, key):
+    pieces = units.pieces_of(text, unit)
+    assert "".join(pieces) == text
+    assert len(pieces) % 2 == 1
+    moved = apply_burden(text, unit=unit, ratio=ratio, key=key)
+    assert sorted(moved) == sorted(text)
+    assert apply_burden(text, unit=unit, ratio=0, key=key) == text
+    disorder = measure_disorder(text, moved, unit=unit)
+    assert all(0 <= share <= 1 for share in (disorder.displaced, disorder.kendall_tau, disorder.bigrams_kept))
+    assert "".join(piece for piece, _ in moved_units(text, moved, unit=unit)) == moved
+
+
+SPANS = {
+    "code": ["`x = 1`", "``a ` b``", "```python\ndef f(x):\n    return x + 1\n```"],
+    "url": ["https://example.org/a?b=c&d=1", "www.example.org/x", "ftp://a.b/c"],
+    "latex": [
+        "$x^2 + y = 3$",
+        "$$a\n= b$$",
+        "\\(a + b\\)",
+        "\\[ a + b \\]",
+        "\\begin{align}a &= b\\\\\n c\\end{align}",
+    ],
+    "tag": [
+        "<image>",
+        "<|im_start|>",
+        "<|vision_start|>",
+        "<think>",
+        "</think>",
+        "<｜User｜>",
+        "<br/>",
+        "<start_of_turn>",
+    ],
+}
+
+
+@pytest.mark.parametrize(("kind", "span"), [(kind, span) for kind, spans in SPANS.items() for span in spans])
+def test_protected_spans_stay_where_they_are(kind, span):
+    text = f"{' '.join(WORDS[:10])} {span} {' '.join(WORDS[10:20])}"
+    for row in range(20):
+        moved = apply_burden(text, ratio=1, key=(0, row, 0), protect=(kind,))
+        head, found, tail = moved.partition(span)
+        assert found
+        assert len(head.split()) == len(tail.split()) == 10
+    others = tuple(other for other in SPANS if other != kind)
+    free = [apply_burden(text, ratio=1, key=(0, row, 0), protect=others) for row in range(20)]
+    assert any(one.partition(span)[0].split(" ")[10:] != [""] for one in free)
+
+
+def test_an_open_fence_protects_to_the_end_and_prices_are_no_formula():
+    text = "one two three four\n```python\nfive six seven"
+    assert all(apply_burden(text, ratio=1, key=(i,)).endswith("\n```python\nfive six seven") for i in range(9))
+    assert units.protected_spans("from $5 to $6 or $7-$8, \\$9 or 10$", ("latex",)) == []
+    assert units.protected_spans("a ` lone tick, x < y and a <b c> d", units.PROTECTED) == []
+    assert units.protected_spans("看https://a.b/c，好", ("url",)) == [(1, 14)]
+
+
+def test_a_unit_that_touches_a_span_stays():
+    text = "look at `x y`, and (see https://a.b/c) or <image>Describe it now"
+    fixed = {2: "`x", 3: "y`,", 6: "https://a.b/c)", 8: "<image>Describe"}
+    for row in range(20):
+        moved = apply_burden(text, ratio=1, key=(row,)).split(" ")
+        assert {place: moved[place] for place in fixed} == fixed
+
+
+def test_chinese_really_moves_and_words_never_grow_together():
+    text = "请用Python和Java解释为什么天空是蓝色的，并给出三个例子。𠀀𠀁"
+    moved = {apply_burden(text, key=(row,)) for row in range(50)}
+    assert len(moved) == 50
+    for one in moved:
+        assert sorted(one) == sorted(text)
+        assert re.sub(r"[A-Za-z]+", "w", one).index("w") == 2
+        assert set(re.findall(r"[A-Za-z]+", one)) == {"Python", "Java"}
+    assert measure_disorder(text, moved.pop()).displaced > 0.4
+    assert apply_burden("かき゛く が\u3099ぎ", ratio=1, key=(3,)).count("が\u3099") == 1
+
+
+def test_korean_has_words():
+    text = "나는 오늘 학교에 가지 않았다 그리고 집에서 쉬었다"
+    assert Counter(apply_burden(text, ratio=1).split()) == Counter(text.split())
+
+
+def test_characters_a_reader_sees_are_not_split():
+    clusters = [
+        "👩\u200d👩\u200d👧",
+        "🇩🇪",
+        "🇫🇷",
+        "👍🏽",
+        "e\u0301",
+        "ने",
+        "각",
+        "❤\ufe0f",
+        "🏴\U000e0067\U000e0062\U000e007f",
+    ]
+    text = "ab " + "x".join(clusters) + "\n  cd"
+    for row in range(30):
+        moved = apply_burden(text, unit="char", ratio=1, key=(row,))
+        assert Counter(units.pieces_of(moved, "char")[1::2]) == Counter(units.pieces_of(text, "char")[1::2])
+        assert all(cluster in moved for cluster in clusters)
+        assert units.pieces_of(moved, "char")[::2] == units.pieces_of(text, "char")[::2]
+    assert units.pieces_of("\u0301a\u200d b", "char") == ["\u0301", "a\u200d", " ", "b", ""]
+
+
+def test_sentences_move_whole():
+    text = 'It is late. "Is it?" he said! Well…\n  A heading\nAnother line\n你好。再见！ 3.14 is pi.'
+    whole = [
+        "It is late.",
+        '"Is it?"',
+        "he said!",
+        "Well…",
+        "A heading",
+        "Another line",
+        "你好。",
+        "再见！",
+        "3.14 is pi.",
+    ]
+    assert units.pieces_of(text, "sentence")[1::2] == whole
+    seen = set()
+    for row in range(30):
+        moved = apply_burden(text, unit="sentence", ratio=1, key=(row,))
+        assert Counter(units.pieces_of(moved, "sentence")[1::2]) == Counter(whole)
+        assert units.pieces_of(moved, "sentence")[::2] == units.pieces_of(text, "sentence")[::2]
+        seen.add(moved)
+    assert len(seen) > 20
+    held = "Use `x. y` now. Then go. And stop."
+    assert all(
+        apply_burden(held, unit="sentence", ratio=1, key=(i,)).startswith("Use `x. y` now. ") for i in range(9)
+    )
+
+
+@pytest.mark.parametrize("unit", ["word", "char", "sentence", "seed"])
+def test_too_little_to_move(unit):
+    for text in ("", " ", "\n\n", "a", "  a\n", "`a b c d e f`"):
+        assert apply_burden(text, unit="word", ratio=1) == text
+        if unit != "seed":
+            assert apply_burden(text, unit=unit, ratio=1) == text
+    assert apply_burden("", unit=unit) == ""
+    assert {apply_burden("a b", unit="word", ratio=1, key=(row,)) for row in range(20)} == {"a b", "b a"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\(" * 50_000,
+        "\\begin{a}" * 10_000,
+        "```" * 33_333,
+        "``a" * 33_333,
+        "$$x" * 33_333,
+        "<|" * 50_000,
+        "." * 100_000 + "x",
+    ],
+)
+def test_no_text_takes_quadratic_time(text):
+    began = time.process_time()
+    for unit in ("word", "char", "sentence"):
+        apply_burden(text, unit=unit)
+    apply_burden("a" + "\u0301" * 30_000 + " " * 100_000 + "b", unit="char")
+    assert time.process_time() - began < 10  # a quadratic pattern takes minutes here
+
+
+# -------------------------------------------------------------------------------------------------- the seed's own
+@settings(max_examples=200, deadline=None)
+@given(hostile | st.lists(st.sampled_from(WORDS)).map(" ".join), ratios, st.integers(0, 2**32))
+def test_the_seeds_function_word_for_word(text, ratio, state):
+    rng = random.Random(state)
+    random.seed(state)
+    assert [seed_burden(text, ratio, rng) for _ in range(3)] == [seed_function(text, ratio) for _ in range(3)]
+    assert rng.getstate() == random.getstate()
+
+
+def test_unit_seed_is_the_seeds_function_and_keyed():
+    text = "Keep  this\nin `code fences` and move https://a.b/c as the seed does"
+    moved = {apply_burden(text, unit="seed", key=(0, row)) for row in range(30)}
+    assert len(moved) == 30
+    assert all(Counter(one.split(" ")) == Counter(text.split(" ")) for one in moved)
+    assert len({one.index("`code") for one in moved}) > 3
+    assert apply_burden("only three words", unit="seed") == "only three words"
+
+
+# -------------------------------------------------------------------------------------------------------- tokens
+def test_special_and_added_tokens_never_move(tokenizer):
+    text = "<|im_start|>the cat sat<|image_pad|> ADDED on the mat ADDED and the dog 你好 `the log` end"
+    before = tokenizer(text)["input_ids"]
+    fixed = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    assert sum(token in fixed for token in before) == 4
+    for row in range(20):
+        moved = apply_burden(text, unit="token", ratio=1, key=(row,), tokenizer=tokenizer)
+        assert sorted(moved) == sorted(text)
+        assert "\ufffd" not in moved
+        assert [token for token in tokenizer(moved)["input_ids"] if token in fixed] == [
+            t for t in before if t in fixed
+        ]
+        assert moved.startswith("<|im_start|>")
+        assert "`the log`" in moved
+    assert apply_burden(text, unit="token", tokenizer=tokenizer) != apply_burden(text, tokenizer=tokenizer)
+    assert measure_disorder(text, text, unit="token", tokenizer=tokenizer) == Disorder(0, 0, 1)
+
+
+@pytest.mark.parametrize("wrong", [None, "gpt2", object()])
+def test_tokens_need_a_fast_tokenizer(wrong):
+    with pytest.raises(BurdenError, match="needs a fast tokenizer"):
+        apply_burden("a b c d", unit="token", tokenizer=wrong)
+    with pytest.raises(BurdenError, match="needs a fast tokenizer"):
+        measure_disorder("a b", "b a", unit="token", tokenizer=wrong)
+
+
+@given(st.lists(st.tuples(st.integers(0, 200_000), st.booleans()), max_size=80), ratios, keys)
+def test_ids_that_may_not_move_do_not(pairs, ratio, key):
+    ids, movable = [token for token, _ in pairs], [flag for _, flag in pairs]
+    moved = burden_ids(ids, movable, ratio=ratio, key=key)
+    assert Counter(moved) == Counter(ids)
+    assert [a for a, flag in zip(moved, movable, strict=True) if not flag] == [a for a, flag in pairs if not flag]
+    text = apply_burden(" ".join(f"{token}" for token, flag in pairs if flag), ratio=ratio, key=key)
+    assert [str(a) for a, flag in zip(moved, movable, strict=True) if flag] == text.split()
+
+
+# ------------------------------------------------------------------------------------------------------ disorder
+def brute_disorder(source):
+    """Shares for a permutation given as source positions, pair by pair."""
+    n = len(source)
+    inverted = sum(a > b for a, b in itertools.combinations(source, 2)) / max(n * (n - 1) // 2, 1)
+    kept = sum(b == a + 1 for a, b in itertools.pairwise(source)) / (n - 1) if n > 1 else 1
+    return np.array([sum(a != i for i, a in enumerate(source)) / max(n, 1), inverted, kept])
+
+
+def shares(disorder):
+    return np.array([disorder.displaced, disorder.kendall_tau, disorder.bigrams_kept])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 300).flatmap(lambda n: st.permutations(range(n))))
+def test_disorder_of_a_permutation(source):
+    before, after = (" ".join(f"w{i}" for i in order) for order in (range(len(source)), source))
+    measured = measure_disorder(before, after)
+    np.testing.assert_allclose(shares(measured), brute_disorder(source), atol=1e-12)
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_expected_disorder_is_the_mean_over_all_draws(n):
+    for k in range(n + 1):
+        total, count = np.zeros(3), 0
+        for chosen in itertools.combinations(range(n), k):
+            for images in itertools.permutations(chosen):
+                source = list(range(n))
+                for place, image in zip(chosen, images, strict=True):
+                    source[place] = image
+                total += brute_disorder(source)
+                count += 1
+        np.testing.assert_allclose(shares(expected_disorder(n, k / n)), total / count, atol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "ratio"), [(150, 0.7), (40, 0.3), (12, 1.0)])
+def test_disorder_reached_agrees_with_the_expectation(n, ratio):
+    text = " ".join(f"w{i}" for i in range(n))
+    many = apply_burden_many([text] * 600, keys=[(0, row, 0) for row in range(600)], ratio=ratio)
+    reached = np.array([shares(measure_disorder(text, one)) for one in many])
+    error = reached.std(0, ddof=1) / np.sqrt(len(reached))
+    assert (np.abs(reached.mean(0) - shares(expected_disorder(n, ratio))) <= 4 * error + 1e-12).all()
+
+
+def test_disorder_of_simple_texts():
+    assert measure_disorder("a b c d", "d c b a") == Disorder(1.0, 1.0, 0.0)
+    assert measure_disorder("", "") == measure_disorder("a", "a") == Disorder(0, 0, 1)
+    assert measure_disorder("the cat the dog", "the dog the cat") == Disorder(0.5, 0.5, 0.0)
+    assert measure_disorder("a b c", "a c") == Disorder(2 / 3, 0.0, 0.0)
+    assert measure_disorder("a b", "x a") == Disorder(1.0, 0.0, 0.0)
+    assert measure_disorder("你好吗", "吗好你") == Disorder(2 / 3, 1.0, 0.0)
+    assert measure_disorder("abc", "cab", unit="char") == Disorder(1.0, 2 / 3, 0.5)
+    assert measure_disorder("A b. C d.", "C d. A b.", unit="sentence") == Disorder(1.0, 1.0, 0.0)
+    assert expected_disorder(0, 0.7) == expected_disorder(1, 1) == expected_disorder(150, 0) == Disorder(0, 0, 1)
+
+
+def test_a_long_text_is_measured_quickly():
+    text = " ".join(f"w{i}" for i in range(10_000))
+    moved = apply_burden(text, ratio=1)
+    began = time.process_time()
+    measured = measure_disorder(text, moved)
+    assert time.process_time() - began < 1
+    source = [int(word[1:]) for word in moved.split()]
+    steps = np.array(source)
+    inverted = sum(int((steps[i + 1 :] < steps[i]).sum()) for i in range(len(steps)))
+    assert measured.kendall_tau == inverted / (10_000 * 9_999 / 2)
+    assert 0.48 < measured.kendall_tau < 0.52
+
+
+def test_moved_units_tell_what_to_colour():
+    before, after = "one  two\nthree four", "two  one\nthree four"
+    assert moved_units(before, after) == [
+        *[
+            ("two", True),
+            ("  ", False),
+            ("one", True),
+            ("\n", False),
+            ("three", False),
+            (" ", False),
+            ("four", False),
+        ]
+    ]
+    text = " ".join(WORDS)
+    moved = apply_burden(text)
+    flags = [flag for piece, flag in moved_units(text, moved) if piece.strip()]
+    assert flags == [a != b for a, b in zip(text.split(), moved.split(), strict=True)]
+
+
+# ------------------------------------------------------------------------------------------- messages, data sets
+def chat(row, turns=1):
+    words = [f"r{row}w{i}" for i in range(30)]
+    talk = [{"role": "system", "content": "You are kind and very patient indeed"}]
+    for turn in range(turns):
+        talk.append({"role": "user", "content": " ".join(words[turn:])})
+        talk.append({"role": "assistant", "content": "<think>It is as simple as that</think> Yes it is"})
+    return talk
+
+
+def test_only_the_chosen_roles_move_and_nothing_is_mutated():
+    talk = [{**message, "weight": 1, "extra": {"a": [1]}} for message in chat(0, turns=2)]
+    frozen = copy.deepcopy(talk)
+    moved = burden_messages(talk, Burden(), seed=7, epoch=2, row=5)
+    assert talk == frozen
+    for index, (old, new) in enumerate(zip(talk, moved, strict=True)):
+        expected = (
+            apply_burden(old["content"], seed=7, key=(2, 5, index)) if old["role"] == "user" else old["content"]
+        )
+        assert new == {**old, "content": expected}
+        assert new is not old
+    assert moved[1]["content"] != talk[1]["content"]
+    both = burden_messages(talk, Burden(roles=("user", "system")), seed=7, epoch=2, row=5)
+    assert both[0]["content"] == apply_burden(talk[0]["content"], seed=7, key=(2, 5, 0)) != talk[0]["content"]
+
+
+def test_of_a_content_list_only_the_text_parts_move():
+    image = object()
+    words = " ".join(WORDS[:20])
+    parts = [
+        {"type": "image", "image": image, "text": words},
+        {"type": "text", "text": words},
+        {"type": "text", "text": words},
+    ]
+    talk = [{"role": "user", "content": parts}]
+    content = burden_messages(talk, Burden(), row=3)[0]["content"]
+    assert parts[1]["text"] == words
+    assert content[0]["image"] is image
+    assert content[0]["text"] == words
+    assert content[1]["text"] == apply_burden(words, key=(0, 3, 0)) != words
+    assert content[2]["text"] == apply_burden(words, key=(0, 3, 0, 1)) not in (words, content[1]["text"])
+    plain = burden_messages([{"role": "user", "content": words}], Burden(), row=3)
+    assert plain[0]["content"] == content[1]["text"]
+
+
+def test_mix_is_the_share_of_rows_burdened_at_all():
+    def burdened(mix, epoch=0):
+        chosen = set()
+        for row in range(1000):
+            talk = chat(row, turns=2)
+            moved = burden_messages(talk, Burden(mix=mix), epoch=epoch, row=row)
+            changes = [new != old for new, old in zip(moved, talk, strict=True) if old["role"] == "user"]
+            assert all(changes) == any(changes)
+            chosen |= {row} if any(changes) else set()
+        return chosen
+
+    third, half = burdened(0.3), burdened(0.5)
+    assert abs(len(third) - 300) < 4 * (1000 * 0.3 * 0.7) ** 0.5
+    assert third < half
+    assert burdened(0.3, epoch=1) != third
+    assert burdened(0) == set()
+    assert len(burdened(1)) == 1000
+
+
+def test_redraw_gives_every_epoch_its_own_order():
+    fresh, fixed = Burden(), Burden(redraw=False)
+    orders = [burden_messages(chat(0), fresh, epoch=epoch)[1]["content"] for epoch in range(4)]
+    assert len(set(orders)) == 4
+    assert {burden_messages(chat(0), fixed, epoch=epoch)[1]["content"] for epoch in range(4)} == {orders[0]}
+    mixed = Burden(redraw=False, mix=0.5)
+    for row in range(20):
+        assert burden_messages(chat(row), mixed, epoch=3, row=row) == burden_messages(chat(row), mixed, row=row)
+
+
+@pytest.fixture
+def rows():
+    return datasets.Dataset.from_list([{"messages": chat(row, turns=2), "source": f"s{row}"} for row in range(40)])
+
+
+def test_a_data_set_is_the_messages_of_every_epoch_in_order(rows):
+    burden = Burden(mix=0.6)
+    done = burden_dataset(rows, burden, seed=9, epochs=3)
+    assert done["row"] == list(range(40)) * 3
+    assert done["epoch"] == [epoch for epoch in range(3) for _ in range(40)]
+    assert done["source"] == rows["source"][:] * 3
+    for line in done:
+        before = rows[line["row"]]["messages"]
+        assert line["messages"] == burden_messages(before, burden, seed=9, epoch=line["epoch"], row=line["row"])
+        pairs = [(old["content"], new["content"]) for old, new in zip(before, line["messages"], strict=True)]
+        reached = units.pooled_disorder(
+            [pair for pair, m in zip(pairs, before, strict=True) if m["role"] == "user"]
+        )
+        assert [line["displaced"], line["kendall_tau"], line["bigrams_kept"]] == list(shares(reached))
+    assert 0 < sum(share == 0 for share in done["displaced"]) < 120
+    assert rows.column_names == ["messages", "source"]
+
+
+def test_one_turn_gives_the_row_its_disorder(rows):
+    single = rows.map(lambda row: {"messages": row["messages"][:3]})
+    for line, old in zip(burden_dataset(single, Burden()), single, strict=True):
+        reached = measure_disorder(old["messages"][1]["content"], line["messages"][1]["content"])
+        assert (line["displaced"], line["kendall_tau"], line["bigrams_kept"]) == tuple(shares(reached))
+
+
+def test_a_data_set_does_not_depend_on_processes_or_order(rows):
+    one = burden_dataset(rows, Burden(), seed=1, epochs=2)
+    assert burden_dataset(rows, Burden(), seed=1, epochs=2, num_proc=2).to_list() == one.to_list()
+    named = rows.add_column("row", list(range(40)))
+    mixed = burden_dataset(named.shuffle(seed=4), Burden(), seed=1, epochs=2)
+    assert mixed["row"][:40] != list(range(40))
+    assert sorted(mixed.to_list(), key=lambda line: (line["epoch"], line["row"])) == one.to_list()
+    words = rows.add_column("row", [f"doc-{i}" for i in range(40)])
+    assert burden_dataset(words.select([7]), Burden())[0] == burden_dataset(words, Burden())[7]
+
+
+def test_a_data_set_of_content_lists_keeps_its_other_parts():
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": " ".join(WORDS)}]
+    data = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": parts}]}] * 3)
+    done = burden_dataset(data, Burden())
+    assert done.features["messages"] == data.features["messages"]
+    assert [line["messages"][0]["content"][0] for line in done] == [parts[0]] * 3
+    assert len({line["messages"][0]["content"][1]["text"] for line in done} - {parts[1]["text"]}) == 3
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"ratio": 1.2}, "Burden: ratio is 1.2; expected a number from 0 to 1"),
+        ({"ratio": -0.1}, "Burden: ratio is -0.1; expected a number from 0 to 1"),
+        ({"ratio": "0.7"}, "Burden: ratio is '0.7'; expected a number from 0 to 1"),
+        ({"ratio": float("nan")}, "Burden: ratio is nan; expected a number from 0 to 1"),
+        ({"ratio": True}, "Burden: ratio is True; expected a number from 0 to 1"),
+        ({"ratio": None}, "Burden: ratio is None; expected a number from 0 to 1"),
+        ({"mix": 2}, "Burden: mix is 2; expected a number from 0 to 1"),
+        ({"unit": "words"}, "Burden: unit is 'words'; expected one of word, char, token, sentence, seed"),
+        ({"unit": ["word"]}, "Burden: unit is ['word']; expected one of word, char, token, sentence, seed"),
+        (
+            {"protect": ("code", "emoji")},
+            "Burden: protect is ('code', 'emoji'); expected a tuple of names out of code, ",
+        ),
+        ({"protect": "code"}, "Burden: protect is 'code'; expected a tuple of names out of code, url, latex, tag"),
+        (
+            {"roles": ("bot",)},
+            "Burden: roles is ('bot',); expected a tuple of names out of system, developer, user, ",
+        ),
+        ({"redraw": 1}, "Burden: redraw is 1; expected True or False"),
+    ],
+)
+def test_wrong_settings_are_named(setting, message):
+    with pytest.raises(BurdenError, match=re.escape(message)):
+        Burden(**setting)
+    if setting.keys() <= {"ratio", "unit", "protect"}:
+        for call in (lambda: apply_burden("a b c", **setting), lambda: apply_burden_many([], keys=[], **setting)):
+            with pytest.raises(BurdenError, match=re.escape(message.partition(": ")[2])):
+                call()
+
+
+def test_a_burden_read_back_from_json_is_the_same():
+    assert Burden(protect=["code"], roles=["user"]) == Burden(protect=("code",), roles=("user",))
+    assert hash(Burden(protect=[])) == hash(Burden(protect=()))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: apply_burden(None), "apply_burden: text is None; expected a string"),
+        (lambda: apply_burden("a b c", key=(1.5,)), "key (1.5,); expected a whole number"),
+        (lambda: apply_burden("a b c", key=3), "key 3; expected a whole number"),
+        (lambda: apply_burden_many(["a"], keys=[]), "1 texts and 0 keys"),
+        (lambda: apply_burden_many([None], keys=[()]), "expected strings"),
+        (lambda: burden_ids([1, 2], [True], ratio=1), "2 ids but 1 flags"),
+        (lambda: expected_disorder(-1, 0.5), "n is -1; expected a number of units"),
+        (lambda: measure_disorder("a", None), "expected two strings"),
+        (lambda: measure_disorder("a", "a", unit="line"), "unit is 'line'; expected one of"),
+        (lambda: burden_messages("hello", Burden()), "messages is a str; expected a list"),
+        (lambda: burden_messages([{"content": "x"}], Burden(), row=4), "row 4, message 0 is {'content': 'x'}"),
+        (
+            lambda: burden_messages([{"role": "user", "content": None}], Burden()),
+            "row 0, message 0: content is None",
+        ),
+        (
+            lambda: burden_messages([{"role": "user", "content": [{"type": "text", "text": None}]}], Burden()),
+            "row 0, message 0: text is None; expected a string",
+        ),
+        (lambda: burden_dataset([{"messages": []}], Burden()), "got a list; expected a datasets.Dataset"),
+        (lambda: burden_dataset(datasets.Dataset.from_dict({"text": ["a"]}), Burden()), "the columns are text"),
+        (lambda: burden_dataset(datasets.Dataset.from_dict({"messages": []}), Burden()), "the data has no rows"),
+        (lambda: burden_dataset(datasets.Dataset.from_dict({"messages": [[]]}), Burden(), epochs=0), "epochs is 0"),
+    ],
+)
+def test_bad_input_is_said_in_one_line(call, message):
+    with pytest.raises(BurdenError, match=re.escape(message)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_burdening_twice_is_refused(rows):
+    with pytest.raises(BurdenError, match="is it burdened already"):
+        burden_dataset(burden_dataset(rows, Burden()), Burden())

@@ -1,0 +1,443 @@
+"""Reading chats: every form, every kind of bad row beside good ones, every kind of bad file; splitting."""
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ironlogic import chats
+from ironlogic.chats import ChatError, Rejected, check_chat, describe_rejected, load_chats, split_chats
+
+
+def chat(*texts: str, **extras) -> dict:
+    """A row: texts by user and assistant in turn."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"messages": turns, **extras}
+
+
+GOOD = chat("What is 2 + 2?", "4")
+
+
+def write(folder: Path, *lines: object, name: str = "x.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(
+        b"".join((one if isinstance(one, bytes) else json.dumps(one).encode()) + b"\n" for one in lines)
+    )
+    return path
+
+
+def texts(dataset: datasets.Dataset) -> list[list[tuple[str, str]]]:
+    return [[(turn["role"], turn["content"]) for turn in messages] for messages in dataset["messages"]]
+
+
+# --- forms
+
+
+def test_the_three_forms_in_one_file_become_the_same(tmp_path):
+    sharegpt = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    path = write(
+        tmp_path,
+        chat("Q", "A"),
+        {"conversations": sharegpt},
+        {"conversations": sharegpt, "system": "S"},
+        {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+        {"instruction": "Q", "output": "A"},
+        {"instruction": "Q", "input": "more", "output": "A", "system": "S", "history": [["q", "a"]]},
+        {"instruction": "Q", "input": " ", "output": "A", "system": "", "history": []},
+    )
+    dataset, rejected = load_chats(path)
+    plain, system = [("user", "Q"), ("assistant", "A")], ("system", "S")
+    long = [system, ("user", "q"), ("assistant", "a"), ("user", "Q\n\nmore"), ("assistant", "A")]
+    assert texts(dataset) == [plain, plain, [system, *plain], plain, plain, long, plain]
+    assert rejected == []
+    assert dataset["source_row"][:] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_forced_form_refuses_the_others(tmp_path):
+    path = write(tmp_path, GOOD, {"instruction": "Q", "output": "A"})
+    dataset, rejected = load_chats(path, format="alpaca")
+    assert texts(dataset) == [[("user", "Q"), ("assistant", "A")]]
+    assert str(rejected[0]) == f"{path}:1: instruction is None; expected text"
+    with pytest.raises(ChatError, match="format 'xml' is unknown; expected auto, messages, sharegpt, alpaca"):
+        load_chats(path, format="xml")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet", "list", "dataset"])
+def test_every_source_gives_the_same_rows(tmp_path, kind):
+    rows = [chat("q", "a", order="free", answer=3), chat("你好", "🙂", order="bound", answer=None)]
+    path = tmp_path / f"x{kind}"
+    if kind == ".jsonl":
+        write(tmp_path, *rows)
+    elif kind == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    before = copy.deepcopy(rows)
+    source = {"list": rows, "dataset": datasets.Dataset.from_list(rows)}.get(kind, path)
+    dataset, rejected = load_chats(source)
+    assert rejected == []
+    assert dataset.to_list() == [rows[0] | {"source_row": 1}, rows[1] | {"source_row": 2}]
+    assert rows == before
+
+
+def test_a_dataset_that_was_selected_from_keeps_its_choice():
+    dataset = datasets.Dataset.from_list([chat(f"q{i}", "a") for i in range(5)]).select([3, 1])
+    assert [one[0][1] for one in texts(load_chats(dataset)[0])] == ["q3", "q1"]
+
+
+# --- bad rows beside good ones
+
+ROLE = {"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]}
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+BAD = [
+    (ROLE, "messages[1].role is 'bot'; expected system, user or assistant"),
+    (b'{"messages": [', "line is '{\"messages\": ['; expected JSON in UTF-8: Expecting value: column 15 (char 14)"),
+    (
+        b'{"a": "\xff"}',
+        "line is '{\"a\": \"\ufffd\"}'; expected JSON in UTF-8: 'utf-8' codec can't decode byte 0xff in",
+    ),
+    (b"[" * 100_000, "line is '[[[[[[[[[[[[...[[[[[[[[[[[[['; expected JSON in UTF-8: maximum recursion depth"),
+    (
+        b'{"n": ' + b"1" * 5000 + b"}",
+        "line is '{\"n\": 111111...111111111111}'; expected JSON in UTF-8: Exceeds the",
+    ),
+    ([1, 2], "row is [1, 2]; expected an object"),
+    ("text", "row is 'text'; expected an object"),
+    ({}, "row has the fields nothing; expected messages, or conversations (ShareGPT), or instruction and output"),
+    (
+        {"text": "x", "id": 1},
+        "row has the fields text, id; expected messages, or conversations (ShareGPT), or instr",
+    ),
+    ({"messages": None}, "messages is None; expected a list of turns"),
+    ({"messages": []}, "messages is []; expected a list of turns"),
+    ({"messages": ["hi"]}, "messages[0] is 'hi'; expected an object with role and content"),
+    ({"messages": [{"role": ["user"], "content": "q"}]}, "messages[0].role is ['user']; expected system, user or"),
+    ({"messages": [{"content": "q"}, ANSWER]}, "messages[0].role is None; expected system, user or assistant"),
+    ({"messages": [{"role": "user"}, ANSWER]}, "messages[0].content is None; expected text"),
+    ({"messages": [{"role": "user", "content": 5}, ANSWER]}, "messages[0].content is 5; expected text"),
+    ({"messages": [{"role": "user", "content": " \n"}, ANSWER]}, "messages[0].content is ' \\n'; expected text"),
+    ({"messages": [USER, {"role": "assistant", "content": []}]}, "messages[1].content is ''; expected text"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "audio"}]}]},
+        "messages[1].content[0] is {'type'",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": "a", "tool_calls": [1]}]},
+        "messages[1].tool_calls is [1]; is",
+    ),
+    ({"messages": [ANSWER]}, "messages has no user turn"),
+    ({"messages": [USER]}, "messages has no assistant turn"),
+    ({"messages": [USER, ANSWER, USER]}, "messages ends with a user turn; expected assistant"),
+    ({"messages": [ANSWER, USER, ANSWER]}, "messages has an assistant turn before the first user turn"),
+    (chat("\ud800", "a"), "messages[0].content holds half a surrogate pair, which is not Unicode text"),
+    (chat("q", "a\0"), "messages[1].content holds a NUL character, a sign of UTF-16 or binary data"),
+    (chat("q", "a", id="\udfff"), "column 'id' holds half a surrogate pair, which is not Unicode text"),
+    (
+        {"conversations": [{"from": "bot", "value": "q"}]},
+        "conversations[0].from is 'bot'; expected system, human or gpt",
+    ),
+    ({"instruction": "q", "output": ""}, "output is ''; expected text"),
+    ({"instruction": 3, "output": "a"}, "instruction is 3; expected text"),
+    ({"instruction": "q", "output": "a", "history": [["q"]]}, "history[0] is ['q']; expected [question, answer]"),
+    ({"instruction": "q", "output": "a", "history": 7}, "history[0] is 7; expected [question, answer]"),
+]
+
+
+@pytest.mark.parametrize(("row", "sentence"), BAD, ids=[sentence[:30] for _, sentence in BAD])
+def test_a_bad_row_says_what_it_is_and_costs_no_good_one(tmp_path, row, sentence):
+    path = write(tmp_path, chat("q1", "a1"), row, chat("q2", "a2"))
+    dataset, rejected = load_chats(path)
+    assert [one[0][1] for one in texts(dataset)] == ["q1", "q2"]
+    assert dataset["source_row"][:] == [1, 3]
+    assert len(rejected) == 1
+    assert str(rejected[0]).startswith(f"{path}:2: {sentence}")
+    assert len(str(rejected[0])) < len(str(path)) + 300
+
+
+def test_broken_json_in_line_17_and_a_bot_in_line_18(tmp_path):
+    path = write(tmp_path, *[GOOD] * 16, b'{"messages": [}', ROLE, *[GOOD] * 3)
+    dataset, rejected = load_chats(path)
+    assert len(dataset) == 19
+    assert [(one.line, one.field) for one in rejected] == [(17, "line"), (18, "messages[1].role")]
+
+
+def test_byte_order_mark_windows_newlines_and_blank_lines_keep_the_line_numbers(tmp_path):
+    good = json.dumps(chat("a\u2028b", "c\u0085d"), ensure_ascii=False).encode()
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n\r\n  \n" + good + b"\r\n" + good)  # no newline at the end
+    dataset, rejected = load_chats(path)
+    assert dataset["source_row"][:] == [1, 4, 5]
+    assert texts(dataset)[2] == [("user", "a\u2028b"), ("assistant", "c\u0085d")]
+    assert rejected == []
+
+
+def test_a_line_of_50_megabytes_is_passed_by(tmp_path):
+    path = write(tmp_path, GOOD, b'{"messages": "' + b"x" * 50_000_000 + b'"}', GOOD, b"y" * 40_000_000)
+    dataset, rejected = load_chats(path)
+    assert dataset["source_row"][:] == [1, 3]
+    assert [str(one) for one in rejected] == [f"{path}:{line}: line is longer than 32 MiB" for line in (2, 4)]
+
+
+def test_text_that_is_not_utf8_inside_a_table_costs_its_row_only():
+    messages = pa.array([chat("q", "a")["messages"]] * 3)
+    offsets = pa.array([0, 1, 2, 3], pa.int32()).buffers()[1]
+    broken = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"a\xffc"))
+    dataset, rejected = load_chats(datasets.Dataset(pa.table({"messages": messages, "note": broken})))
+    assert dataset["note"][:] == ["a", "c"]
+    assert dataset["source_row"][:] == [1, 3]
+    assert str(rejected[0]).startswith("row 2: row can't be read ('utf-8' codec can't decode byte 0xff")
+
+
+def test_two_turns_of_one_role_are_allowed():
+    turns = [USER, USER, ANSWER, ANSWER]
+    assert load_chats([{"messages": turns}])[0].to_list() == [{"messages": turns, "source_row": 1}]
+
+
+# --- bad sources
+
+
+def refuse(source, *parts: str, **options) -> None:
+    with pytest.raises(ChatError) as caught:
+        load_chats(source, **options)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_file_without_a_good_row_says_why(tmp_path):
+    path = write(tmp_path, ROLE, ROLE, {"text": "x"}, ROLE, ROLE)
+    refuse(
+        path, "x.jsonl: nothing to train on: 5 rows left out\n", "  4 x messages[1].role is 'bot'; expected system,"
+    )
+    refuse(path, "(line 1, 2, 4, ...)\n", "  1 x row has the fields text; expected messages, or conversations")
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.jsonl", b""), ("x.jsonl", b"\n \n"), ("x.json", b"[]")])
+def test_an_empty_file_is_an_error(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    refuse(tmp_path / name, f"{name}: nothing to train on: it is empty; expected an object with a chat per row")
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    write(tmp_path, GOOD, name="b.jsonl")
+    refuse(tmp_path / "no.jsonl", "no.jsonl: can't be read ([Errno 2] No such file", "check its path")
+    refuse(str(tmp_path), "is a directory; name one file in it (b.jsonl)")
+    refuse(
+        write(tmp_path, GOOD, name="x.csv"),
+        "x.csv: not a kind of file that is read here; expected .jsonl, .json, .pa",
+    )
+    refuse("x" * 5000 + ".jsonl", "can't be read", "too long")
+    refuse(3.5, "the source is a float; expected a path, hub name, list or Dataset")
+    refuse([], "the rows: nothing to train on: it is empty")
+
+
+def test_a_file_without_the_right_to_read_it(tmp_path, monkeypatch):
+    path = write(tmp_path, GOOD)
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refused)
+    refuse(path, "x.jsonl: can't be read ([Errno 13] Permission denied", "rights")
+
+
+def test_broken_json_files_say_where(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('[\n  {"messages": []},\n  {"messages" []}\n]')
+    refuse(path, "x.json: expected JSON in UTF-8: Expecting ':' delimiter: line 3 column 15")
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD))
+    refuse(path, "Extra data: line 2 column 1", "name the file .jsonl")
+    path.write_text(json.dumps(GOOD))
+    refuse(path, "x.json: holds {'messages':", "expected an array of objects")
+
+
+def test_a_parquet_file_that_is_cut_off(tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist([GOOD] * 100), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    refuse(path, "x.parquet: can't be read", "check its path, rights and size")
+
+
+def test_the_hub_is_asked_plainly_and_its_failures_are_one_message(monkeypatch):
+    asked = []
+
+    def hub(*args, **options):
+        asked.append((args, options))
+        if args[0] == "org/down":
+            raise ConnectionError("Couldn't reach\nthe hub")
+        return datasets.Dataset.from_list([GOOD])
+
+    monkeypatch.setattr(chats, "load_dataset", hub)
+    assert len(load_chats("org/chats", split="test")[0]) == 1
+    assert asked == [(("org/chats",), {"split": "test"})]  # and no trust_remote_code
+    refuse(
+        "org/down",
+        "org/down: no such file here, and the split 'train' of a hub dataset",
+        "ConnectionError",
+        "local",
+    )
+
+
+def test_the_real_loader_offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    refuse("nobody/nothing-here", "nobody/nothing-here: no such file here", "could not be loaded (")
+
+
+# --- columns
+
+
+def test_scalars_of_one_type_stay_and_the_rest_goes():
+    rows = [
+        chat("q", "a", order="free", hard=True, level=1, share=1, mixed=1, deep=[1], big=2**70, only=None),
+        chat("q", "a", order="bound", hard=False, level=2, share=0.5, mixed="x", long=2**60, deep=1, big=3),
+        chat("q", "a", order=None, later=7, long=0.5, source_row=99, **{"": "unnamed"}),
+    ]
+    dataset, _ = load_chats(rows)
+    columns = dataset.remove_columns(["messages"]).to_dict()
+    assert columns == {
+        "source_row": [1, 2, 3],
+        "order": ["free", "bound", None],
+        "hard": [True, False, None],
+        "level": [1, 2, None],
+        "share": [1.0, 0.5, None],
+        "later": [None, None, 7],
+        "long": [None, float(2**60), 0.5],
+        "": [None, None, "unnamed"],
+    }
+
+
+def test_rows_whose_keys_are_data_do_not_make_a_wide_table():
+    dataset, _ = load_chats([chat("q", "a", **{f"k{i}": i}) for i in range(500)])
+    assert len(dataset.column_names) == 2 + 64
+    assert len(dataset) == 500
+
+
+def test_rows_in_several_pieces_of_arrow(monkeypatch):
+    monkeypatch.setattr(chats, "_CHUNK", 1000)  # characters
+    dataset, _ = load_chats([chat(f"q{i}" * (i % 50), f"a{i}", n=i) for i in range(1, 200)])
+    rows = [i for i in range(1, 200) if i % 50]  # the others ask nothing
+    assert dataset["n"][:] == rows
+    assert [one[1][1] for one in texts(dataset)] == [f"a{i}" for i in rows]
+
+
+def test_one_image_turns_every_content_into_parts():
+    image = [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What?"}, {"type": "image"}]
+    seen = {"messages": [{"role": "user", "content": image}, ANSWER]}
+    joined = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}, ANSWER]}
+    assert texts(load_chats([joined])[0]) == [[("user", "aa"), ("assistant", "a")]]
+    dataset, _ = load_chats([GOOD, seen])
+    assert dataset[0]["messages"][1]["content"] == [{"type": "text", "text": "4", "image": None}]
+    assert [part["image"] for part in dataset[1]["messages"][0]["content"]] == ["cat.png", None, None]
+    assert check_chat(dataset[0]["messages"]) == GOOD["messages"]  # and back
+    assert check_chat(dataset[1]["messages"]) == seen["messages"]
+
+
+# --- summaries and splits
+
+
+def test_a_summary_counts_reasons_by_frequency():
+    rejected = [Rejected("f", i, f"messages[{i}].role", "'bot'", "expected user") for i in range(1, 6)]
+    rejected += [Rejected("f", 9, name, "", "has no user turn") for name in "abcdef"]
+    assert describe_rejected(rejected).split("\n") == [
+        "11 rows left out",
+        "  5 x messages[1].role is 'bot'; expected user (line 1, 2, 3, ...)",
+        "  1 x a has no user turn (line 9)",
+        "  1 x b has no user turn (line 9)",
+        "  1 x c has no user turn (line 9)",
+        "  1 x d has no user turn (line 9)",
+        "  and 2 more reasons",
+    ]
+    assert describe_rejected([]) == "0 rows left out"
+
+
+def questions(dataset: datasets.Dataset) -> list[str]:
+    return [messages[0]["content"] for messages in dataset["messages"]]
+
+
+def test_the_split_is_the_same_everywhere_and_nothing_straddles_it():
+    names = [f"q{i}" for i in range(2000)]
+    dataset, _ = load_chats([chat(name, answer) for answer in ("a", "b") for name in names])
+    train, test = split_chats(dataset)
+    assert not set(questions(train)) & set(questions(test))
+    assert len(train) + len(test) == len(dataset)
+    assert questions(test)[:5] == SPLIT_ON_ANY_MACHINE
+    assert abs(len(test) / len(dataset) - 0.1) < 4 * (0.1 * 0.9 / 2000) ** 0.5  # four standard errors
+    fewer, _ = load_chats([chat(name, "c") for name in names[::7]])
+    assert set(questions(split_chats(fewer)[1])) == set(questions(test)) & set(names[::7])
+    assert set(questions(split_chats(dataset, seed=1)[1])) != set(questions(test))
+    assert set(questions(test)) < set(questions(split_chats(dataset, holdout=0.2)[1]))
+    assert len(split_chats(dataset, holdout=0)[1]) == 0
+
+
+SPLIT_ON_ANY_MACHINE = ["q10", "q14", "q16", "q26", "q29"]
+
+
+@pytest.mark.parametrize("holdout", [1, -0.1, 70, float("nan")])
+def test_a_holdout_that_is_no_share(holdout):
+    with pytest.raises(ChatError, match=r"holdout is .*; expected a share of the chats, from 0 to below 1"):
+        split_chats(load_chats([GOOD])[0], holdout=holdout)
+
+
+# --- anything at all
+
+WORDS = st.text(min_size=1).filter(lambda text: text.strip() and "\0" not in text)  # no surrogates by default
+KEYS = st.sampled_from(["messages", "conversations", "role", "content", "from", "value", "instruction", "output"])
+KEYS |= (
+    st.sampled_from(["history", "input", "system", "type", "text", "image", "tool_calls", "source_row"]) | st.text()
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just("\ud800")
+LEAVES |= st.sampled_from(["user", "assistant", "system", "human", "gpt", "text", "image"])
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4))
+
+
+@st.composite
+def damaged(draw):
+    """A good row with something else in one place."""
+    row = chat(*draw(st.lists(WORDS, min_size=2, max_size=4)), order="free")
+    place, key = row, draw(st.sampled_from(sorted(row)))
+    while isinstance(place[key], dict | list) and draw(st.booleans()):
+        place = place[key]
+        key = draw(st.sampled_from(sorted(place)) if isinstance(place, dict) else st.integers(0, len(place) - 1))
+    place[key] = draw(JSON)
+    return row
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_whatever_a_file_holds_its_good_rows_come_out_in_order(data):
+    raw = st.binary().map(lambda line: line.replace(b"\n", b""))
+    lines = data.draw(st.lists(JSON | damaged() | raw | WORDS.map(lambda text: chat(text, text[::-1])), max_size=8))
+    good = {}
+    for number in sorted(data.draw(st.sets(st.integers(0, len(lines)), max_size=4))):
+        good[number] = chat(f"question {number}", data.draw(WORDS))
+        lines.insert(number, good[number])
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), *lines)
+        check_fuzzed(path, {number + 1: row for number, row in good.items()}, len(lines))
+    rows = [one for one in lines if not isinstance(one, bytes)]
+    number_of = {id(row): number for number, row in enumerate(rows, 1)}
+    check_fuzzed(rows, {number_of[id(row)]: row for row in good.values()}, len(rows))
+
+
+def check_fuzzed(source, good: dict[int, dict], count: int) -> None:
+    try:
+        dataset, rejected = load_chats(source)
+    except ChatError:
+        assert not good
+        return
+    came = dict(zip(dataset["source_row"], texts(dataset), strict=True))
+    assert list(came) == sorted(came)
+    assert not set(came) & {one.line for one in rejected}
+    assert len(came) + len(rejected) <= count  # blank lines are neither
+    for line, row in good.items():
+        assert came[line] == [(turn["role"], turn["content"]) for turn in row["messages"]]
+    assert all(len(str(one)) < 600 for one in rejected)
+    describe_rejected(rejected).encode()  # can be printed

@@ -1,0 +1,434 @@
+"""The repository itself: its tree, its style, its licence, its requirements, and what README.md promises."""
+
+import ast
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+
+import nbformat
+import pytest
+from packaging.requirements import Requirement
+
+from ironlogic.__main__ import build_parser
+from ironlogic.session import ROOT
+from ironlogic.setup_cell import SETUP_CELL
+
+TOP = {
+    *("notebooks", "ironlogic", "data", "tests", ".ci", "requirements.txt", "pyproject.toml", "README.md"),
+    *("LICENSE", "CHANGELOG.md", ".gitignore", ".gitattributes"),
+}
+# A module imports only from floors above its own (smaller numbers). The text floor is a staircase.
+FLOORS = {
+    0.0: "units statistics setup_cell",
+    0.1: "burden_fast",
+    0.2: "burden",
+    0.3: "presets",
+    1.0: "session chats tasks memory",
+    1.5: "masking",
+    2.0: "models nano",
+    2.5: "runs",
+    3.0: "generate train lens export",
+    4.0: "splice evidence",
+    5.0: "plots notebooks",
+    6.0: "widgets __main__",
+}
+LONGEST_MODULE, LARGEST_FILE, LARGEST_DATA = 380, 6 * 2**20, 25 * 2**20
+SKIPPED = {".git", ".venv", ".venv-test", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+FIRST = (
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/pip install --no-deps "
+    "-r ironlogic/requirements-unsloth.txt && .venv/bin/python -m ironlogic run"
+)
+SECOND = (
+    "python3 -m venv .venv-test && .venv-test/bin/pip install -r requirements.txt -r tests/requirements.txt && "
+    ".venv-test/bin/pip install --no-deps -r ironlogic/requirements-unsloth.txt && .venv-test/bin/python -m pytest"
+)
+
+
+def files() -> list[Path]:
+    """Every file that is or would be in git, relative to the repository."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True) if (ROOT / ".git").exists() else None
+    if done is not None and done.returncode == 0:
+        names = [Path(name) for name in done.stdout.split("\0") if name]
+    else:  # an archive without git
+        names = [path.relative_to(ROOT) for path in ROOT.rglob("*")]
+        names = [name for name in names if not SKIPPED & set(name.parts)]
+    return sorted(name for name in names if (ROOT / name).is_file())
+
+
+FILES = files()
+MODULES = sorted((ROOT / "ironlogic").glob("*.py"))
+SOURCES = [ROOT / name for name in FILES if name.suffix == ".py"]
+
+
+def ruff(*arguments: str | Path) -> str:
+    """What ruff has to say, "" when it is content."""
+    command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "--quiet"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+# -- style
+
+
+def test_ruff_check():
+    assert ruff("check", ".") == ""
+
+
+def test_ruff_format():
+    assert ruff("format", "--check", ".") == ""
+
+
+def test_ruff_reads_notebooks_and_likes_the_setup_cell(tmp_path):
+    cells = [nbformat.v4.new_code_cell(SETUP_CELL), nbformat.v4.new_code_cell("S.runs")]
+    path = tmp_path / "01_x.ipynb"
+    path.write_text(nbformat.writes(nbformat.v4.new_notebook(cells=cells)))
+    config = ("--config", ROOT / "pyproject.toml")
+    assert ruff("check", path, *config) + ruff("format", "--check", path, *config) == ""
+    cells[1].source = "import  json"
+    path.write_text(nbformat.writes(nbformat.v4.new_notebook(cells=cells)))
+    assert "F401" in ruff("check", path, *config)
+    assert ruff("format", "--check", path, *config) != ""
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Modules of this package that a source imports, at any depth."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "ironlogic":
+            yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ironlogic."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield node.module or node.names[0].name
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ironlogic."))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_module(path):
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "a module says what it does and what it does not know"
+    assert len(text.splitlines()) <= LONGEST_MODULE
+    if path.stem == "__init__":
+        return
+    floor = {name: number for number, names in FLOORS.items() for name in names.split()}
+    assert path.stem in floor, "a module has its floor in DESIGN and in FLOORS"
+    below = [name for name in imports(tree) if floor.get(name, 9) >= floor[path.stem]]
+    assert not below, f"{path.stem} imports {below}, which are not above it"
+    assigned = {
+        t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if hasattr(t, "id")
+    }
+    assert "__all__" in assigned
+
+
+def test_imports_are_seen():
+    code = "import os\nfrom ironlogic import a, __version__\nfrom ironlogic.b import c\nimport ironlogic.d"
+    assert list(imports(ast.parse(f"{code}\nfrom .e import f"))) == ["a", "b", "d", "e"]
+
+
+LOADERS = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}
+
+
+def forbidden(source: str) -> Iterator[str]:
+    """What runs code out of a file or from the hub: no source of ours may."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            from_one = isinstance(node, ast.ImportFrom)
+            names = [node.module or ""] if from_one else [alias.name for alias in node.names]
+            yield from (name for name in names if name.partition(".")[0] in LOADERS)
+        elif isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            if call.split(".")[-2:] in (["torch", "load"], ["pandas", "read_pickle"], ["pd", "read_pickle"]):
+                yield call
+            for keyword in node.keywords:
+                if keyword.arg in ("trust_remote_code", "allow_pickle") and ast.unparse(keyword.value) != "False":
+                    yield f"{keyword.arg}={ast.unparse(keyword.value)}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_nothing_runs_foreign_code(path):
+    assert list(forbidden(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from dill import loads",
+        "x = torch.load('a.pt', weights_only=True)",
+        "AutoModel.from_pretrained(p, trust_remote_code=True)",
+        "AutoModel.from_pretrained(p, trust_remote_code=flag)",
+        "np.load(p, allow_pickle=True)",
+    ],
+)
+def test_foreign_code_is_found(source):
+    assert len(list(forbidden(source))) == 1
+    assert (
+        list(forbidden("AutoModel.from_pretrained(p, trust_remote_code=False)\nimport torch\njson.load(f)")) == []
+    )
+
+
+# -- the tree
+
+
+def test_top_level_is_what_the_design_says():
+    top = {name.parts[0] for name in FILES}
+    assert not top - TOP, f"not in the design: {sorted(top - TOP)}"
+    assert not TOP - top, f"missing: {sorted(TOP - top)}"
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_package_is_flat_and_notebooks_are_notebooks():
+    assert [str(name) for name in FILES if name.parts[0] in ("ironlogic", "tests") and len(name.parts) > 2] == []
+    others = [
+        str(name) for name in FILES if name.parts[0] == "notebooks" and not re.match(r"\d\d_\w+\.ipynb$", name.name)
+    ]
+    assert others == []
+
+
+def test_files_are_small():
+    sizes = {name: (ROOT / name).stat().st_size for name in FILES}
+    assert {str(name): size for name, size in sizes.items() if size > LARGEST_FILE} == {}
+    assert sum(size for name, size in sizes.items() if name.parts[0] == "data") <= LARGEST_DATA
+
+
+def test_licence_is_apache():
+    digest = hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
+    assert digest == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"  # the published text
+    assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["requirements.txt", "tests/requirements.txt", "ironlogic/requirements-unsloth.txt"]
+)
+def test_requirements_are_plain_and_bounded(name):
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    needs = [Requirement(line) for line in lines if line]
+    assert needs
+    for need in needs:
+        assert need.url is None
+        assert any(one.operator in ("==", "<", "<=", "~=") for one in need.specifier), f"{need}: no upper bound"
+    named = {need.name: need for need in needs}
+    assert not {"torchvision", "torchaudio"} & named.keys(), "they break a CPU build of torch"
+    assert ("unsloth" in named) == (name == "ironlogic/requirements-unsloth.txt")
+    if "torch" in named:
+        assert [one.operator for one in named["torch"].specifier] == ["=="], (
+            "a range takes a CUDA build of gigabytes"
+        )
+
+
+# -- the command for continuous integration
+
+
+def ci(folder: Path, readme: str | None) -> subprocess.CompletedProcess:
+    """`bash .ci/run` in a folder of that README, a Chromium pretended."""
+    for path, text in (
+        (folder / ".ci/run", (ROOT / ".ci/run").read_text()),
+        (folder / "bin/chromium", "#!/bin/sh\n"),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+    if readme is not None:
+        (folder / "README.md").write_text(readme)
+    (folder / ".venv-test").mkdir(exist_ok=True)
+    environ = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    return subprocess.run(["bash", folder / ".ci/run"], cwd="/", env=environ, capture_output=True, text=True)
+
+
+def test_ci_runs_the_command_of_the_readme(tmp_path):
+    readme = "```sh\nfalse\n```\n## Two\nTo run the tests:\n\n```sh\n{}\n```\n```sh\ntouch late\n```\n"
+    done = ci(tmp_path, readme.format("test ! -e .venv-test && pwd && exit 7"))
+    assert done.returncode == 7
+    assert done.stdout.splitlines()[-1] == str(tmp_path)
+    assert ci(tmp_path, readme.format("true &&\\\n  true")).returncode == 0
+    assert not (tmp_path / "late").exists()
+
+
+@pytest.mark.parametrize("readme", [None, "# Nothing", "run the tests", "To run the tests\n```\n\n```\n"])
+def test_ci_says_when_the_readme_has_no_command(tmp_path, readme):
+    done = ci(tmp_path, readme)
+    assert done.returncode == 2
+    assert "README.md has no fenced block after a line with the words 'run the tests'" in done.stderr
+
+
+# -- README.md
+
+FENCE = re.compile(r"^[ \t]*```(\w*)\n(.*?)^[ \t]*```", re.MULTILINE | re.DOTALL)
+LOOKS_LIKE_A_FILE = re.compile(r"[\w.-]+(/[\w.-]+)*/?$")
+SUFFIXES = (".py", ".ipynb", ".md", ".txt", ".toml", ".jsonl", ".json", ".png", ".safetensors")
+MADE_BY_RUNNING = ("runs", ".venv", ".venv-test")
+
+
+def readme_faults(text: str, root: Path) -> list[str]:
+    """Commands, paths, links and names in that text that this repository does not have."""
+    blocks = [body for _, body in FENCE.findall(text)]
+    prose = FENCE.sub("", text)
+    spans = re.findall(r"`([^`\n]+)`", prose)
+    found = []
+    for command in [line for body in blocks if "──" not in body for line in body.replace("\\\n", " ").splitlines()]:
+        found += command_faults(command, root)
+    for span in spans:
+        found += command_faults(span, root) if span.startswith("python") else span_faults(span, root)
+    for target in re.findall(r"\]\(([^)\s]+)", prose) + re.findall(r"src=[\"']([^\"']+)", prose):
+        local = target.partition("#")[0]
+        if local and not re.match(r"[a-z]+:", local) and not (root / local).exists():
+            found.append(f"link to {target}")
+    for body in blocks:
+        found += tree_faults(body, root)
+    return found
+
+
+def command_faults(line: str, root: Path) -> Iterator[str]:
+    """Modules, subcommands, options and files of a shell line that do not exist."""
+    for part in re.split(r"&&|\|\||[;|]", line.partition(" #")[0]):
+        try:
+            words = shlex.split(part)
+        except ValueError:
+            continue  # no shell line
+        for at, word in enumerate(words[:-1]):
+            if word == "-m" and re.search(r"python[\d.]*$", words[at - 1]):
+                yield from module_faults(words[at + 1], words[at + 2 :], root)
+        own = "ironlogic" in words and "-m" in words  # its arguments are checked by its parser
+        for word in words[1:] if words and not own else []:
+            if is_path(word) and not (root / word).exists():
+                yield f"file {word}"
+
+
+def module_faults(module: str, arguments: list[str], root: Path) -> Iterator[str]:
+    if module == "ironlogic":
+        with redirect_stderr(StringIO()) as said:
+            try:
+                build_parser().parse_args(arguments)
+            except SystemExit as stop:
+                if stop.code:
+                    yield f"python -m ironlogic {' '.join(arguments)}: {said.getvalue().strip().splitlines()[-1]}"
+    elif module.startswith("ironlogic."):
+        path = root / f"{module.replace('.', '/')}.py"
+        if not path.is_file() or '__name__ == "__main__"' not in path.read_text():
+            yield f"python -m {module}"
+    elif find_spec(module) is None:
+        yield f"python -m {module}"
+
+
+def is_path(word: str) -> bool:
+    """Whether a word is meant as a file of this repository: no option, no number, nothing made by running."""
+    if word.partition("/")[0] in MADE_BY_RUNNING or not LOOKS_LIKE_A_FILE.match(word):
+        return False
+    return "/" in word or word.endswith(SUFFIXES)
+
+
+def span_faults(span: str, root: Path) -> Iterator[str]:
+    """`folder/file` has to exist in the repository or beside the modules, `module.name` in the module."""
+    owner, _, name = span.partition("(")[0].partition(".")
+    module = root / "ironlogic" / f"{owner}.py"
+    if module.is_file() and name.isidentifier() and name != "py":
+        if name not in defined_in(module):
+            yield f"name {span}"
+    elif is_path(span) and (span.endswith(SUFFIXES) or span.partition("/")[0] in TOP):  # others are hub names
+        folders = (root, *(root / name for name in ("ironlogic", "notebooks", "data", "tests")))
+        if not any((folder / span).exists() for folder in folders):
+            yield f"file {span}"
+
+
+def defined_in(path: Path) -> set[str]:
+    """Names at the top level of a module."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def tree_faults(block: str, root: Path) -> Iterator[str]:
+    """Files of a tree drawn with lines that do not exist. Four columns are one level."""
+    stack: list[str] = []
+    for line in block.splitlines():
+        if drawn := re.match(r"((?:[│ ] {3})*)[├└]── (\S+)", line):
+            stack = [*stack[: len(drawn[1]) // 4], drawn[2].rstrip("/")]
+            if not (root / Path(*stack)).exists() and stack[0] not in MADE_BY_RUNNING:
+                yield f"tree: {'/'.join(stack)}"
+
+
+def readme() -> str:
+    path = ROOT / "README.md"
+    assert path.is_file(), "README.md is not written yet"
+    return path.read_text(encoding="utf-8")
+
+
+def test_readme_names_nothing_that_is_not_there():
+    assert readme_faults(readme(), ROOT) == []
+
+
+def test_readme_has_the_two_commands_and_every_notebook():
+    text = readme()
+    blocks = [body.strip() for _, body in FENCE.findall(text)]
+    assert FIRST in blocks
+    assert SECOND in blocks
+    after = text[re.search("run the tests", text, re.IGNORECASE).start() :]
+    assert FENCE.search(after)[2].strip() == SECOND  # what .ci/run will take
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        assert path.stem in text or path.stem[:2] + " " in text, f"README does not mention {path.stem}"
+
+
+GOOD_README = """
+```sh
+python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python -m ironlogic run
+.venv/bin/python -m ironlogic run 02 -p RATIO 0.4 --out /tmp/x   # comment
+jupyter lab notebooks/
+```
+Look at `session.start`, `session.py`, `ironlogic/session.py`, `runs/notebooks/x.png`, `python -m pytest`, `0.7`,
+`results`, `google/gemma-3-27b-it`, `data/`, `.ci/run`, [the licence](LICENSE), [below](#run) and
+[elsewhere](https://example.org/x.py#a).
+```
+├── ironlogic/
+│   ├── session.py   this machine
+│   └── presets.py
+├── runs/
+└── LICENSE
+```
+"""
+
+
+def test_readme_check_accepts_what_is_there():
+    assert readme_faults(GOOD_README, ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("-r requirements.txt", "-r requirements-all.txt", "file requirements-all.txt"),
+        ("lab notebooks/", "lab books/", "file books/"),
+        ("-m ironlogic run 02", "-m ironlogic execute 02", "python -m ironlogic execute 02"),
+        ("--out /tmp/x", "--output-folder /tmp/x", "unrecognized arguments"),
+        ("-m pytest", "-m pytset", "python -m pytset"),
+        ("`python -m pytest`", "`python -m ironlogic.session`", "python -m ironlogic.session"),
+        ("`session.start`", "`session.begin`", "name session.begin"),
+        ("`session.py`", "`sessions.py`", "file sessions.py"),
+        ("`ironlogic/session.py`", "`ironlogic/machine.py`", "file ironlogic/machine.py"),
+        ("`.ci/run`", "`.ci/go`", "file .ci/go"),
+        ("`data/`", "`data/none`", "file data/none"),
+        ("(LICENSE)", "(LICENCE)", "link to LICENCE"),
+        ("(LICENSE)", "(LICENSE) ![x](pictures/x.png)", "link to pictures/x.png"),
+        ("└── presets.py", "└── models/x.py", "tree: ironlogic/models/x.py"),
+        ("└── LICENSE", "└── LICENCE", "tree: LICENCE"),
+    ],
+)
+def test_readme_check_finds_what_is_not(old, new, fault):
+    assert GOOD_README.count(old)
+    found = readme_faults(GOOD_README.replace(old, new), ROOT)
+    assert any(fault in one for one in found), found

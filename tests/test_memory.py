@@ -1,0 +1,524 @@
+"""`memory` against published counts, against what PEFT, bitsandbytes and a CPU really hold, and against itself."""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ironlogic import memory
+from ironlogic.memory import ARCHITECTURES, GIB, NF4_BYTES, PlanError, plan_memory
+from ironlogic.presets import PRESETS, LoraSettings
+
+# transformers is imported inside the tests only: where Unsloth is used it has to come first
+
+LORA_BYTES = 10  # float32 weight and gradient, 8-bit Adam
+EIGHT_BIT = "paged_adamw_8bit"
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+MIXTURE = {"moe_intermediate_size": 96, "num_experts": 8, "num_experts_per_tok": 4}
+
+
+def config_of(model_type, **changes):
+    from transformers import CONFIG_MAPPING
+
+    mixture = MIXTURE if model_type == "qwen3_moe" else {}
+    attention = {"layer_types": ["full_attention"] * 3} if model_type == "gemma3_text" else {}
+    return CONFIG_MAPPING[model_type](**(TINY | mixture | attention | changes))
+
+
+def qwen(hidden, inner, layers, heads, tied=False):
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    more = {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": tied}
+    return config_of("qwen3", vocab_size=151936, **sizes, **more)
+
+
+def parameters(plan):
+    """All of them, from a plan in 16 bit."""
+    return round(plan.parts["other weights"] * GIB / 2)
+
+
+def adapter(plan):
+    """Trainable parameters, from a plan with the 8-bit optimizer."""
+    return round(plan.parts["LoRA and optimizer"] * GIB / LORA_BYTES)
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+        ("Gemma-3-12B", 12_187_325_040),
+        ("Gemma-3-27B", 27_432_406_640),
+        ("Qwen3-VL-4B", 4_437_815_808),
+    ],
+)
+def test_totals_are_the_published_ones(name, published):
+    assert ARCHITECTURES[name]["total"] == published
+    assert parameters(plan_memory(name, four_bit=False)) == published
+
+
+def test_every_architecture_is_counted():
+    assert set(ARCHITECTURES) == {
+        "Qwen3-0.6B",
+        "Qwen3-4B",
+        "Gemma-3-12B",
+        "Gemma-3-27B",
+        "Qwen3-30B-A3B",
+        "Qwen3-VL-4B",
+    }
+
+
+def test_lora_has_as_many_parameters_as_unsloths_notebooks_print():
+    counts = {
+        56_758_272: plan_memory("Gemma-3-27B", lora=LoraSettings(rank=8), optimizer=EIGHT_BIT),
+        33_030_144: plan_memory("Qwen3-4B", lora=LoraSettings(rank=16), optimizer=EIGHT_BIT),
+        64_225_280: plan_memory(qwen(5120, 17408, 40, 40), lora=LoraSettings(rank=16), optimizer=EIGHT_BIT),
+        268_435_456: plan_memory(qwen(5120, 25600, 64, 64), lora=LoraSettings(rank=32), optimizer=EIGHT_BIT),
+    }
+    assert {adapter(plan): count for count, plan in counts.items()} == {count: count for count in counts}
+
+
+@pytest.mark.parametrize(("attention", "mlp"), [(True, True), (True, False), (False, True)])
+def test_lora_has_as_many_parameters_as_peft_adds(attention, mlp):
+    lora = LoraSettings(rank=4, attention=attention, mlp=mlp)
+    model = with_lora(config_of("qwen3"), lora, dtype="float32")
+    plan = plan_memory(config_of("qwen3"), lora=lora, optimizer=EIGHT_BIT)
+    assert adapter(plan) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_lora_on_experts_is_counted_per_expert():
+    plans = [
+        plan_memory("Qwen3-30B-A3B", lora=LoraSettings(rank=8, experts=experts), optimizer=EIGHT_BIT)
+        for experts in (True, False)
+    ]
+    one = 8 * ((2048 + 2 * 768) + (768 + 2048))  # rank x (columns + rows) of both matrices of one expert
+    assert adapter(plans[0]) - adapter(plans[1]) == 48 * 128 * one
+
+
+def test_only_the_decoders_matrices_are_in_four_bit():
+    parts = plan_memory("Qwen3-VL-4B").parts
+    hidden, query, key, inner = 2560, 4096, 1024, 9728
+    matrices = 36 * (2 * hidden * query + 2 * hidden * key + 3 * hidden * inner)
+    assert parts["quantised weights"] * GIB == pytest.approx(matrices * NF4_BYTES)
+    assert parts["other weights"] * GIB == pytest.approx((4_437_815_808 - matrices) * 2)
+    assert parts["dequantisation buffer"] * GIB == pytest.approx(2 * hidden * inner)
+
+
+def test_four_bit_bytes_are_those_of_bitsandbytes():
+    import bitsandbytes.functional as bnb
+    import torch
+
+    weight = torch.randn(1024, 2048)
+    packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    held = [packed, state.absmax, state.state2.absmax]
+    measured = sum(t.numel() * t.element_size() for t in held) / weight.numel()
+    assert pytest.approx(measured, rel=1e-6) == NF4_BYTES
+    assert round(NF4_BYTES, 4) == 0.5159
+
+
+def test_what_a_repository_keeps_in_16_bit_is_not_counted_as_four_bit():
+    config = config_of("qwen3", num_hidden_layers=12)
+    before = plan_memory(config).parts
+    skipped = ["lm_head", "model.layers.1.mlp", "vision_tower.encoder.layers.2.mlp"]
+    config.quantization_config = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": skipped}
+    after = plan_memory(config).parts
+    kept = 3 * 128 * 320  # layer 1, not layers 10 and 11
+    difference = (before["quantised weights"] - after["quantised weights"]) * GIB
+    assert difference == pytest.approx(kept * NF4_BYTES)
+    assert (after["other weights"] - before["other weights"]) * GIB == pytest.approx(kept * 2)
+
+
+# ---- activations and logits, measured -------------------------------------------------------------------------
+
+
+def with_lora(config, lora, dtype):
+    """A real model with a float32 adapter, as the training stage makes it."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model.requires_grad_(False)
+    wanted = (memory.ATTENTION if lora.attention else ()) + (memory.MLP if lora.mlp else ())
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(wanted)]
+    inject_adapter_in_model(LoraConfig(r=lora.rank, target_modules=names), model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    return model.train()
+
+
+def peak_bytes(held, step):
+    """The most bytes that `step` has in storages at a time, those of the tensors in `held` not counted."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Watch(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = {t.untyped_storage()._cdata for t in held}
+            self.now = self.peak = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+                if storage._cdata not in self.seen:
+                    self.seen.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+            self.peak = max(self.peak, self.now)
+            return out
+
+        def gone(self, key, size):
+            self.seen.discard(key)
+            self.now -= size
+
+    with Watch() as watch:
+        step()
+    return watch.peak
+
+
+@pytest.mark.parametrize("checkpointing", ["card", False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("model_type", ["qwen3", "llama", "gemma3_text", "qwen3_moe"])
+def test_activations_are_what_a_cpu_measures(model_type, dtype, checkpointing):
+    import torch
+
+    config, lora, tokens = config_of(model_type), LoraSettings(rank=2), 256
+    model = with_lora(config, lora, dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    ids = torch.arange(tokens)[None]
+    half = torch.autocast("cpu", dtype=torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+    def step():
+        with half:
+            loss = model.model(input_ids=ids, use_cache=False).last_hidden_state.sum()
+        loss.backward()
+
+    measured = peak_bytes([*model.parameters(), *model.buffers(), ids], step)
+    place = {"card_gib": 24} if dtype == "bfloat16" else {"card_gib": None, "ram_gib": 24}
+    plan = plan_memory(
+        config, length=tokens, batch_size=1, lora=lora, four_bit=False, checkpointing=checkpointing, **place
+    )
+    assert plan.parts["activations"] * GIB == pytest.approx(measured, rel=0.08)
+
+
+def test_full_logits_are_what_the_loss_of_transformers_holds():
+    import torch
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    tokens, vocabulary = 512, 4096
+    hidden = torch.randn(tokens, 16, dtype=torch.bfloat16, requires_grad=True)
+    head = torch.randn(vocabulary, 16, dtype=torch.bfloat16)
+    labels = torch.randint(0, vocabulary, (1, tokens))
+    measured = peak_bytes(
+        [hidden, head, labels],
+        lambda: ForCausalLMLoss((hidden @ head.T)[None], labels, vocabulary).backward(),
+    )
+    plan = plan_memory(config_of("qwen3", vocab_size=vocabulary), length=tokens, batch_size=1, fused_loss=False)
+    assert plan.parts["logits"] * GIB == pytest.approx(measured, rel=0.03)
+
+
+def test_fused_logits_are_what_the_loss_of_trl_holds():
+    import torch
+    from trl.trainer.sft_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE as chunk
+    from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
+
+    tokens, vocabulary = 600, 4096
+    hidden = torch.randn(1, tokens, 16, dtype=torch.bfloat16, requires_grad=True)
+    head = torch.randn(vocabulary, 16, dtype=torch.bfloat16)
+    labels = torch.randint(0, vocabulary, (1, tokens))
+    measured = peak_bytes(
+        [hidden, head, labels],
+        lambda: _chunked_cross_entropy_loss(hidden, head, chunk, labels)[0].backward(),
+    )
+    plan = plan_memory(config_of("qwen3", vocab_size=vocabulary), length=tokens, batch_size=1)
+    assert plan.parts["logits"] * GIB == pytest.approx(measured, rel=0.03)
+
+
+# ---- whole plans ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "simulated"),
+    [  # GiB of a whole step simulated tensor by tensor (Gemma-3-27B's seed script: 21.4 to 22.0)
+        ("Qwen3-0.6B", {"length": 2048, "batch_size": 2, "lora": LoraSettings(rank=16)}, 3.0),
+        (
+            "Qwen3-0.6B",
+            {
+                "length": 2048,
+                "batch_size": 2,
+                "lora": LoraSettings(rank=16),
+                "four_bit": False,
+                "checkpointing": False,
+                "fused_loss": False,
+            },
+            18.6,
+        ),
+        ("Qwen3-4B", {}, 5.8),
+        ("Qwen3-4B", {"four_bit": False}, 11.0),
+        ("Qwen3-VL-4B", {}, 6.6),
+        ("Qwen3-VL-4B", {"four_bit": False}, 11.8),
+        ("Gemma-3-27B", {}, 21.7),
+        ("Gemma-3-27B", {"checkpointing": "card"}, 24.1),
+        ("Gemma-3-27B", {"checkpointing": "card", "fused_loss": False}, 32.8),
+        ("Qwen3-30B-A3B", {}, 20.6),
+        ("Qwen3-30B-A3B", {"lora": LoraSettings(experts=True)}, 22.5),
+        ("Qwen3-30B-A3B", {"fused_experts_quantized": False}, 61.5),
+    ],
+)
+def test_totals_agree_with_a_simulated_step(name, options, simulated):
+    plan = plan_memory(name, **({"length": 4096, "optimizer": EIGHT_BIT} | options))
+    assert plan.peak_gib == pytest.approx(simulated, rel=0.15)
+
+
+def test_seeds_system_fits_24_gib_only_with_offloaded_checkpoints():
+    seed = "gemma-3-27b-as-seed"
+    assert 21.4 < plan_memory(seed, card_gib=24).peak_gib < 22.0
+    assert plan_memory(seed, card_gib=24).fits
+    on_card = plan_memory(seed, card_gib=24, checkpointing="card")
+    assert not on_card.fits
+    assert on_card.advice.startswith(
+        "largest term to cut: activations (4.7 GiB); fits on 24 GiB with checkpoints in RAM"
+    )
+
+
+def test_experts_without_unsloth_stay_in_16_bit_and_the_plan_says_so():
+    plan = plan_memory("Qwen3-30B-A3B", card_gib=24, fused_experts_quantized=False)
+    assert not plan.fits
+    assert plan.parts["quantised weights"] + plan.parts["other weights"] == pytest.approx(55.6, abs=0.05)
+    assert "28,991,029,248 parameters x 2 bytes = 54.0 of 55.6 GiB" in plan.advice
+    assert "with experts quantised by Unsloth" in plan.advice
+    assert plan_memory("Qwen3-30B-A3B", card_gib=24).fits
+    assert "55.6" in plan_memory("Qwen3-30B-A3B", card_gib=80, fused_experts_quantized=False).advice
+
+
+def test_parts_add_up_to_the_peak_and_the_table_shows_them():
+    plan = plan_memory("Gemma-3-27B", card_gib=16)
+    lines = plan.table().splitlines()
+    assert plan.peak_gib == pytest.approx(sum(plan.parts.values()))
+    assert plan.parts["margin"] == pytest.approx(1 + 0.05 * (plan.peak_gib - plan.parts["margin"]))
+    assert lines[0].startswith("Gemma-3-27B, 27,432.4 M parameters: 4 bit, LoRA rank 8 (attention, mlp)")
+    shown = [float(size) for size in re.findall(r"([\d.]+) GiB$", "\n".join(lines[1:-1]), re.MULTILINE)]
+    assert shown == [round(size, 2) for size in (*plan.parts.values(), plan.peak_gib)]
+    assert lines[-1].startswith("does not fit: nothing fits on 16 GiB: even length 256, ")
+
+
+def test_every_plan_is_quick():
+    plan_memory("Qwen3-0.6B")  # imports
+    for name in ARCHITECTURES:
+        start = time.process_time()
+        assert not plan_memory(name, card_gib=2, length=65536, batch_size=64, fused_loss=False).fits
+        assert time.process_time() - start < 3, name
+
+
+# ---- advice ---------------------------------------------------------------------------------------------------
+
+
+def as_options(advice):
+    """The settings that an advice names, as arguments of `plan_memory`."""
+    said = re.search(r"fits on [\d.]+ GiB with (.*?)(?:;|$)", advice)[1]
+    options = {}
+    for field, pattern in (("length", r"\blength (\d+)"), ("batch_size", r"batch size (\d+)")):
+        if found := re.search(pattern, said):
+            options[field] = int(found[1])
+    if found := re.search(r"LoRA rank (\d+) \((.*?)\)", said):
+        options["lora"] = LoraSettings(rank=int(found[1]), experts="experts" in found[2])
+    options |= {"four_bit": True} if re.search(r"\b4 bit", said) else {}
+    options |= {"optimizer": EIGHT_BIT} if EIGHT_BIT in said else {}
+    options |= {"checkpointing": "offload"} if "checkpoints in RAM" in said else {}
+    options |= {"fused_loss": True} if "fused loss" in said else {}
+    return options | ({"fused_experts_quantized": True} if "experts quantised" in said else {})
+
+
+SETUPS = st.fixed_dictionaries(
+    {
+        "length": st.integers(1, 40_000),
+        "batch_size": st.integers(1, 24),
+        "four_bit": st.booleans(),
+        "lora": st.builds(LoraSettings, rank=st.integers(1, 256), experts=st.booleans()),
+        "optimizer": st.sampled_from(sorted(memory.OPTIMIZER_BYTES)),
+        "checkpointing": st.sampled_from(["offload", "card", False]),
+        "fused_loss": st.booleans(),
+        "fused_experts_quantized": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(options=SETUPS, card=st.floats(1.03, 4))
+def test_what_is_advised_fits_and_what_is_not_needed_is_not_advised(options, card):
+    config = config_of("qwen3_moe", vocab_size=32_768, hidden_size=512, num_experts=64)
+    plan = plan_memory(config, card_gib=card, **options)
+    assert plan.fits == (plan.peak_gib <= 0.98 * card)
+    if plan.fits:
+        assert plan.advice.startswith("fits on ")
+    elif plan.advice.startswith("nothing fits"):
+        smallest = {"length": min(256, options["length"]), "batch_size": 1}
+        smallest["lora"] = LoraSettings(rank=min(8, options["lora"].rank))
+        optimizer = "sgd" if options["optimizer"] == "sgd" else EIGHT_BIT
+        assert not plan_memory(config, card_gib=card, optimizer=optimizer, **smallest).fits
+    else:
+        advised = as_options(plan.advice)
+        assert advised
+        assert plan_memory(config, card_gib=card, **(options | advised)).fits
+        for field in advised:  # without any one of them it doesn't
+            fewer = {name: value for name, value in advised.items() if name != field}
+            assert not plan_memory(config, card_gib=card, **(options | fewer)).fits
+
+
+def test_length_is_cut_no_further_than_needed():
+    plan = plan_memory("32gb", card_gib=21)
+    length = as_options(plan.advice)["length"]
+    assert plan_memory("32gb", card_gib=21, length=length).fits
+    assert not plan_memory("32gb", card_gib=21, length=length + 256).fits
+    assert 256 < length < 4096
+
+
+def test_settings_that_change_nothing_learnt_are_advised_before_those_that_do():
+    plan = plan_memory("Gemma-3-27B", card_gib=24, length=4096, checkpointing="card", fused_loss=False)
+    assert as_options(plan.advice) == {"checkpointing": "offload", "fused_loss": True}
+    assert "largest term to cut: logits (12.0 GiB)" in plan.advice
+
+
+@settings(max_examples=15, deadline=None)
+@given(options=SETUPS)
+def test_more_of_anything_never_takes_less(options):
+    config = config_of("qwen3_moe", num_hidden_layers=1)
+    peak = plan_memory(config, **options).peak_gib
+    lora = options["lora"]
+    for more in (
+        {"length": options["length"] + 1},
+        {"batch_size": options["batch_size"] + 1},
+        {"lora": replace(lora, rank=lora.rank + 1)},
+        {"lora": replace(lora, experts=True)},
+        {"four_bit": False},
+        {"fused_experts_quantized": False},
+        {"optimizer": "adamw_torch"},
+    ):
+        if more.get("four_bit") is False or "fused_experts_quantized" in more:
+            weights = ("quantised weights", "other weights")  # the buffer goes the other way
+            before, after = (plan_memory(config, **(options | extra)).parts for extra in ({}, more))
+            assert sum(after[name] for name in weights) >= sum(before[name] for name in weights)
+        else:
+            assert plan_memory(config, **(options | more)).peak_gib >= peak
+
+
+# ---- what stands for a model ----------------------------------------------------------------------------------
+
+
+def test_preset_name_object_and_its_settings_give_one_plan():
+    preset = PRESETS["32gb"]
+    train = preset.train
+    by_hand = plan_memory(
+        preset.model,
+        length=train.max_length,
+        batch_size=train.batch_size,
+        four_bit=preset.four_bit,
+        lora=train.lora,
+        optimizer=train.optimizer,
+    )
+    assert plan_memory("32gb") == plan_memory(preset) == by_hand
+    assert plan_memory(replace(preset, train=replace(train, max_length=512))).peak_gib < by_hand.peak_gib
+
+
+def test_folder_and_configuration_give_the_same_parts(tmp_path, monkeypatch):
+    config = config_of("qwen3")
+    config.save_pretrained(tmp_path / "nano")
+    before = config.to_dict()
+    plan = plan_memory(config)
+    assert config.to_dict() == before
+    assert plan_memory(tmp_path / "nano").parts == plan.parts
+    monkeypatch.setattr(memory, "DATA", tmp_path)
+    nano = plan_memory("nano", card_gib=None, ram_gib=8)
+    assert nano.fits
+    assert nano.setup.startswith("nano, ")
+    assert "batch size 16, length 256, adamw_torch, no checkpoints" in nano.setup
+
+
+def test_the_presets_general_models_fit_the_cards_they_are_meant_for():
+    for name in ("t4", "24gb", "32gb"):
+        assert plan_memory(name, card_gib=PRESETS[name].card_gib).fits, name
+
+
+def test_cpu_run_is_judged_against_ram_in_float32(monkeypatch):
+    config = config_of("qwen3")
+    plan = plan_memory(config, card_gib=0, ram_gib=4, four_bit=False, optimizer=EIGHT_BIT)
+    assert plan.card_gib == 4
+    assert plan.parts["other weights"] == 2 * plan_memory(config, four_bit=False).parts["other weights"]
+    assert "adamw_torch, no checkpoints" in plan.setup  # 8-bit optimizers need a card
+    for total, fits in ((64, True), (1, False)):
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total * GIB))
+        plan = plan_memory(config, card_gib=None)
+        assert (plan.card_gib, plan.fits) == (total, fits)
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "message"),
+    [
+        ("Qwen4-1T", {}, r"Qwen4-1T: not a folder .*nano, t4.*Qwen3-0\.6B"),
+        (42, {}, r"42: not a folder"),
+        ("Qwen3-0.6B", {"length": 0}, r"length 0, .*expected 1 or more"),
+        ("Qwen3-0.6B", {"batch_size": -2}, r"batch_size -2"),
+        ("Qwen3-0.6B", {"lora": LoraSettings(rank=0)}, r"lora\.rank 0"),
+        ("Qwen3-0.6B", {"card_gib": -1}, r"-1 GiB: .*more than 0 GiB"),
+        ("Qwen3-0.6B", {"card_gib": float("nan")}, r"nan GiB"),
+        ("Qwen3-0.6B", {"optimizer": "adamw"}, r"unknown optimizer 'adamw'; expected one of adamw_torch, "),
+        (
+            "Qwen3-0.6B",
+            {"checkpointing": "yes"},
+            r"checkpointing is 'yes'; expected True, False, 'offload' or 'card'",
+        ),
+    ],
+)
+def test_bad_requests_are_answered_in_one_message(what, options, message):
+    with pytest.raises(PlanError, match=message):
+        plan_memory(what, **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "transformers can't read it"),
+        ("{}", "transformers can't read it"),
+        ('{"model_type": "no_such_model"}', "transformers can't read it.*no_such_model"),
+        ('{"model_type": "qwen3", "hidden_size": "wide"}', "transformers can't read it.*hidden_size"),
+        ('{"model_type": "clip"}', "makes no decoder"),
+        ('{"model_type": "gpt2"}', "makes no decoder"),
+        (json.dumps({"model_type": "phi3", **TINY, "pad_token_id": 0}), "q_proj, k_proj"),
+    ],
+)
+def test_a_folder_that_holds_no_plannable_model_says_why(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(PlanError, match=message) as caught:
+        plan_memory(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_importing_it_stays_light():
+    code = "import sys, ironlogic.memory; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,158 @@
+"""Loading: 4 bit for real, the same training on both backends, the silent bitsandbytes fault, clear refusals."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ironlogic.models import ModelError, add_lora, as_loaded, inference, load_model
+from ironlogic.presets import LoraSettings
+
+import torch  # isort: skip
+
+LORA = LoraSettings(rank=4, alpha=8)
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return load_model("nano", max_length=256)
+
+
+def test_weights_are_in_four_bit(nano):
+    packed = [p for p in nano.model.parameters() if type(p).__name__ == "Params4bit"]
+    assert len(packed) == 4 * 7  # every linear layer of every block, never the head
+    assert nano.four_bit_share > 0.4
+    assert "4 bit" in str(nano)
+    assert load_model("nano", four_bit=False).four_bit_share == 0.0
+
+
+def test_pad_token_is_not_the_end_of_turn(nano):
+    assert nano.tokenizer.pad_token_id != nano.tokenizer.eos_token_id
+
+
+def test_lora_is_on_every_linear_layer_and_seeded():
+    states = []
+    for seed in (1, 1, 2):
+        loaded = add_lora(load_model("nano"), LORA, seed=seed)
+        trained = {name: p for name, p in loaded.model.named_parameters() if p.requires_grad}
+        assert len(trained) == 2 * 4 * 7
+        assert all("lora_" in name for name in trained)
+        states.append(next(p for name, p in trained.items() if "lora_A" in name).detach().clone())
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_second_adapter_is_refused():
+    loaded = add_lora(load_model("nano"), LORA, seed=1)
+    with pytest.raises(ModelError, match="carries an adapter already"):
+        add_lora(loaded, LORA, seed=1)
+
+
+def gradients(loaded, ids, *, evaluate_first: bool) -> torch.Tensor:
+    if evaluate_first:
+        with inference(loaded) as model:
+            model(input_ids=ids)
+    loaded.model.train()
+    loaded.model.zero_grad()
+    loaded.model(input_ids=ids, labels=ids).loss.backward()
+    return torch.cat([p.grad.flatten() for p in loaded.model.parameters() if p.grad is not None])
+
+
+def test_evaluating_first_leaves_gradients_alone():
+    """bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 in evaluation and then returns wrong gradients."""
+    ids = torch.randint(10, 900, (2, 24), generator=torch.Generator().manual_seed(0))
+    loaded = add_lora(load_model("nano"), LORA, seed=1)
+    layers = [m for m in loaded.model.modules() if type(m).__name__ == "Linear4bit"]
+    assert layers
+    # the switch itself, so that the test can fail on any processor
+    assert not any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers)
+    for p in loaded.model.parameters():  # B starts at zero, which would hide half of the gradients
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.05)
+    before = gradients(loaded, ids, evaluate_first=False)
+    after = gradients(loaded, ids, evaluate_first=True)
+    torch.testing.assert_close(before, after)
+
+
+def test_inference_restores_training_mode(nano):
+    nano.model.train()
+    with inference(nano) as model:
+        assert not model.training
+    assert nano.model.training
+    nano.model.eval()
+    with inference(nano):
+        pass
+    assert not nano.model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no-such-model", "no such folder, and not a hub name.*nano"),
+        ("./nowhere", "no such folder"),
+        ("", "no such folder"),
+    ],
+)
+def test_missing_model(name, message):
+    with pytest.raises(ModelError, match=message):
+        load_model(name)
+
+
+def test_folder_without_model(tmp_path):
+    with pytest.raises(ModelError, match=r"no config.json or adapter_config.json"):
+        load_model(tmp_path)
+
+
+def test_hub_name_without_network_is_one_message():
+    with pytest.raises(ModelError, match="someone/some-model can't be loaded") as caught:
+        load_model("someone/some-model")
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_config(tmp_path):
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(ModelError, match="can't be loaded"):
+        load_model(tmp_path)
+
+
+def test_wraps_plain_models(nano):
+    plain = as_loaded(nano.model, nano.tokenizer)
+    assert plain.four_bit_share == pytest.approx(nano.four_bit_share)
+    assert as_loaded(nano) is nano
+
+
+TRAIN = """
+import json, sys
+from ironlogic.models import BACKEND, load_model
+from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.tasks import make_tasks, task_chat
+from ironlogic.train import train_sft
+settings = TrainSettings(learning_rate=5e-3, batch_size=8, accumulation=1, log_steps=1, max_length=256,
+                         lora=LoraSettings(rank=8, alpha=16))
+chats = [task_chat(task) for task in make_tasks(64, seed=1)]
+run = train_sft(load_model("nano", max_length=256), chats, settings, run=sys.argv[1])
+print(json.dumps({"backend": BACKEND, "losses": [line["loss"] for line in run.metrics],
+                  "grads": [line["grad_norm"] for line in run.metrics]}))
+"""
+
+
+@pytest.mark.slow
+def test_both_backends_reach_the_same_losses(tmp_path):
+    found = {}
+    for backend in ("unsloth", "transformers"):
+        done = subprocess.run(
+            [sys.executable, "-c", TRAIN, str(tmp_path / backend)],
+            env=os.environ | {"IRONLOGIC_BACKEND": backend},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[backend] = json.loads(done.stdout.splitlines()[-1])
+        assert found[backend]["backend"] == backend
+    ours, theirs = found["unsloth"], found["transformers"]
+    assert len(ours["losses"]) == 8
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
+    assert ours["grads"] == pytest.approx(theirs["grads"], rel=1e-2)

@@ -1,0 +1,351 @@
+"""Every notebook top to bottom in a fresh kernel without a network; and the runner on small notebooks made here."""
+
+import asyncio
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from queue import Empty
+
+import nbformat
+import pytest
+
+from ironlogic.__main__ import Line, main, read_value
+from ironlogic.notebooks import (
+    NOTEBOOKS,
+    NotebookError,
+    NotebookFailure,
+    NotebookSession,
+    Progress,
+    find_notebooks,
+    in_steps,
+)
+from ironlogic.session import ROOT
+from ironlogic.setup_cell import SETUP_CELL
+
+PRESENT = sorted(NOTEBOOKS.glob("*.ipynb"))
+WIDGET = """
+import ipywidgets as W
+slider, text, seen = W.FloatSlider(value=0.7, max=1.0), W.HTML("start"), []
+slider.observe(lambda change: seen.append(change.new) or text.set_trait("value", f"<b>{change.new}</b>"), "value")
+W.VBox([slider, text])
+""".strip()
+
+
+def outputs(notebook: nbformat.NotebookNode, kind: str, name: str = "") -> list[str]:
+    """Texts of the outputs of that type (stream: of that name)."""
+    found = [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == kind]
+    return [output.get("text") or output.get("evalue") for output in found if output.get("name", "") == name]
+
+
+def checkout() -> set[str]:
+    """What lies in the folders that a notebook could write into by mistake."""
+    folders = (NOTEBOOKS, ROOT / "data", ROOT / "ironlogic")
+    files = {str(path) for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts}
+    return files | {str(path) for path in ROOT.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PRESENT, ids=lambda path: path.stem)
+def test_notebook_top_to_bottom(path, tmp_runs, network_attempts):
+    before = checkout()
+    with NotebookSession(path, timeout=1200) as work:
+        assert outputs(work.notebook, "error") == []
+        assert outputs(work.notebook, "stream", "stderr") == []
+    assert checkout() == before
+    assert network_attempts.read_text() == ""
+
+
+# -- the runner
+
+
+def test_run_good_and_bad(tmp_path, make_notebook, capsys):
+    good = make_notebook(
+        tmp_path / "books/01_good.ipynb",
+        "import os, sys\nprint(A, B, sys.executable, os.getcwd(), os.environ['IRONLOGIC_RUNS'], sep='|')",
+        WIDGET,
+        parameters="A = 1\nB: str = 'b'  # a comment",
+    )
+    bad = make_notebook(
+        tmp_path / "books/02_bad.ipynb", "x = 3", "# why\nimport json\njson.loads('{' * x)", "x = 4"
+    )
+    last = make_notebook(tmp_path / "books/03_last.ipynb", "x = = 1")
+    runs = tmp_path / "results"
+    chosen = ["-p", "B", "two words", "-p", "A", "[1, 2]", "--out", str(runs)]
+    assert main(["run", str(good), str(bad), str(last), *chosen]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == ""
+
+    copy = nbformat.read(runs / "notebooks/01_good.ipynb", as_version=4)
+    nbformat.validate(copy)
+    assert outputs(copy, "stream", "stdout") == [f"[1, 2]|two words|{sys.executable}|{good.parent}|{runs}\n"]
+    state = copy.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    assert "start" in [one["state"].get("value") for one in state.values()]  # so that the copy shows its widgets
+
+    copy = nbformat.read(runs / "notebooks/02_bad.ipynb", as_version=4)
+    assert [cell.execution_count for cell in copy.cells if cell.cell_type == "code"] == [1, 2, 3, 4, None]
+    lines = printed.out.splitlines()
+    at = lines.index("FAILED 02_bad, code cell 4 of 5, line 3:")  # its own three and the parameters set
+    assert lines[at + 1] == "    json.loads('{' * x)"
+    end = lines.index("", at)
+    assert lines[end - 1].startswith("JSONDecodeError: Expecting property name")
+    assert end - at <= 15
+    assert "FAILED 03_last, code cell 3 of 3, line 1:" in lines
+    assert "nbclient" not in printed.out
+
+    table = [
+        line.split() for line in lines[lines.index("notebook                                result    minutes") :]
+    ]
+    assert [row[:2] for row in table[1:4]] == [["01_good", "passed"], ["02_bad", "FAILED"], ["03_last", "FAILED"]]
+    assert all(0 <= float(row[2]) < 5 for row in table[1:4])
+    assert sorted(path.name for path in runs.rglob("*")) == sorted(
+        ["notebooks", "01_good.ipynb", "02_bad.ipynb", "03_last.ipynb"]
+    )
+
+
+def test_the_kernel_is_this_python_whatever_is_registered(tmp_path, make_notebook, monkeypatch):
+    wrong = tmp_path / "share/kernels/python3"
+    wrong.mkdir(parents=True)
+    (wrong / "kernel.json").write_text(
+        json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"})
+    )
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    monkeypatch.setenv("MPLBACKEND", "Agg")  # a shell's choice must not hide the figures
+    startup = tmp_path / "ipython/profile_default/startup"
+    startup.mkdir(parents=True)
+    (startup / "mine.py").write_text("MINE = 1\n")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    path = make_notebook(tmp_path / "01_x.ipynb", "import os, sys", "A + 1")
+    with NotebookSession(path) as work:
+        assert work("sys.executable") == sys.executable
+        assert work("os.environ['MPLBACKEND']") == "module://matplotlib_inline.backend_inline"
+        assert work("'MINE' in globals()") is False
+        assert work("A") == 1
+        folder = Path(work("os.environ['IPYTHONDIR']"))
+        kernel = work("os.getpid()")
+    assert not folder.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
+
+
+def test_setup_cell_in_a_kernel(tmp_path, make_notebook, tmp_runs):
+    (tmp_path / "checkout").symlink_to(ROOT, target_is_directory=True)
+    path = make_notebook(tmp_path / "01_x.ipynb", SETUP_CELL, "S.notebook")
+    with NotebookSession(path, timeout=120) as work:
+        assert outputs(work.notebook, "stream", "stderr") == []
+        assert work("str(S.root), str(S.runs), S.preset, S.installed") == (str(ROOT), str(tmp_runs), "nano", ())
+        assert work("os.environ['HF_HUB_OFFLINE']") == "1"
+        assert str(tmp_runs) in outputs(work.notebook, "stream", "stdout")[0]
+
+
+def test_questions_and_widgets(tmp_path, make_notebook):
+    path = make_notebook(tmp_path / "01_x.ipynb", WIDGET)
+    with NotebookSession(path, parameters={"A": {"k": [1, None]}}, timeout=60) as work:
+        assert work("A") == {"k": [1, None]}
+        assert (work("slider.value"), work("text.value"), work("seen")) == (0.7, "start", [])
+        work.move("slider", value=0.2)
+        assert (work("slider.value"), work("text.value"), work("seen")) == (0.2, "<b>0.2</b>", [0.2])
+        work.move("slider", value=7)  # a browser cannot leave the range either
+        assert work("seen") == [0.2, 1.0]
+        with pytest.raises(NotebookFailure, match=r"01_x: nothing: NameError: name 'nothing' is not defined"):
+            work("nothing")
+        with pytest.raises(NotebookFailure, match=r"01_x: slider is .* not a literal"):
+            work("slider")
+        assert len(work.notebook.cells) == 4  # title, parameters, the one set, the widget: no question stays
+
+
+def test_a_kernel_that_dies_or_never_ends(tmp_path, make_notebook):
+    path = make_notebook(tmp_path / "01_x.ipynb", "import os; os._exit(3)")
+    with pytest.raises(NotebookFailure, match=r"01_x, code cell 2 of 2: the kernel died"), NotebookSession(path):
+        pass
+    path = make_notebook(tmp_path / "02_x.ipynb", "import time; time.sleep(60)")
+    began = time.monotonic()
+    with pytest.raises(NotebookFailure, match="no end after 1 s"), NotebookSession(path, timeout=1):
+        pass
+    assert time.monotonic() - began < 30
+
+
+def test_ctrl_c_ends_cleanly(tmp_path, make_notebook):
+    code = "import os, pathlib, time\nprint('pid', os.getpid())\npathlib.Path('begun').touch()\ntime.sleep(60)"
+    path = make_notebook(tmp_path / "01_x.ipynb", code)
+    runs = tmp_path / "runs"
+    command = [sys.executable, "-m", "ironlogic", "run", str(path), "--out", str(runs)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, complained = process.communicate(timeout=30)
+    assert (process.returncode, complained) == (130, "\ninterrupted\n")
+    assert "Traceback" not in printed
+    copy = nbformat.read(runs / "notebooks/01_x.ipynb", as_version=4)
+    assert outputs(copy, "error") == [""]  # the cell's own KeyboardInterrupt
+    kernel = int(outputs(copy, "stream", "stdout")[0].split()[1])
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
+
+
+def test_bad_arguments_are_said_and_nothing_runs(tmp_path, make_notebook, capsys):
+    path = make_notebook(tmp_path / "01_x.ipynb", "print(1)", parameters="RATIO = 0.7\nSEED = 1")
+    other = make_notebook(tmp_path / "02_x.ipynb", "print(1)", parameters="DATA = None")
+    broken = make_notebook(tmp_path / "03_x.ipynb")
+    broken.write_text("{")
+    (tmp_path / "file").write_text("")
+    for argv, said in (
+        (
+            ["run", str(path), str(other), "-p", "RATOI", "0.5"],
+            "unknown parameter RATOI; there are DATA, RATIO, SEED",
+        ),
+        (["run", "no_such"], "no notebook 'no_such'; there are"),
+        (["run", str(broken)], "cannot be read as a notebook"),
+        (["run", str(path), "--out", str(tmp_path / "file")], "Set IRONLOGIC_RUNS to another folder"),
+        (["format", str(broken)], "cannot be read as a notebook"),
+    ):
+        assert main(argv) == 2
+        printed = capsys.readouterr()
+        assert said in printed.err
+        assert printed.err.startswith("error: ")
+        assert "[1/" not in printed.out
+    with pytest.raises(NotebookError, match="unknown parameter RATOI; there are RATIO, SEED"):
+        NotebookSession(path, parameters={"RATOI": 1})
+
+
+def test_values_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").write_text("{}")
+    read = {
+        text: read_value(text) for text in ("0.5", "None", "'x'", "[1]", "nano", "1 +", "mine.jsonl", "other.jsonl")
+    }
+    assert read == {
+        "0.5": 0.5,
+        "None": None,
+        "'x'": "x",
+        "[1]": [1],
+        "nano": "nano",
+        "1 +": "1 +",
+        "mine.jsonl": str(tmp_path / "mine.jsonl"),
+        "other.jsonl": "other.jsonl",
+    }
+
+
+def test_notebooks_are_found_by_number_name_and_path(tmp_path, make_notebook, monkeypatch):
+    one, two = (make_notebook(tmp_path / f"{name}.ipynb") for name in ("00_one", "01_two"))
+    assert find_notebooks(folder=tmp_path) == [one, two]
+    assert find_notebooks(["1", "01", "01_two", "01_two.ipynb", str(two)], folder=tmp_path) == [two]
+    assert find_notebooks(["01_two", "00"], folder=tmp_path) == [two, one]
+    with pytest.raises(NotebookError, match="no notebook '2'; there are 00_one, 01_two"):
+        find_notebooks(["2"], folder=tmp_path)
+    with pytest.raises(NotebookError, match="no notebooks in"):
+        find_notebooks(folder=tmp_path / "none")
+
+
+def test_format(tmp_path, make_notebook, capsys):
+    path = make_notebook(tmp_path / "01_x.ipynb", "x = 1")
+    assert main(["format", "--check", str(path)]) == 0
+    right = path.read_bytes()
+    path.write_bytes(right.replace(b'"execution_count": null', b'"execution_count": 4'))
+    wrong = path.read_bytes()
+    assert main(["format", "--check", str(path)]) == 1
+    assert path.read_bytes() == wrong
+    assert "would change: 01_x.ipynb" in capsys.readouterr().out
+    assert main(["format", str(path)]) == 0
+    assert path.read_bytes() == right
+    path.write_bytes(right.replace(b"\n", b"\r\n"))  # an editor on Windows
+    assert main(["format", "--check", str(path)]) == 1
+    assert main(["format", str(path)]) == 0
+    checked = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--check", path], cwd=ROOT, capture_output=True
+    )
+    assert checked.returncode == 0, checked.stderr  # the two agree on what is normal
+
+
+def test_without_a_command_help_is_printed(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("run", "format", "session"))
+
+
+def test_the_runner_loads_no_torch(tmp_path, make_notebook):
+    path = make_notebook(tmp_path / "01_x.ipynb", "A")
+    code = f"""
+import sys
+from ironlogic.__main__ import main
+assert main(["run", {str(path)!r}, "--out", {str(tmp_path)!r}]) == 0
+print("HEAVY", sys.modules.keys() & {{"torch", "transformers", "datasets", "unsloth", "IPython"}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "HEAVY set()"
+
+
+def test_progress_on_a_terminal_and_in_a_log(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "32")
+    for stream, expected in (
+        (Terminal(), "\r  [2/9]    3.0 s  x = train(...\r  [2/9]    4.0 s  x = 1        \n"),
+        (io.StringIO(), "  [2/9]    4.0 s  x = 1\n"),
+    ):
+        monkeypatch.setattr(sys, "stdout", stream)
+        line = Line()
+        line.show(Progress(2, 9, "x = train(...)", 3.0, False))
+        line.show(Progress(2, 9, "x = 1", 4.0, True))
+        line.end()
+        assert stream.getvalue() == expected
+
+
+def test_waiting_in_steps_survives_a_missed_message():
+    asked = []
+
+    async def get(timeout: float) -> str:
+        """A socket that lets the first two waits pass although its message is there."""
+        asked.append(timeout)
+        await asyncio.sleep(0)
+        if len(asked) < 3:
+            raise Empty
+        return "reply"
+
+    assert asyncio.run(asyncio.wait_for(in_steps(get, None, step=0.01), 5)) == "reply"
+    assert asked == [0.01] * 3
+
+    async def never(timeout: float) -> str:
+        await asyncio.sleep(timeout)
+        raise Empty
+
+    began = time.monotonic()
+    with pytest.raises(Empty):
+        asyncio.run(in_steps(never, 0.2, step=0.05))
+    assert 0.2 <= time.monotonic() - began < 2
+
+
+def test_the_network_is_closed_in_kernels_and_below(tmp_path, make_notebook, network_attempts):
+    code = """
+import socket, subprocess, sys, urllib.request
+said = []
+for attempt in (
+    lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
+    lambda: urllib.request.urlopen("http://example.invalid/x", timeout=1),
+    lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.2", 53)),
+):
+    try:
+        attempt()
+    except OSError as error:
+        said.append(str(error))
+below = [sys.executable, "-c", "import socket; socket.gethostbyname('example.org')"]
+subprocess.run(below, stderr=subprocess.DEVNULL)
+server = socket.create_server(("127.0.0.1", 0))
+socket.create_connection(server.getsockname()).close()
+socket.create_connection(("localhost", server.getsockname()[1])).close()
+""".strip()
+    with NotebookSession(make_notebook(tmp_path / "01_x.ipynb", code)) as work:
+        said = work("said")
+    assert len(said) == 3
+    assert all("the tests have closed the network" in one for one in said)
+    assert network_attempts.read_text().split() == ["192.0.2.1", "example.invalid", "192.0.2.2", "example.org"]
+    network_attempts.write_text("")  # these were meant

@@ -1,0 +1,253 @@
+"""A stage: what is trained, the run folder, going on after an interrupt or a kill, and clear refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from ironlogic.burden import Burden
+from ironlogic.models import load_model
+from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.runs import RunError, newest_whole_checkpoint, open_run
+from ironlogic.tasks import make_tasks, task_chat
+from ironlogic.train import _prepare, train_sft
+
+import torch  # isort: skip
+import peft  # isort: skip
+import transformers  # isort: skip
+from safetensors.torch import load_file  # isort: skip
+
+SETTINGS = TrainSettings(
+    learning_rate=5e-3,
+    batch_size=4,
+    accumulation=1,
+    max_length=128,
+    log_steps=1,
+    save_steps=3,
+    lora=LoraSettings(rank=4, alpha=8),
+)
+CHATS = [task_chat(task) for task in make_tasks(32, seed=1)]
+
+
+def nano():
+    return load_model("nano", max_length=128)
+
+
+def as_dataset(chats):
+    import datasets
+
+    return datasets.Dataset.from_list([{"messages": messages} for messages in chats])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train_sft(nano(), CHATS, SETTINGS, run=tmp_path_factory.mktemp("runs") / "a", burden=Burden())
+
+
+def test_loss_falls_and_every_decision_is_written_down(finished):
+    losses = [line["loss"] for line in finished.metrics]
+    assert len(losses) == 8
+    assert sum(losses[-3:]) < sum(losses[:3])
+    record = json.loads((finished.folder / "run.json").read_text())
+    assert record["finished"]
+    assert record["stage"] == "ft"
+    assert record["burden"]["ratio"] == 0.7
+    assert record["settings"]["lora"]["rank"] == 4
+    assert record["versions"]["trl"] == "1.14.2"
+    assert record["four_bit_share"] > 0.4
+    assert not (finished.folder / "checkpoints").exists()
+
+
+def test_adapter_is_plain_peft(finished):
+    tensors = load_file(finished.adapter / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 4 * 7
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    base = transformers.AutoModelForCausalLM.from_pretrained("data/nano")
+    plain = peft.PeftModel.from_pretrained(base, finished.adapter)
+    assert plain.peft_config["default"].r == 4
+
+
+def test_reloaded_model_is_the_trained_one(finished):
+    ids = torch.randint(10, 900, (1, 20), generator=torch.Generator().manual_seed(0))
+    again = open_run(finished.folder).model()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.model(input_ids=ids).logits, finished.loaded.model.eval()(input_ids=ids).logits
+        )
+
+
+def test_same_run_is_not_trained_twice(finished):
+    before = (finished.folder / "run.json").read_bytes()
+    again = train_sft(nano(), CHATS, SETTINGS, run=finished.folder, burden=Burden())
+    assert again.loaded is None
+    assert again.record == finished.record
+    assert (finished.folder / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"burden": None}, "stage, burden"),
+        ({"burden": Burden(ratio=0.3)}, "burden"),
+        ({"settings": replace(SETTINGS, seed=1)}, "settings"),
+        ({"chats": CHATS[1:]}, "rows, data_sha256"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(finished, change, named):
+    call = {"chats": CHATS, "settings": SETTINGS, "burden": Burden()} | change
+    with pytest.raises(RunError, match=f"differs in {named}"):
+        train_sft(nano(), call["chats"], call["settings"], run=finished.folder, burden=call["burden"])
+
+
+def test_end_of_turn_is_trained_and_the_prompt_is_not():
+    loaded = nano()
+    rows, _ = _prepare(loaded, as_dataset(CHATS), SETTINGS, None)
+    for row in rows:
+        trained = [token for token in row["labels"] if token >= 0]
+        text = loaded.tokenizer.decode(trained)
+        assert text.endswith("<|im_end|>")
+        assert text.count("<|im_end|>") == 1
+        assert "<|im_start|>" not in text
+        assert "Answer:" in text
+
+
+def test_loss_on_all_tokens_is_the_seeds_way():
+    rows, _ = _prepare(nano(), as_dataset(CHATS), replace(SETTINGS, loss="all"), None)
+    assert all(row["labels"] == row["input_ids"] for row in rows)
+
+
+def test_burden_is_drawn_anew_every_epoch_unless_told_not_to():
+    loaded, settings = nano(), replace(SETTINGS, epochs=3, batch_size=1)
+
+    def prompts(burden):
+        rows, _ = _prepare(loaded, as_dataset(CHATS), settings, burden)
+        third = len(rows) // 3
+        return [{tuple(r["input_ids"]) for r in rows.select(range(e * third, (e + 1) * third))} for e in range(3)]
+
+    fresh, once = prompts(Burden()), prompts(Burden(redraw=False))
+    assert fresh[0] != fresh[1] != fresh[2] != fresh[0]
+    assert once[0] == once[1] == once[2]
+
+
+def test_twin_sees_the_same_rows_in_the_same_order():
+    loaded = nano()
+    ft, _ = _prepare(loaded, as_dataset(CHATS), SETTINGS, Burden())
+    sft, _ = _prepare(loaded, as_dataset(CHATS), SETTINGS, None)
+    answers = [[[t for t in row["labels"] if t >= 0] for row in rows] for rows in (ft, sft)]
+    assert answers[0] == answers[1]
+    assert [r["input_ids"] for r in ft] != [r["input_ids"] for r in sft]
+
+
+def test_rows_beyond_the_context_are_counted(tmp_path):
+    long = [{"role": "user", "content": "word " * 500}, {"role": "assistant", "content": "Answer: 1"}]
+    run = train_sft(nano(), [*CHATS[:7], long], replace(SETTINGS, log_steps=1), run=tmp_path / "long")
+    assert "1 of 8 rows is longer than 128 tokens" in run.record["data"]
+    assert "1 had no trained token left" in run.record["data"]
+
+
+def test_watch_sees_every_logged_step(tmp_path):
+    seen = []
+    train_sft(nano(), CHATS[:8], SETTINGS, run=tmp_path / "w", watch=lambda lines: seen.append(len(lines)))
+    assert seen == [1, 2]
+
+
+def interrupt_at(step, error):
+    def watch(lines):
+        if lines[-1]["step"] == step:
+            raise error
+
+    return watch
+
+
+def weights(run):
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def test_interrupted_run_goes_on_to_the_same_bytes(finished, tmp_path, capsys):
+    folder = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(nano(), CHATS, SETTINGS, run=folder, burden=Burden(), watch=interrupt_at(5, KeyboardInterrupt()))
+    assert "go on from checkpoint-3" in capsys.readouterr().out
+    with pytest.raises(RunError, match="has not finished"):
+        open_run(folder)
+    again = train_sft(nano(), CHATS, SETTINGS, run=folder, burden=Burden())
+    assert [line["step"] for line in again.metrics] == list(range(1, 9))
+    assert [line["loss"] for line in again.metrics] == [line["loss"] for line in finished.metrics]
+    for name, tensor in weights(finished).items():
+        assert torch.equal(tensor, weights(again)[name]), name
+
+
+def test_half_written_checkpoint_is_passed_over(tmp_path):
+    for step in (3, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"step": step}, folder / name)
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-6"
+    whole = (tmp_path / "checkpoint-6" / "optimizer.pt").read_bytes()
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(whole[: len(whole) // 2])
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
+    assert newest_whole_checkpoint(tmp_path) is None
+
+
+def test_non_finite_gradient_stops_before_the_weights_are_ruined(tmp_path):
+    loaded = nano()
+    hooked = next(m for n, m in loaded.model.named_modules() if n.endswith("layers.2.mlp.up_proj"))
+    hooked.register_forward_hook(lambda module, args, out: out * float("nan"))
+    with pytest.raises(RunError, match="not finite"):
+        train_sft(loaded, CHATS[:8], SETTINGS, run=tmp_path / "nan")
+    assert all(p.isfinite().all() for p in loaded.model.parameters() if p.is_floating_point())
+
+
+def test_unwritable_results_folder_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="can't be written.*IRONLOGIC_RUNS"):
+        train_sft(nano(), CHATS[:4], SETTINGS, run=tmp_path / "file" / "run")
+
+
+def test_full_disk_is_one_message(tmp_path):
+    with pytest.raises(RunError, match="No space left.*IRONLOGIC_RUNS"):
+        train_sft(
+            nano(),
+            CHATS[:8],
+            SETTINGS,
+            run=tmp_path / "full",
+            watch=interrupt_at(1, OSError(28, "No space left on device")),
+        )
+
+
+def test_adapter_can_be_trained_further(finished, tmp_path):
+    first = weights(finished)
+    run = train_sft(open_run(finished.folder).model(), CHATS[:8], SETTINGS, run=tmp_path / "polish")
+    assert any(not torch.equal(first[name], tensor) for name, tensor in weights(run).items())
+    assert run.record["trained_parameters"] == finished.record["trained_parameters"]
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+from test_train import CHATS, SETTINGS, nano
+from ironlogic.burden import Burden
+from ironlogic.train import train_sft
+def watch(lines):
+    if lines[-1]["step"] == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+train_sft(nano(), CHATS, SETTINGS, run=sys.argv[1], burden=Burden(), watch=watch)
+"""
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_to_the_same_bytes(finished, tmp_path):
+    folder = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], env=os.environ, check=False)
+    assert done.returncode == -signal.SIGKILL
+    again = train_sft(nano(), CHATS, SETTINGS, run=folder, burden=Burden())
+    for name, tensor in weights(finished).items():
+        assert torch.equal(tensor, weights(again)[name]), name
