@@ -1,15 +1,18 @@
-"""Results as matplotlib figures. Computes nothing, knows no model; every function returns a new Figure."""
+"""Results as matplotlib figures. Computes nothing but intervals, knows no model; returns a new Figure each time."""
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from ironlogic.burden import Disorder, expected_disorder
-from ironlogic.evidence import AnswerLoss, Robustness, accuracy
-from ironlogic.memory import MemoryPlan
 from ironlogic.statistics import bootstrap_interval
+
+if TYPE_CHECKING:  # nothing here needs torch
+    from ironlogic.evidence import AnswerLoss, Robustness
+    from ironlogic.memory import MemoryPlan
 
 __all__ = [
     "COLORS",
@@ -72,7 +75,7 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping]]) -> Figure:
     return figure
 
 
-def plot_robustness(arms: Mapping[str, Sequence[Robustness]]) -> Figure:
+def plot_robustness(arms: "Mapping[str, Sequence[Robustness]]") -> Figure:
     """Accuracy over the scramble ratio, order-free and order-bound apart, with 95 % intervals and the ceiling.
 
     `arms` maps a name to its repeats (training seeds).
@@ -83,7 +86,10 @@ def plot_robustness(arms: Mapping[str, Sequence[Robustness]]) -> Figure:
         mine = [task.order == order for task in first.tasks]
         axes.plot(first.ratios, first.ceiling[:, mine].mean(axis=1), "k--", lw=1.2, label="ideal reader")
         for i, (arm, repeats) in enumerate(arms.items()):
-            found = [accuracy(repeats, ratio, order) for ratio in first.ratios]
+            found = [
+                bootstrap_interval(np.stack([repeat.pick(ratio, order) for repeat in repeats]))
+                for ratio in first.ratios
+            ]
             color = _color(arm, i)
             axes.plot(first.ratios, [f.mean for f in found], "o-", ms=4, color=color, label=arm)
             axes.fill_between(
@@ -95,7 +101,7 @@ def plot_robustness(arms: Mapping[str, Sequence[Robustness]]) -> Figure:
     return figure
 
 
-def plot_answer_loss(arms: Mapping[str, AnswerLoss]) -> Figure:
+def plot_answer_loss(arms: "Mapping[str, AnswerLoss]") -> Figure:
     """Loss of the clean answers over the scramble ratio, with 95 % intervals over rows."""
     figure, (axes,) = _axes()
     for i, (arm, result) in enumerate(arms.items()):
@@ -131,7 +137,7 @@ def plot_disorder(points: Sequence[tuple[float, Disorder]], *, words: int, marke
     return figure
 
 
-def plot_memory(plans: Mapping[str, MemoryPlan]) -> Figure:
+def plot_memory(plans: "Mapping[str, MemoryPlan]") -> Figure:
     """One stacked bar of gibibytes a plan, against its card."""
     figure, (axes,) = _axes(height=0.9 + 0.55 * len(plans))
     figure.set_figwidth(8)

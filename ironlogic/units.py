@@ -244,9 +244,10 @@ class Disorder:
 def measure_disorder(before: str, after: str, *, unit: Unit = "word", tokenizer=None) -> Disorder:
     """The disorder of `after` against `before`, in O(n log n).
 
-    The first occurrence of a repeated word in one text is matched with the first in the other, and so on. A
-    unit found in one text only counts as displaced and breaks its bigrams; Kendall's tau is of the others.
-    Raises `BurdenError` for an unknown unit, and for `unit="token"` without a fast tokenizer.
+    A word that stands where it stood is not displaced; the other occurrences of a repeated word are matched in
+    order, first with first. So repeated words never look more displaced than they were moved, and tau comes out
+    lower as a rule. A unit found in one text only counts as displaced and breaks its bigrams; Kendall's tau is
+    of the others. Raises `BurdenError` for an unknown unit, and for `unit="token"` without a fast tokenizer.
 
     >>> measure_disorder("one two three four", "one three two four")
     Disorder(displaced=0.5, kendall_tau=0.16..., bigrams_kept=0.0)
@@ -316,10 +317,14 @@ def _sources(before: str, after: str, unit: Unit, tokenizer) -> tuple[int, np.nd
     if not isinstance(before, str) or not isinstance(after, str):
         raise BurdenError(f"measure_disorder: the texts are {before!r} and {after!r}; expected two strings")
     old, new = (pieces_of(text, unit, tokenizer)[1::2] for text in (before, after))
+    same = [a == b for a, b in zip(old, new, strict=False)]
+    same += [False] * (max(len(old), len(new)) - len(same))
     positions = defaultdict(list)
     for position in range(len(old) - 1, -1, -1):
-        positions[old[position]].append(position)
-    return len(old), np.array([positions[word].pop() if positions[word] else -1 for word in new], np.int64)
+        if not same[position]:
+            positions[old[position]].append(position)
+    source = [i if same[i] else positions[word].pop() if positions[word] else -1 for i, word in enumerate(new)]
+    return len(old), np.array(source, np.int64)
 
 
 def _tally(before: str, after: str, unit: Unit, tokenizer) -> np.ndarray:

@@ -9,20 +9,20 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 from IPython.display import HTML, DisplayHandle
 from matplotlib.figure import Figure
 
 from ironlogic.burden import PROTECTED, apply_burden, measure_disorder, moved_units
-from ironlogic.evidence import scramble
-from ironlogic.generate import generate
 from ironlogic.memory import plan_memory
-from ironlogic.models import LoadedModel, use_adapter
 from ironlogic.plots import plot_disorder, plot_losses, plot_memory
 from ironlogic.presets import PRESETS
 from ironlogic.tasks import Task, bayes_ceiling, check_answer
+
+if TYPE_CHECKING:  # the explorers that need a model import it when they are called: ten seconds for the others
+    from ironlogic.models import LoadedModel
 
 __all__ = ["Explorer", "answer_explorer", "answer_table", "burden_explorer", "live_losses", "memory_explorer"]
 
@@ -157,9 +157,10 @@ def burden_explorer(
 
 
 def answer_explorer(
-    loaded: LoadedModel, arms: Sequence[str], tasks: Sequence[Task], *, ratio: float = 0.7, seed: int = 0
+    loaded: "LoadedModel", arms: Sequence[str], tasks: Sequence[Task], *, ratio: float = 0.7, seed: int = 0
 ) -> Explorer:
     """One problem, scrambled by slider, answered by the base model and by every adapter it carries."""
+    from ironlogic.evidence import scramble
 
     def show(problem: int, ratio: float) -> tuple[str, None]:
         task = tasks[problem]
@@ -182,8 +183,11 @@ def answer_explorer(
     )
 
 
-def answer_table(loaded: LoadedModel, arms: Sequence[str], asked: Sequence[tuple[Task, str]]) -> HTML:
+def answer_table(loaded: "LoadedModel", arms: Sequence[str], asked: Sequence[tuple[Task, str]]) -> HTML:
     """A row per (problem, prompt as asked), a column per arm: the reply, with a mark for right or wrong."""
+    from ironlogic.generate import generate
+    from ironlogic.models import use_adapter
+
     prompts = [prompt for _, prompt in asked]
     replies = {}
     for arm in ["base", *arms]:

@@ -27,7 +27,7 @@ TOP = {
 }
 # A module imports only from floors above its own (smaller numbers). The text floor is a staircase.
 FLOORS = {
-    0.0: "units statistics setup_cell",
+    0.0: "units statistics setup_cell world pretrain",
     0.1: "burden_fast",
     0.2: "burden",
     0.3: "presets",

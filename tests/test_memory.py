@@ -139,10 +139,11 @@ def test_four_bit_bytes_are_those_of_bitsandbytes():
 def test_what_a_repository_keeps_in_16_bit_is_not_counted_as_four_bit():
     config = config_of("qwen3", num_hidden_layers=12)
     before = plan_memory(config).parts
-    skipped = ["lm_head", "model.layers.1.mlp", "vision_tower.encoder.layers.2.mlp"]
+    skipped = ["lm_head", "model.layers.1", "model.layers.5.mlp", "vision_tower.encoder.layers.2.mlp"]
     config.quantization_config = {"quant_method": "bitsandbytes", "llm_int8_skip_modules": skipped}
     after = plan_memory(config).parts
-    kept = 3 * 128 * 320  # layer 1, not layers 10 and 11
+    attention, mlp = 2 * 128 * 256 + 2 * 128 * 128, 3 * 128 * 320
+    kept = attention + 2 * mlp  # layers 1 and 5, not layers 10 and 11
     difference = (before["quantised weights"] - after["quantised weights"]) * GIB
     assert difference == pytest.approx(kept * NF4_BYTES)
     assert (after["other weights"] - before["other weights"]) * GIB == pytest.approx(kept * 2)
@@ -205,7 +206,7 @@ def peak_bytes(held, step):
 def test_activations_are_what_a_cpu_measures(model_type, dtype, checkpointing):
     import torch
 
-    config, lora, tokens = config_of(model_type), LoraSettings(rank=2), 256
+    config, lora, tokens = config_of(model_type), LoraSettings(rank=2), 128
     model = with_lora(config, lora, dtype)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -223,7 +224,8 @@ def test_activations_are_what_a_cpu_measures(model_type, dtype, checkpointing):
     plan = plan_memory(
         config, length=tokens, batch_size=1, lora=lora, four_bit=False, checkpointing=checkpointing, **place
     )
-    assert plan.parts["activations"] * GIB == pytest.approx(measured, rel=0.08)
+    tolerance = 0.04 if dtype == "bfloat16" else 0.08
+    assert plan.parts["activations"] * GIB == pytest.approx(measured, rel=tolerance)
 
 
 def test_full_logits_are_what_the_loss_of_transformers_holds():
@@ -368,7 +370,7 @@ SETUPS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(options=SETUPS, card=st.floats(1.03, 4))
 def test_what_is_advised_fits_and_what_is_not_needed_is_not_advised(options, card):
     config = config_of("qwen3_moe", vocab_size=32_768, hidden_size=512, num_experts=64)
@@ -398,13 +400,21 @@ def test_length_is_cut_no_further_than_needed():
     assert 256 < length < 4096
 
 
+def test_what_is_short_already_is_not_made_longer():
+    config = config_of("qwen3")
+    assert plan_memory(config, card_gib=0.5, length=100, optimizer=EIGHT_BIT).advice.startswith(
+        "nothing fits on 0.5 GiB: even these settings would take 1.0 GiB"
+    )
+    assert "even length 256 would" in plan_memory(config, card_gib=0.5, length=300, optimizer=EIGHT_BIT).advice
+
+
 def test_settings_that_change_nothing_learnt_are_advised_before_those_that_do():
     plan = plan_memory("Gemma-3-27B", card_gib=24, length=4096, checkpointing="card", fused_loss=False)
     assert as_options(plan.advice) == {"checkpointing": "offload", "fused_loss": True}
     assert "largest term to cut: logits (12.0 GiB)" in plan.advice
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(options=SETUPS)
 def test_more_of_anything_never_takes_less(options):
     config = config_of("qwen3_moe", num_hidden_layers=1)

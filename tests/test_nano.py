@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ironlogic.models import load_model
-from ironlogic.nano import DATA, _orthogonal, build_tokenizer, dense_config, moe_from_dense, pretrain
+from ironlogic.nano import DATA, build_tokenizer, corpus_document, dense_config, moe_from_dense
+from ironlogic.pretrain import _orthogonal, pretrain
 from ironlogic.tasks import check_answer
 
 import torch  # isort: skip
@@ -86,6 +87,6 @@ def test_pretraining_learns():
     torch.manual_seed(0)
     tokenizer = build_tokenizer(random.Random(0))
     model = transformers.Qwen3ForCausalLM(dense_config(tokenizer))
-    first = pretrain(model, tokenizer, steps=1, seed=0)
+    first = pretrain(model, tokenizer, corpus_document, steps=1, seed=0)
     assert first == pytest.approx(6.93, abs=0.3)  # ln 1024: knows nothing
-    assert pretrain(model, tokenizer, steps=12, seed=0) < first - 1
+    assert pretrain(model, tokenizer, corpus_document, steps=12, seed=0) < first - 1

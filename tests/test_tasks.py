@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from ironlogic.burden import apply_burden
 from ironlogic.tasks import (
-    KINDS,
     _ways,
     bayes_ceiling,
     check_answer,
@@ -19,6 +18,7 @@ from ironlogic.tasks import (
     make_tasks,
     task_chat,
 )
+from ironlogic.world import KINDS
 
 
 def bag(prompt: str) -> tuple[str, ...]:
