@@ -3,11 +3,11 @@
 Three forms are understood, row by row, so that a file may mix them:
 
 * `messages`: `{"messages": [{"role": "user", "content": "..."}, ...]}`, content a string or a list of typed parts;
-* `sharegpt`: `{"conversations": [{"from": "human", "value": "..."}, ...]}`, optionally with `system`;
-* `alpaca`: `{"instruction": "...", "output": "..."}`, optionally with `input`, `system` and `history`.
+* `sharegpt`: `{"conversations": [{"from": "human", "value": "..."}, ...]}`;
+* `alpaca`: `{"instruction": "...", "output": "..."}`, optionally with `input` and `history`.
 
-Two turns of one role in a row are allowed; some chat templates refuse them later. What this module does not know:
-tokens and templates (`masking`), whether an answer is right (`tasks`).
+Each may have a field `system`. Two turns of one role in a row are allowed; some chat templates refuse them later.
+What this module does not know: tokens and templates (`masking`), whether an answer is right (`tasks`).
 """
 
 import codecs
@@ -167,7 +167,7 @@ def _read_row(row: Any, format: Format) -> list[dict]:
     form = _detect_form(row) if format == "auto" else format
     field = _FIELDS[form][0]
     turns = _read_alpaca(row) if form == "alpaca" else _read_turns(row.get(field), field)
-    if form != "messages" and row.get("system") and turns[0]["role"] != "system":
+    if row.get("system") and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": _read_text(row["system"], "system")})
     return _check_order(turns)
 

@@ -42,6 +42,8 @@ def generate(
     loaded = as_loaded(loaded)
     if isinstance(prompts, str):
         raise TypeError("generate: prompts is one text; expected a list of texts or of message lists")
+    if not prompts:
+        return []
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
     if empty := [i for i, chat in enumerate(chats) if not chat]:
         raise ValueError(f"generate: prompt {empty[0]} is empty")

@@ -266,9 +266,9 @@ def _texts(turn: dict) -> list[str]:
 
 
 def _tail(text: str) -> str:
-    """The last word, or the last sign where there is no word; what stands before it a template may rewrite."""
-    words = re.findall(r"\w+", text[-200:])
-    return words[-1][-20:] if words else text.strip()[-1:]
+    """The last word and the signs behind it; what stands before, a template may rewrite."""
+    word = re.search(r"\w+\W*$", text.strip()[-100:])
+    return word[0] if word else text.strip()[-1:]
 
 
 def _head(text: str) -> str:
@@ -292,7 +292,6 @@ def _find_answers(
     messages: list[dict], text: str, tokenizer: Any, template: _Template
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Of each answer its first character, its end, and the ids of the end-of-turn tokens that follow."""
-    done = 0
     for index, turn in enumerate(messages):
         if turn["role"] != "assistant":
             continue
@@ -304,14 +303,13 @@ def _find_answers(
         mark = template.ends[index < len(messages) - 1]
         end = text.find("".join(mark), start)
         answer, field = "".join(_texts(turn)), f"messages[{index}]"
-        if start < done or end < start or _tail(answer) not in text[start:end]:
-            reason = "can't be told from what is before it: with it, the chat template writes that in another way"
+        if min(start, end) < 0 or not text[start:end].rstrip().endswith(_tail(answer)):
+            reason = "can't be told from what is around it: the chat template does not write it as it wrote others"
             raise ChatError(reason, field=field)
-        if turn is messages[-1] and _head(answer) not in text[done:end]:
+        if turn is messages[-1] and _head(answer) not in text[len(prompt) - len(template.opening) : end]:
             reason = "loses its beginning in the chat template; a thought? Use a template that keeps it"
             raise ChatError(reason, field=field)
         yield start, end, tokenizer.convert_tokens_to_ids(mark)
-        done = end
 
 
 def _label(ids: list[int], offsets: list, answers: Iterator[tuple[int, int, list[int]]], tokenizer: Any) -> Encoded:

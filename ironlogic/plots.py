@@ -156,14 +156,14 @@ def plot_memory(plans: "Mapping[str, MemoryPlan]") -> Figure:
     return figure
 
 
-def plot_reached(words: Sequence[int], displaced: Sequence[float], *, ratio: float) -> Figure:
-    """Share of words displaced over the length of each message, against the ratio asked for."""
+def plot_reached(units: Sequence[int], displaced: Sequence[float], *, ratio: float) -> Figure:
+    """Share of units displaced over the number of units of each row, against the ratio asked for."""
     figure, (axes,) = _axes(height=2.8)
-    axes.plot(words, displaced, ".", alpha=0.35, color=COLORS["FT"], label="rows")
-    counts = np.arange(1, max(words, default=1) + 1)
+    axes.plot(units, displaced, ".", alpha=0.35, color=COLORS["FT"], label="rows")
+    counts = np.arange(1, max(units, default=1) + 1)
     expected = [expected_disorder(int(n), ratio).displaced for n in counts]
     axes.plot(counts, expected, color="black", lw=1, label="expected")
     axes.axhline(ratio, color="gray", ls=":", lw=1, label="asked for")
-    axes.set(xlabel="words in the user's turns", ylabel="share displaced", ylim=(-0.02, 1.02))
+    axes.set(xlabel="units (words) in the user's turns", ylabel="share displaced", ylim=(-0.02, 1.02))
     axes.legend(frameon=False, fontsize=8)
     return figure

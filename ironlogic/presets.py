@@ -9,7 +9,7 @@ from typing import Literal
 
 from ironlogic.burden import Burden
 
-__all__ = ["PRESETS", "LoraSettings", "Preset", "TrainSettings", "find_preset", "pick_preset"]
+__all__ = ["PRESETS", "LoraSettings", "Preset", "PresetError", "TrainSettings", "find_preset", "pick_preset"]
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,16 @@ PRESETS = {
 }
 
 
+class PresetError(ValueError):
+    """A preset that does not exist; the message names those that do."""
+
+
 def find_preset(preset: "str | Preset") -> Preset:
-    """The preset of that name, or the preset itself. Raises KeyError with the names that exist."""
+    """The preset of that name, or the preset itself. Raises PresetError with the names that exist."""
     if isinstance(preset, Preset):
         return preset
     if preset not in PRESETS:
-        raise KeyError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
+        raise PresetError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[preset]
 
 

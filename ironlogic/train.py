@@ -280,8 +280,11 @@ class _Recorder(transformers.TrainerCallback):
 class _StopOnNonFinite(transformers.TrainerCallback):
     """One NaN ruins every weight at the next optimizer step; stop before it."""
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        bad = [name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    def on_train_begin(self, args, state, control, model=None, **_):
+        self.trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        bad = [name for name, p in self.trained if p.grad is not None and not p.grad.isfinite().all()]
         if bad:
             raise RunError(
                 f"step {state.global_step + 1}: the gradients of {len(bad)} tensors are not finite (first: "

@@ -28,6 +28,7 @@ __all__ = [
     "check_share",
     "check_unit",
     "chosen_count",
+    "count_units",
     "expected_disorder",
     "kind_of",
     "measure_disorder",
@@ -154,6 +155,11 @@ def pieces_of(text: str, unit: Unit, tokenizer=None) -> list[str]:
         pieces += [text[last:start], text[start:end]]
         last = end
     return [*pieces, text[last:]]
+
+
+def count_units(text: str, *, unit: Unit = "word", tokenizer=None) -> int:
+    """How many units the text has, movable or not."""
+    return len(pieces_of(text, unit, tokenizer)) // 2
 
 
 def _seed_spans(text: str) -> list[tuple[int, int]]:

@@ -51,13 +51,25 @@ def test_the_three_forms_in_one_file_become_the_same(tmp_path):
         {"instruction": "Q", "output": "A"},
         {"instruction": "Q", "input": "more", "output": "A", "system": "S", "history": [["q", "a"]]},
         {"instruction": "Q", "input": " ", "output": "A", "system": "", "history": []},
+        chat("Q", "A", system="S"),
+        {"conversations": [{"from": "system", "value": "S"}, *sharegpt], "system": "T"},
     )
     dataset, rejected = load_chats(path)
     plain, system = [("user", "Q"), ("assistant", "A")], ("system", "S")
     long = [system, ("user", "q"), ("assistant", "a"), ("user", "Q\n\nmore"), ("assistant", "A")]
-    assert texts(dataset) == [plain, plain, [system, *plain], plain, plain, long, plain]
+    assert texts(dataset) == [
+        plain,
+        plain,
+        [system, *plain],
+        plain,
+        plain,
+        long,
+        plain,
+        [system, *plain],
+        [system, *plain],
+    ]
     assert rejected == []
-    assert dataset["source_row"][:] == [1, 2, 3, 4, 5, 6, 7]
+    assert dataset["source_row"][:] == [*range(1, 10)]
 
 
 def test_a_forced_form_refuses_the_others(tmp_path):
@@ -85,6 +97,25 @@ def test_every_source_gives_the_same_rows(tmp_path, kind):
     assert rejected == []
     assert dataset.to_list() == [rows[0] | {"source_row": 1}, rows[1] | {"source_row": 2}]
     assert rows == before
+
+
+def test_a_table_of_two_forms_has_nulls_and_is_read(tmp_path):
+    rows = [GOOD | {"instruction": None, "output": None}, {"messages": None, "instruction": "Q", "output": "A"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    dataset, rejected = load_chats(tmp_path / "x.parquet")
+    assert [one[1][1] for one in texts(dataset)] == ["4", "A"]
+    assert rejected == []
+
+
+def test_a_number_too_long_to_print_and_a_key_that_is_no_text_in_memory():
+    dataset, rejected = load_chats([{"messages": 10**5000}, GOOD | {"\ud800": 1, 5: 2}])
+    assert dataset.column_names == ["messages", "source_row"]
+    assert [str(one) for one in rejected] == ["row 1: messages is <int>; expected a list of turns"]
+
+
+def test_the_fingerprint_follows_the_content():
+    one, same, other = (load_chats([chat("q", "a", n=n)])[0] for n in (1, 1, 2))
+    assert one._fingerprint == same._fingerprint != other._fingerprint
 
 
 def test_a_dataset_that_was_selected_from_keeps_its_choice():
@@ -324,6 +355,7 @@ def test_rows_in_several_pieces_of_arrow(monkeypatch):
     monkeypatch.setattr(chats, "_CHUNK", 1000)  # characters
     dataset, _ = load_chats([chat(f"q{i}" * (i % 50), f"a{i}", n=i) for i in range(1, 200)])
     rows = [i for i in range(1, 200) if i % 50]  # the others ask nothing
+    assert dataset.data.column("messages").num_chunks > 10
     assert dataset["n"][:] == rows
     assert [one[1][1] for one in texts(dataset)] == [f"a{i}" for i in rows]
 
@@ -375,6 +407,7 @@ def test_the_split_is_the_same_everywhere_and_nothing_straddles_it():
     assert set(questions(split_chats(dataset, seed=1)[1])) != set(questions(test))
     assert set(questions(test)) < set(questions(split_chats(dataset, holdout=0.2)[1]))
     assert len(split_chats(dataset, holdout=0)[1]) == 0
+    assert questions(split_chats(dataset.with_format("arrow"))[1].with_format(None)) == questions(test)
 
 
 SPLIT_ON_ANY_MACHINE = ["q10", "q14", "q16", "q26", "q29"]

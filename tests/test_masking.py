@@ -21,7 +21,7 @@ from ironlogic.masking import IGNORED, Encoded, encode_chat, encode_chats, show_
 # --- small tokenizers and templates
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<bos>", "</s>"]
-SPECIALS += ["<|start|>", "<|message|>", "<|end|>", "<|return|>", "<|reply_end|>"]
+SPECIALS += ["<|start|>", "<|message|>", "<|end|>", "<|return|>", "<|reply_end|>", "<|assistant|>"]
 CORPUS = [
     "user\n",
     "assistant\n",
@@ -197,9 +197,9 @@ def test_a_thought_that_the_prompt_begins_is_not_trained_again():
 def test_a_template_that_strips_the_last_thought_is_refused():
     tokenizer = make_tokenizer(CHATML.replace("{{ m.content +", "{{ m.content.split('</think>')[-1] +"))
     assert trained(encode_chat(turns("What?", "Four."), tokenizer), tokenizer) == ["Four.<|im_end|>"]
-    refuse(
-        turns("What?", "<think>\nadd\n</think>\n\nFour."), tokenizer, "messages[1] loses its beginning in the chat"
-    )
+    for question in ("What?", "Shall I add?"):
+        messages = turns(question, "<think>\nadd\n</think>\n\nFour.")
+        refuse(messages, tokenizer, "messages[1] loses its beginning in the chat")
 
 
 def test_gemma_names_the_role_model_trims_and_refuses_a_system_prompt():
@@ -233,6 +233,15 @@ def test_the_last_answer_may_end_otherwise():
 def test_two_tokens_may_end_a_turn():
     template = CHATML.replace("'<|im_end|>' }}{% end", "'<|reply_end|><|im_end|>' }}{% end")
     check(template, turns("q", "a", "r", "b"), ["a<|reply_end|><|im_end|>", "b<|reply_end|><|im_end|>"])
+
+
+def test_a_whole_chat_that_ends_otherwise_than_a_prompt():
+    """Its closing token and the header begin with the same two characters, and a thought is begun in the prompt."""
+    template = """{%- for m in messages -%}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{%- endfor -%}
+    {{- '<|assistant|><think>' if add_generation_prompt else '<|endoftext|>' -}}"""
+    tokenizer = make_tokenizer(template)
+    check(template, turns("q", "<think>a</think>b"), ["a</think>b<|end|>"])
+    refuse(turns("q", "a <|assistant|> b"), tokenizer, "holds '<|assistant|>'")
 
 
 def test_two_answers_in_a_row_are_two_spans():
@@ -269,6 +278,7 @@ def test_texts_that_hold_a_token_of_the_template_are_refused(token):
     refuse(turns("q", "a", system=token), tokenizer, "messages[0].content holds", loss="all")
     split = [{"type": "text", "text": token[:4]}, {"type": "text", "text": token[4:]}]
     refuse(turns("q", split), tokenizer, "messages[1].content holds")
+    refuse(turns([{"type": "image"}, *split], "a"), make_tokenizer(PARTS_ONLY), "messages[0].content holds")
     check(CHATML, turns("q", "<|im_end |> and <end_of_turn>"), ["<|im_end |> and <end_of_turn><|im_end|>"])
 
 
@@ -293,7 +303,34 @@ def test_a_prompt_that_changes_once_it_is_answered_is_refused():
     template = CHATML.replace(
         "{%- for m in", "{{ 'to be answered\\n' if messages[-1].role == 'user' }}{%- for m in"
     )
-    refuse(turns("q", "a"), make_tokenizer(template), "messages[1] can't be told from what is before it")
+    refuse(turns("q", "a"), make_tokenizer(template), "messages[1] can't be told from what is around it")
+
+
+def test_a_question_that_changes_once_it_is_answered_is_refused():
+    template = MISTRAL.replace("m.content + ' [/INST]'", "m.content + (' now' if loop.last else '') + ' [/INST]'")
+    refuse(
+        turns("q", "a"), make_tokenizer(template, eos_token="</s>"), "messages[1] can't be told from what is around"
+    )
+
+
+def test_an_answer_that_is_not_closed_is_refused_and_the_next_question_not_trained():
+    template = CHATML.replace(
+        "m.content + '<|im_end|>' }}{% end",
+        "m.content + ('<|im_end|>' if m.content | length < 20 else '') }}{% end",
+    )
+    assert template != CHATML
+    long = "An answer of some length."
+    check(template, turns("q", "a", "r", "b"), ["a<|im_end|>", "b<|im_end|>"])
+    refuse(turns("q", long, "r", "b"), make_tokenizer(template), "messages[1] can't be told from what is around it")
+    refuse(turns("q", "a", "r", long), make_tokenizer(template), "messages[3] can't be told from what is around it")
+
+
+def test_an_opening_that_depends_on_the_question_is_refused_where_the_answer_leaves_it():
+    template = CHATML.replace("assistant\\n' }}{%- endif", "assistant\\n' + opening }}{%- endif")
+    template = "{%- set opening = 'xyz' if '/no' in messages[-1].content else '<think>' -%}" + template
+    check(template, turns("q", "a"), ["a<|im_end|>"])
+    check(template, turns("q /no", "xyz a"), [" a<|im_end|>"])
+    refuse(turns("q /no", "a"), make_tokenizer(template), "messages[1] can't be told from what is around it")
 
 
 def test_a_template_without_an_end_is_refused_and_still_good_for_loss_all():
@@ -306,11 +343,8 @@ def test_a_template_that_leaves_texts_out_is_refused():
     template = CHATML.replace("{{ m.content + '<|im_end|>\\n' }}", "{{ m.content[:9] + '<|im_end|>\\n' }}")
     tokenizer = make_tokenizer(template)
     assert trained(encode_chat(turns("q", "a"), tokenizer), tokenizer) == ["a<|im_end|>"]
-    refuse(
-        turns("a question of some length", "a"),
-        tokenizer,
-        "messages[0].content is left out or moved by the chat template",
-    )
+    for question in ("a question of some length", "?????????!"):
+        refuse(turns(question, "a"), tokenizer, "messages[0].content is left out or moved by the chat template")
     refuse(
         turns("q", "a"),
         make_tokenizer("<|im_start|><|im_end|>"),
@@ -379,6 +413,27 @@ def test_a_blank_of_the_header_is_not_trained_when_offsets_are_trimmed(trim_offs
     assert (trained(encoded, tokenizer), encoded.straddling) == ([" answer<|im_end|>"], 1)
     encoded = encode_chat(turns("q", "Four."), make_tokenizer(CHATML, trim_offsets=trim_offsets))
     assert (trained(encoded, tokenizer), encoded.straddling) == (["Four.<|im_end|>"], 0)
+
+
+def test_a_tokenizer_that_drops_blanks_still_trains_the_first_word():
+    words = Tokenizer(
+        models.WordLevel({one: at for at, one in enumerate(["?", "Four.", "user", "assistant"])}, "?")
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(SPECIALS)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    labels = encode_chat(turns("q", "Four. Four."), tokenizer).labels
+    said = tokenizer.convert_tokens_to_ids(["Four.", "Four.", "<|im_end|>"])
+    assert [label for label in labels if label != IGNORED] == said
+
+
+def test_a_tokenizer_that_adds_tokens_by_itself_adds_none_here():
+    tokenizer = make_tokenizer(GEMMA, bos_token="<bos>", eos_token="<end_of_turn>")
+    bos = ("<bos>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[bos])
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id  # else this tests nothing
+    assert encode_chat(turns("q", "a"), tokenizer).input_ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_an_end_token_that_swallows_the_newline_is_still_trained():
@@ -512,9 +567,9 @@ def test_rows_are_cut_dropped_refused_and_counted():
         "1 had no trained token left and was dropped; 1 could not be encoded and left out, first row 9: "
         "messages[1].content holds '<|im_end|>', by which the chat template marks turns; rewrite it"
     )
-    assert str(encode_chats(dataset_of(whole), tokenizer, max_length=40)[1]).startswith(
-        "all 1 rows fit in 40 tokens"
-    )
+    exact = len(alone[0].input_ids)
+    fits = encode_chats(dataset_of(whole), tokenizer, max_length=exact)[1]
+    assert str(fits) == f"all 1 rows fit in {exact} tokens (longest {exact})"
 
 
 def test_the_prompt_alone_and_the_first_token_train_nothing():
@@ -532,7 +587,7 @@ def test_processes_and_formats_change_nothing():
     tokenizer = make_tokenizer(CHATML)
     dataset = dataset_of(*[turns(f"question {i}", f"answer {i} " * (i % 7)) for i in range(40)])
     one, report = encode_chats(dataset, tokenizer, max_length=30)
-    two, same = encode_chats(dataset.with_format("torch"), tokenizer, max_length=30, num_proc=2)
+    two, same = encode_chats(dataset.with_format("numpy"), tokenizer, max_length=30, num_proc=2)
     assert one.to_list() == two.to_list()
     assert report == same
     assert [one.line for one in report.rejected] == [1, 8, 15, 22, 29, 36]
