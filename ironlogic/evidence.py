@@ -68,7 +68,7 @@ def robustness(
     ratios: Sequence[float] = RATIOS,
     seed: int = 0,
     max_new_tokens: int = 72,
-    batch_size: int = 256,
+    batch_size: int = 128,
 ) -> Robustness:
     """Answers every problem at every scramble ratio, greedily, and checks it by exact match."""
     prompts = [[scramble(t.prompt, r, seed=seed, item=i) for i, t in enumerate(tasks)] for r in ratios]

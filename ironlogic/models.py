@@ -218,8 +218,9 @@ def _load_with_unsloth(base, config, four_bit, max_length, seed, local_only):
 
 def _load_with_transformers(base, config, four_bit, max_length, seed, local_only):
     cuda = torch.cuda.is_available()
-    half = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float16
-    dtype = half if cuda else torch.float32
+    dtype = torch.float32
+    if cuda:
+        dtype = torch.bfloat16 if _card_has_bfloat16() else torch.float16
     quantization = None
     if four_bit:
         quantization = transformers.BitsAndBytesConfig(
@@ -355,8 +356,12 @@ def trainer_hardware() -> dict[str, Any]:
     """The arguments of transformers.TrainingArguments that depend on the machine."""
     if not torch.cuda.is_available():
         return {"use_cpu": True, "bf16": False, "fp16": False, "gradient_checkpointing": False}
-    half = torch.cuda.is_bf16_supported()
-    return {"bf16": half, "fp16": not half}
+    return {"bf16": _card_has_bfloat16(), "fp16": not _card_has_bfloat16()}
+
+
+def _card_has_bfloat16() -> bool:
+    """In hardware: torch says yes on a T4 too, where it is emulated."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def trainer_optimizer(name: str) -> str:

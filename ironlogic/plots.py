@@ -78,7 +78,7 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping]]) -> Figure:
 def plot_robustness(arms: "Mapping[str, Sequence[Robustness]]") -> Figure:
     """Accuracy over the scramble ratio, order-free and order-bound apart, with 95 % intervals and the ceiling.
 
-    `arms` maps a name to its repeats (training seeds).
+    `arms` maps a name to its repeats (training seeds); an arm with one repeat is dotted and has no band.
     """
     figure, panels = _axes(2, height=3.9, sharey=True)
     for axes, (order, title) in zip(panels, _PANELS.items(), strict=True):
@@ -90,11 +90,13 @@ def plot_robustness(arms: "Mapping[str, Sequence[Robustness]]") -> Figure:
                 bootstrap_interval(np.stack([repeat.pick(ratio, order) for repeat in repeats]))
                 for ratio in first.ratios
             ]
-            color = _color(arm, i)
-            axes.plot(first.ratios, [f.mean for f in found], "o-", ms=4, color=color, label=arm)
-            axes.fill_between(
-                first.ratios, [f.low for f in found], [f.high for f in found], color=color, alpha=0.15, lw=0
-            )
+            color, repeated = _color(arm, i), len(repeats) > 1
+            style = "o-" if repeated else "o:"
+            axes.plot(first.ratios, [f.mean for f in found], style, ms=4, color=color, label=arm)
+            if repeated:
+                axes.fill_between(
+                    first.ratios, [f.low for f in found], [f.high for f in found], color=color, alpha=0.15, lw=0
+                )
         axes.set(title=title, xlabel="burden ratio of the test prompt", ylim=(0, 1.04), xticks=first.ratios)
     panels[0].set_ylabel("accuracy (exact match)")
     panels[0].legend(frameon=False, loc="lower left", fontsize=9)

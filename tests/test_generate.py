@@ -51,6 +51,16 @@ def test_sampling_is_seeded(nano):
     assert sample(1) == sample(1) != sample(2)
 
 
+def test_going_on_in_stages_gives_what_one_stage_gives(nano, monkeypatch):
+    chats = [[{"role": "system", "content": "Think first."}, {"role": "user", "content": p}] for p in PROMPTS]
+    monkeypatch.setattr("ironlogic.generate._FIRST_LIMIT", 4)
+    staged = generate(nano, chats, max_new_tokens=60)
+    monkeypatch.setattr("ironlogic.generate._FIRST_LIMIT", 60)
+    at_once = generate(nano, chats, max_new_tokens=60)
+    assert [(c.text, c.tokens, c.finished) for c in staged] == [(c.text, c.tokens, c.finished) for c in at_once]
+    assert max(c.tokens for c in staged) > 16, "three stages"
+
+
 def test_empty_and_wrong_prompts(nano):
     assert generate(nano, []) == []
     with pytest.raises(ValueError, match="prompt 1 is empty"):
