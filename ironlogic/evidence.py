@@ -137,10 +137,11 @@ def answer_loss(
     *,
     ratios: Sequence[float] = RATIOS,
     seed: int = 0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> AnswerLoss:
     """For data without checkable answers: loss of the clean answers, user turns scrambled at each ratio."""
     loaded = as_loaded(loaded)
+    batch_size = batch_size or (1 if loaded.device.type == "cuda" else 16)  # logits of a row take gibibytes
     columns: list[list[float]] = []
     rows: list[list[tuple[list[int], list[int]]]] = []
     skipped = 0

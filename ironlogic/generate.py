@@ -38,7 +38,8 @@ def generate(
     """One answer a prompt (text of a user turn, or messages), in the order of the prompts.
 
     Greedy at temperature 0. Prompts of similar length share a batch, padded on the left. Special tokens are
-    not in the text, except `<think>` and `</think>`.
+    not in the text, except `<think>` and `</think>`. Sampling seeds torch's global generators with `seed`, and
+    what is drawn then depends on `batch_size` too.
     """
     loaded = as_loaded(loaded)
     if isinstance(prompts, str):

@@ -68,20 +68,15 @@ BACKEND, WHY_NOT_UNSLOTH = _choose_backend()
 
 import peft  # noqa: E402
 import transformers  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # a missing optional kernel
 transformers.utils.logging.disable_progress_bar()
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 # Never in 4 bit. transformers 5 matches full prefixes, hence "model."
-_NOT_QUANTIZED = [
-    "lm_head",
-    "model.vision_tower",
-    "model.vision_model",
-    "model.visual",
-    "model.multi_modal_projector",
-    "model.connector",
-]
+_VISION = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "connector")
+_NOT_QUANTIZED = ["lm_head", *(f"model.{name}" for name in _VISION)]
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -95,7 +90,8 @@ class LoadedModel:
     tokenizer: Any
     processor: Any = None  # of a vision-language model
     backend: str = "transformers"
-    source: str = ""  # folder or hub name it was loaded from
+    source: str = ""  # what it was asked for by
+    base: str = ""  # folder or hub name of its weights without adapters
     max_length: int = 2048  # tokens
     four_bit_share: float = 0.0
 
@@ -116,18 +112,21 @@ def _real_size(parameter: torch.nn.Parameter) -> int:
 
 
 def _resolve(name_or_path: str | Path) -> str:
-    """`nano` and other folders of data/ by name; a local folder; else a hub name, left as it is."""
+    """A folder of data/ by its bare name (`nano`); a local folder; else a hub name, left as it is."""
     name = str(name_or_path)
-    for folder in (Path(name).expanduser(), DATA / name, DATA / Path(name).name):
+    folders = [Path(name).expanduser()] if name else []
+    if name and Path(name).name == name:
+        folders.append(DATA / name)
+    for folder in folders:
         if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
             return str(folder.resolve())
-    if Path(name).expanduser().exists():
+    if folders and folders[0].exists():
         raise ModelError(f"{name}: no config.json or adapter_config.json in this folder, so it holds no model")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
         shipped = ", ".join(sorted(p.parent.name for p in DATA.glob("*/config.json")))
         raise ModelError(
-            f"{name}: no such folder, and not a hub name (owner/model). Shipped models: {shipped or 'none'}"
+            f"{name!r}: no such folder, and not a hub name (owner/model). Shipped models: {shipped or 'none'}"
         )
     return name
 
@@ -160,30 +159,37 @@ def load_model(
         model, processor = load(base, config, four_bit, max_length, seed, local_only)
         if adapter:
             model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{source} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    for module in model.modules():
-        # bitsandbytes 0.50 repacks weights for AVX512-BF16 in evaluation; later gradients are garbage
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     small = model.device.type == "cpu" and sum(map(_real_size, model.parameters())) < 20e6
     if small and "OMP_NUM_THREADS" not in os.environ:
         # a fifth slower than two threads on idle cores, three times faster when something else runs
         torch.set_num_threads(1)
     tokenizer = getattr(processor, "tokenizer", processor)
-    if tokenizer.pad_token is None:
-        raise ModelError(f"{source}: the tokenizer has no pad token; set one that is not the end-of-turn token")
     loaded = LoadedModel(
         model=model,
         tokenizer=tokenizer,
         processor=processor if processor is not tokenizer else None,
         backend=backend,
         source=str(name_or_path),
-        max_length=max_length,
+        base=base,
+        max_length=min(max_length, config.get_text_config().max_position_embeddings),
         four_bit_share=_four_bit_share(model),
     )
     if four_bit and not loaded.four_bit_share:
         raise ModelError(f"{source}: 4 bit was asked for, but no weight came out in 4 bit")
+    return _made_safe(loaded)
+
+
+def _made_safe(loaded: LoadedModel) -> LoadedModel:
+    """Switches off what fails silently; refuses what would fail later."""
+    for module in loaded.model.modules():
+        # bitsandbytes 0.50 repacks weights for AVX512-BF16 in evaluation; later gradients are garbage
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if loaded.tokenizer.pad_token is None:
+        name = loaded.source or type(loaded.model).__name__
+        raise ModelError(f"{name}: the tokenizer has no pad token; set one that is not the end-of-turn token")
     return loaded
 
 
@@ -195,6 +201,8 @@ def _split_adapter(source: str) -> tuple[str, str | None]:
     base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{settings}: names no base model (base_model_name_or_path)")
+    if not Path(base).exists() and (DATA / Path(base).name / "config.json").is_file():
+        base = Path(base).name  # trained where this repository lay elsewhere
     return _resolve(base), source
 
 
@@ -221,22 +229,20 @@ def _load_with_transformers(base, config, four_bit, max_length, seed, local_only
     dtype = torch.float32
     if cuda:
         dtype = torch.bfloat16 if _card_has_bfloat16() else torch.float16
-    quantization = None
-    if four_bit:
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=_NOT_QUANTIZED,
-        )
+    nf4 = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=_NOT_QUANTIZED,
+    )
     vision = hasattr(config, "vision_config")
     auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(
         base,
         dtype=dtype,
         device_map="cuda:0" if cuda else "cpu",
-        quantization_config=quantization,
+        quantization_config=nf4 if four_bit else None,
         local_files_only=local_only,
     )
     reader = transformers.AutoProcessor if vision else transformers.AutoTokenizer
@@ -252,23 +258,28 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
     """A `LoadedModel` as it is; any transformers or PEFT model with its tokenizer wrapped into one."""
     if isinstance(model, LoadedModel):
         return model
+    source = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if tokenizer is None:
-        source = getattr(model.config, "_name_or_path", "")
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ModelError(f"{type(model).__name__} from {source!r} has no tokenizer; pass it") from error
-    return LoadedModel(model, tokenizer, four_bit_share=_four_bit_share(model))
+    share = _four_bit_share(model)
+    return _made_safe(LoadedModel(model, tokenizer, source=source, base=source, four_bit_share=share))
 
 
 def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedModel:
     """The model with a fresh low-rank adapter on its language model; the same seed gives the same adapter."""
     if isinstance(loaded.model, peft.PeftModel):
         raise ModelError(f"{loaded.source} carries an adapter already; load the base model again for a fresh one")
+    if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in loaded.model.modules()):
+        raise ModelError(f"{loaded.source}: an earlier run trained inside this model; load it again")
     names = (_ATTENTION if lora.attention else ()) + (_MLP if lora.mlp else ())
-    # one pattern for every backend; the look-ahead keeps it out of vision towers
-    target = rf"(?!.*(?:vision|visual)).*\.(?:{'|'.join(names)})"
-    experts = {"target_parameters": list(_EXPERTS)} if lora.experts else {}
+    # one pattern for every backend; the look-ahead keeps it out of vision towers and experts
+    avoided = "vision|visual" if lora.experts else "vision|visual|experts"
+    target = rf"(?!.*(?:{avoided})).*\.(?:{'|'.join(names)})"
+    mixture = hasattr(loaded.model.config.get_text_config(), "num_experts")
+    experts = {"target_parameters": list(_EXPERTS) if lora.experts else []} if mixture else {}
     transformers.set_seed(seed)
     if loaded.backend == "unsloth":
         import unsloth
@@ -354,9 +365,9 @@ def inference(loaded: LoadedModel) -> Iterator[torch.nn.Module]:
 
 def trainer_hardware() -> dict[str, Any]:
     """The arguments of transformers.TrainingArguments that depend on the machine."""
-    if not torch.cuda.is_available():
-        return {"use_cpu": True, "bf16": False, "fp16": False, "gradient_checkpointing": False}
-    return {"bf16": _card_has_bfloat16(), "fp16": not _card_has_bfloat16()}
+    if torch.cuda.is_available():
+        return {"bf16": _card_has_bfloat16(), "fp16": not _card_has_bfloat16()}
+    return {"use_cpu": True, "bf16": False, "fp16": False, "gradient_checkpointing": False}
 
 
 def _card_has_bfloat16() -> bool:

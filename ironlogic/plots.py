@@ -141,7 +141,7 @@ def plot_disorder(points: Sequence[tuple[float, Disorder]], *, words: int, marke
 
 def plot_memory(plans: "Mapping[str, MemoryPlan]") -> Figure:
     """One stacked bar of gibibytes a plan, against its card."""
-    figure, (axes,) = _axes(height=0.9 + 0.55 * len(plans))
+    figure, (axes,) = _axes(height=1.4 + 0.5 * len(plans))
     figure.set_figwidth(8)
     names = list(dict.fromkeys(name for plan in plans.values() for name in plan.parts))
     for row, plan in enumerate(plans.values()):
@@ -154,7 +154,7 @@ def plot_memory(plans: "Mapping[str, MemoryPlan]") -> Figure:
             axes.plot([plan.card_gib] * 2, [row - 0.4, row + 0.4], color="black", lw=2)
     axes.set(yticks=range(len(plans)), yticklabels=list(plans), xlabel="GiB (black line: the card)")
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=7, ncol=3, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    figure.legend(frameon=False, fontsize=8, ncol=4, loc="outside lower center")
     return figure
 
 

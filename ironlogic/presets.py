@@ -51,7 +51,6 @@ class Preset:
     name: str
     model: str  # folder in data/, local path or hub name
     card_gib: float  # smallest card it is meant for; 0 = no card needed
-    minutes: float  # for notebook 02, estimated unless the README says measured
     train: TrainSettings
     burden: Burden
     data: str = "problems"  # hub dataset or file of chats; "problems": made by `tasks`
@@ -82,7 +81,6 @@ PRESETS = {
             name="nano",
             model="nano",
             card_gib=0,
-            minutes=3,
             train=TrainSettings(
                 learning_rate=5e-3,
                 batch_size=16,
@@ -96,16 +94,13 @@ PRESETS = {
             evaluation_seeds=5,
             note="shipped in data/, runs on any laptop",
         ),
-        Preset(
-            "t4", "Qwen/Qwen3-4B-Instruct-2507", 14, 60, _CARD, Burden(), SEED_DATA, note="Colab or Kaggle, 16 GB"
-        ),
-        Preset("24gb", "google/gemma-3-12b-it", 22, 90, _CARD, Burden(), SEED_DATA, note="RTX 3090 or 4090"),
-        Preset("32gb", "google/gemma-3-27b-it", 30, 150, _CARD, Burden(), SEED_DATA, note="RTX 5090"),
+        Preset("t4", "Qwen/Qwen3-4B-Instruct-2507", 14, _CARD, Burden(), SEED_DATA, note="Colab or Kaggle, 16 GB"),
+        Preset("24gb", "google/gemma-3-12b-it", 22, _CARD, Burden(), SEED_DATA, note="RTX 3090 or 4090"),
+        Preset("32gb", "google/gemma-3-27b-it", 30, _CARD, Burden(), SEED_DATA, note="RTX 5090"),
         Preset(
             "gemma-3-27b-as-seed",
             "google/gemma-3-27b-it",
             30,
-            150,
             _GEMMA_SEED,
             Burden(unit="seed", redraw=False),
             SEED_DATA,

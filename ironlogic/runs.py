@@ -8,6 +8,7 @@ there. Knows nothing of how a model is trained.
 import json
 import os
 import shutil
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ironlogic.session import results_folder, see_place
 __all__ = [
     "Run",
     "RunError",
+    "has_room",
     "newest_whole_checkpoint",
     "no_room",
     "open_run",
@@ -80,12 +82,13 @@ def open_run(folder: str | Path) -> Run:
 
 
 def run_folder(run: str | Path) -> Path:
+    """An absolute path, or one that begins with a dot, as it is; any other name in the results folder."""
     path = Path(run).expanduser()
-    return (
-        path
-        if path.is_absolute() or len(path.parts) > 1
-        else results_folder(see_place(os.environ), environ=os.environ) / path
-    )
+    if not path.name or ".." in path.parts:
+        raise RunError(f"{str(run)!r} is no name for a run; expected letters and digits, with / for sub-folders")
+    if path.is_absolute() or str(run).startswith("."):
+        return path
+    return results_folder(see_place(os.environ), environ=os.environ) / path
 
 
 def start_or_join(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -108,11 +111,24 @@ def start_or_join(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return previous
 
 
-def no_room(folder: Path, error: OSError) -> str:
+def no_room(folder: Path, error: Exception) -> str:
+    cause = getattr(error, "strerror", None) or error
     return (
-        f"{folder} can't be written ({error.strerror or error}); what was saved before is untouched. "
+        f"{folder} can't be written ({cause}); what was saved before is untouched. "
         "Free space there, or set IRONLOGIC_RUNS to a folder with room, and run this again"
     )
+
+
+def has_room(folder: Path) -> bool:
+    """Whether a mebibyte can be written there: every library reports a full disk in its own way."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(2**20))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError:
+        return False
+    return True
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -134,10 +150,10 @@ def save_adapter(loaded: LoadedModel, folder: Path) -> None:
     try:
         loaded.model.save_pretrained(beside, save_embedding_layers=False)  # else it looks on the hub
         loaded.tokenizer.save_pretrained(beside)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(no_room(folder, error)) from error
     settings = json.loads((beside / "adapter_config.json").read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = loaded.source or settings["base_model_name_or_path"]
+    settings["base_model_name_or_path"] = loaded.base
     write_json(beside / "adapter_config.json", settings)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     beside.rename(folder / "adapter")

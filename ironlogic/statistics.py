@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
-__all__ = ["Interval", "bootstrap_interval", "difference_interval"]
+__all__ = ["Interval", "bootstrap_interval", "difference_interval", "entropy", "js_divergence"]
 
 
 @dataclass(frozen=True)
@@ -54,3 +54,27 @@ def difference_interval(ours, theirs, **options) -> Interval:
     if a.shape != b.shape:
         raise ValueError(f"difference_interval: shapes {a.shape} and {b.shape} differ; the two must be paired")
     return bootstrap_interval(a - b, **options)
+
+
+def entropy(probabilities) -> np.ndarray:
+    """Entropy in nats over the last axis, which sums to 1.
+
+    >>> print(f"{entropy([0.5, 0.5]):.4f}")  # ln 2
+    0.6931
+    """
+    p = np.asarray(probabilities, dtype=float)
+    if p.size == 0 or (p < 0).any() or not np.allclose(p.sum(axis=-1), 1, atol=1e-3):
+        raise ValueError("entropy: expected probabilities that sum to 1 over the last axis")
+    return special.entr(p).sum(axis=-1)
+
+
+def js_divergence(ours, theirs) -> np.ndarray:
+    """Jensen-Shannon divergence in nats over the last axis: 0 if equal, ln 2 if nothing is shared (Lin 1991).
+
+    >>> print(f"{js_divergence([1, 0], [0, 1]):.4f}")  # ln 2
+    0.6931
+    """
+    p, q = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    if p.shape != q.shape:
+        raise ValueError(f"js_divergence: shapes {p.shape} and {q.shape} differ")
+    return np.maximum(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2, 0)

@@ -4,9 +4,9 @@ Fragmented Training is supervised fine-tuning with a `Burden`. Calling the same 
 goes on where it stopped. Knows no architecture and no device: that is `models`.
 """
 
-import errno
 import hashlib
 import json
+import math
 import platform
 import random
 import shutil
@@ -33,6 +33,7 @@ from ironlogic.presets import TrainSettings
 from ironlogic.runs import (
     Run,
     RunError,
+    has_room,
     newest_whole_checkpoint,
     no_room,
     open_run,
@@ -48,6 +49,7 @@ import datasets  # isort: skip
 import peft  # isort: skip
 import transformers  # isort: skip
 import trl  # isort: skip
+from safetensors import SafetensorError  # isort: skip
 
 __all__ = ["Run", "RunError", "open_run", "train_sft"]
 
@@ -81,6 +83,8 @@ def train_sft(
     wanted = _describe(loaded, chats, settings, burden)
     previous = start_or_join(folder, wanted)
     if previous.get("finished"):
+        if watch and (lines := read_metrics(folder)):
+            watch(lines)
         return Run(folder, previous)
     transformers.set_seed(settings.seed)  # before any weight is drawn: TRL 1.14 doesn't
     rows, report = _prepare(loaded, chats, settings, burden)
@@ -151,32 +155,32 @@ def _prepare(
     )
     max_length = min(settings.max_length, loaded.max_length)
     encoded, report = encode_chats(rows, loaded.tokenizer, loss=settings.loss, max_length=max_length)
-    order = _training_order(rows, encoded, settings)
+    places = {key: i for i, key in enumerate(zip(encoded["epoch"], encoded["row"], strict=True))}
+    order = [places[key] for key in _training_order(rows, settings) if key in places]
     return encoded.select(order).select_columns(["input_ids", "labels"]), report
 
 
-def _training_order(rows: datasets.Dataset, encoded: datasets.Dataset, settings: TrainSettings) -> list[int]:
-    """Epoch by epoch in random order, rows of similar length in one batch.
+def _training_order(rows: datasets.Dataset, settings: TrainSettings) -> list[tuple[int, Any]]:
+    """(epoch, row) of every row, epoch by epoch in random order, rows of similar length in one batch.
 
-    Length is counted in characters, which a burden leaves as they are: a run and its control twin go through
-    the same rows in the same order.
+    Drawn over all rows, before any is left out, and by length in characters, which a burden leaves as it is: a run
+    and its control twin go through the same rows in the same order.
     """
     length = {
         (epoch, row): sum(len(str(message["content"])) for message in messages)
         for epoch, row, messages in zip(rows["epoch"], rows["row"], rows["messages"], strict=True)
     }
-    keys = list(zip(encoded["epoch"], encoded["row"], strict=True))
-    order: list[int] = []
+    order: list[tuple[int, Any]] = []
     for epoch in range(settings.epochs):
         rng = random.Random(f"{settings.seed}-{epoch}")
-        mine = [i for i, key in enumerate(keys) if key[0] == epoch]
+        mine = [key for key in length if key[0] == epoch]
         rng.shuffle(mine)
         size = settings.batch_size
         for begin in range(0, len(mine), size * 16):
-            nearby = sorted(mine[begin : begin + size * 16], key=lambda i: length[keys[i]])
+            nearby = sorted(mine[begin : begin + size * 16], key=length.get)
             batches = [nearby[i : i + size] for i in range(0, len(nearby), size)]
             rng.shuffle(batches)
-            order += [i for batch in batches for i in batch]
+            order += [key for batch in batches for key in batch]
     return order
 
 
@@ -190,6 +194,7 @@ def _with_adapter(loaded: LoadedModel, settings: TrainSettings) -> LoadedModel:
 
 
 def _trainer(loaded, rows, settings: TrainSettings, folder: Path, watch: Watch | None) -> trl.SFTTrainer:
+    steps = math.ceil(len(rows) / (settings.batch_size * settings.accumulation))
     arguments = trl.SFTConfig(
         output_dir=str(folder / "checkpoints"),
         num_train_epochs=1,  # the rows hold every epoch already
@@ -202,7 +207,7 @@ def _trainer(loaded, rows, settings: TrainSettings, folder: Path, watch: Watch |
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         optim=trainer_optimizer(settings.optimizer),
-        logging_steps=settings.log_steps,
+        logging_steps=max(1, min(settings.log_steps, steps // 5)),
         logging_nan_inf_filter=False,  # it would print a loss of 0.0
         save_steps=settings.save_steps,
         save_total_limit=2,
@@ -240,13 +245,10 @@ def _train(trainer: trl.SFTTrainer, folder: Path) -> None:
             f"{saved.name if saved else 'the start'}"
         )
         raise
-    except (OSError, RuntimeError) as error:
-        # safetensors and torch report a full disk as their own errors, with the number in the text
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
-        if full or "No space left" in str(error):
-            cause = error if isinstance(error, OSError) else OSError(errno.ENOSPC, "No space left on device")
-            raise RunError(no_room(folder, cause)) from error
-        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RunError) or has_room(folder):
+            raise
+        raise RunError(no_room(folder, error)) from error
 
 
 class _Recorder(transformers.TrainerCallback):
@@ -257,6 +259,8 @@ class _Recorder(transformers.TrainerCallback):
         self.lines: list[dict[str, Any]] = []
 
     def on_train_begin(self, args, state, control, **_):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         # after a kill, steps behind the checkpoint are trained again: their old lines go
         self.lines = [line for line in read_metrics(self.folder) if line["step"] <= state.global_step]
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
@@ -282,10 +286,15 @@ class _StopOnNonFinite(transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **_):
         self.trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.patience = (
+            10 if args.fp16 else 0
+        )  # float16 looks for its loss scale by overflowing; it skips such steps
+        self.overflows = 0
 
     def on_pre_optimizer_step(self, args, state, control, **_):
         bad = [name for name, p in self.trained if p.grad is not None and not p.grad.isfinite().all()]
-        if bad:
+        self.overflows = self.overflows + 1 if bad else 0
+        if self.overflows > self.patience:
             raise RunError(
                 f"step {state.global_step + 1}: the gradients of {len(bad)} tensors are not finite (first: "
                 f"{bad[0]}). The weights are still good; lower the learning rate and choose another run name"

@@ -16,6 +16,8 @@ from IPython.display import HTML, DisplayHandle
 from matplotlib.figure import Figure
 
 from ironlogic.burden import PROTECTED, apply_burden, measure_disorder, moved_units
+from ironlogic.lens_plots import plot_entropy, plot_layers
+from ironlogic.lens_tables import lens_table
 from ironlogic.memory import plan_memory
 from ironlogic.plots import plot_disorder, plot_losses, plot_memory
 from ironlogic.presets import PRESETS
@@ -24,7 +26,15 @@ from ironlogic.tasks import Task, bayes_ceiling, check_answer
 if TYPE_CHECKING:  # the explorers that need a model import it when they are called: ten seconds for the others
     from ironlogic.models import LoadedModel
 
-__all__ = ["Explorer", "answer_explorer", "answer_table", "burden_explorer", "live_losses", "memory_explorer"]
+__all__ = [
+    "Explorer",
+    "answer_explorer",
+    "answer_table",
+    "burden_explorer",
+    "lens_explorer",
+    "live_losses",
+    "memory_explorer",
+]
 
 _MOVED = "background:#ffe08a;border-radius:3px;color:#111"
 
@@ -147,10 +157,10 @@ def burden_explorer(
             ),
             "ratio": _slider("burden", ratio),
             "unit": ipywidgets.Dropdown(options=units, value=unit, description="unit"),
-            "protect": ipywidgets.Checkbox(value=True, description="protect code, URLs, LaTeX and tags"),
-            "draw": ipywidgets.IntSlider(
-                value=0, min=0, max=9, description="draw (epoch)", continuous_update=False
+            "protect": ipywidgets.Checkbox(
+                value=True, description="protect code, URLs, LaTeX and tags", layout=ipywidgets.Layout(width="95%")
             ),
+            "draw": ipywidgets.IntSlider(value=0, min=0, max=9, description="draw", continuous_update=False),
         },
         show,
     )
@@ -243,4 +253,79 @@ def memory_explorer(preset: str, *, card_gib: float = 24) -> Explorer:
             ),
         },
         show,
+    )
+
+
+def lens_explorer(loaded: "LoadedModel", prompt: str, *, top_k: int = 5) -> Explorer:
+    """What each layer says: prompt (text as it stands), position, layer, and base, adapter or both.
+
+    `adapter` and `both` are offered when the model carries an adapter. A prompt is read once per model, however
+    often position and layer are moved.
+    """
+    from ironlogic.anatomy import decoder_layers
+    from ironlogic.lens import read_layers
+    from ironlogic.models import use_adapter
+
+    adapter = _active_adapter(loaded)
+    last = len(decoder_layers(loaded.model))
+    kept: dict[tuple[str, str], Any] = {}
+
+    def read(text: str, name: str) -> Any:
+        if (text, name) not in kept:
+            if len(kept) > 8:
+                kept.clear()
+            if adapter is None:
+                kept[text, name] = read_layers(loaded, text, positions=None, top_k=top_k)
+            else:
+                with use_adapter(loaded, None if name == "base" else adapter) as model:
+                    kept[text, name] = read_layers(model, text, positions=None, top_k=top_k)
+        return kept[text, name]
+
+    def show(text: str, position: int, layer: int, model: str) -> tuple[str, Figure]:
+        readings = {name: read(text, name) for name in (("base", "adapter") if model == "both" else (model,))}
+        first = next(iter(readings.values()))
+        controls["position"].max = len(first.tokens) - 1
+        here = min(position, len(first.tokens) - 1)
+        pieces = [(token, i == here) for i, token in enumerate(first.tokens)]
+        html = "<p>the next token after the marked one, as every layer would say it:</p>" + _wide("", moved=pieces)
+        for name, reading in readings.items():
+            html += f"<p><b>{escape(name)}</b>, layer {layer}: {_said(reading, layer, here)}</p>"
+        tables = "".join(f"<td>{lens_table(reading, position=here).html}</td>" for reading in readings.values())
+        html += f"<details><summary>all layers</summary><table><tr>{tables}</tr></table></details>"
+        if len(readings) == 1 and len(first.tokens) <= 24:
+            return html, plot_layers(first)
+        return html, plot_entropy(readings, position=here)
+
+    wide = ipywidgets.Layout(width="95%", height="80px")
+    count = len(read(prompt, "base").tokens)
+    controls: dict[str, Any] = {
+        "text": ipywidgets.Textarea(value=prompt, description="prompt", layout=wide, continuous_update=False),
+        "position": ipywidgets.IntSlider(
+            value=count - 1, min=0, max=count - 1, description="position", continuous_update=False
+        ),
+        "layer": ipywidgets.IntSlider(value=last, min=0, max=last, description="layer", continuous_update=False),
+        "model": ipywidgets.Dropdown(
+            options=["base"] if adapter is None else ["base", "adapter", "both"],
+            value="base" if adapter is None else "both",
+            description="model",
+        ),
+    }
+    return Explorer("lens", controls, show)
+
+
+def _active_adapter(loaded: "LoadedModel") -> str | None:
+    import peft
+
+    return loaded.model.active_adapter if isinstance(loaded.model, peft.PeftModel) else None
+
+
+def _said(reading: Any, layer: int, position: int) -> str:
+    """One line: the leading tokens of a layer with their probabilities, entropy and distance to the answer."""
+    column = reading.column(position)
+    pairs = zip(reading.top_tokens[layer][column], reading.top_probs[layer, column], strict=True)
+    words = " · ".join(f"<bdi><code>{escape(repr(token))}</code></bdi> {share:.1%}" for token, share in pairs)
+    return (
+        f"{words} · entropy {reading.entropy[layer, column]:.2f} of {reading.ln_vocabulary:.2f} nats · "
+        f"{reading.active[layer, column]} tokens above 1 % · "
+        f"KL to the answer {reading.kl_to_final[layer, column]:.2f}"
     )

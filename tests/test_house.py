@@ -34,10 +34,14 @@ FLOORS = {
     1.0: "session chats tasks memory",
     1.5: "masking",
     2.0: "models nano",
+    2.1: "anatomy readings",
+    2.2: "probe",
+    2.3: "attention",
     2.5: "runs",
     3.0: "generate train lens export",
     4.0: "splice evidence",
-    5.0: "plots notebooks",
+    5.0: "plots notebooks lens_tables",
+    5.1: "lens_plots",
     6.0: "widgets __main__",
 }
 LONGEST_MODULE, LARGEST_FILE, LARGEST_DATA = 380, 6 * 2**20, 25 * 2**20

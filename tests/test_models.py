@@ -1,15 +1,18 @@
 """Loading: 4 bit for real, the same training on both backends, the silent bitsandbytes fault, clear refusals."""
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from ironlogic.models import ModelError, add_lora, as_loaded, inference, load_model
+from ironlogic.models import DATA, ModelError, add_lora, as_loaded, inference, load_model
 from ironlogic.presets import LoraSettings
 
+import bitsandbytes  # isort: skip
 import torch  # isort: skip
 
 LORA = LoraSettings(rank=4, alpha=8)
@@ -60,14 +63,14 @@ def gradients(loaded, ids, *, evaluate_first: bool) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in loaded.model.parameters() if p.grad is not None])
 
 
-def test_evaluating_first_leaves_gradients_alone():
+def test_evaluating_first_leaves_gradients_alone(monkeypatch):
     """bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 in evaluation and then returns wrong gradients."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)  # as if this processor had it
     ids = torch.randint(10, 900, (2, 24), generator=torch.Generator().manual_seed(0))
     loaded = add_lora(load_model("nano"), LORA, seed=1)
-    layers = [m for m in loaded.model.modules() if type(m).__name__ == "Linear4bit"]
+    layers = [m for m in loaded.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert layers
-    # the switch itself, so that the test can fail on any processor
-    assert not any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in layers)
+    assert [layer.support_avx512bf16_for_cpu for layer in layers] == [False] * len(layers)
     for p in loaded.model.parameters():  # B starts at zero, which would hide half of the gradients
         if p.requires_grad:
             torch.nn.init.normal_(p, std=0.05)
@@ -93,6 +96,8 @@ def test_inference_restores_training_mode(nano):
         ("no-such-model", "no such folder, and not a hub name.*nano"),
         ("./nowhere", "no such folder"),
         ("", "no such folder"),
+        ("/no/such/place/nano", "no such folder"),
+        ("someone/nano", "someone/nano can't be loaded"),
     ],
 )
 def test_missing_model(name, message):
@@ -115,6 +120,37 @@ def test_broken_config(tmp_path):
     (tmp_path / "config.json").write_text("{not json")
     with pytest.raises(ModelError, match="can't be loaded"):
         load_model(tmp_path)
+
+
+def test_cut_weights_are_one_message(tmp_path):
+    shutil.copytree(DATA / "nano", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    with pytest.raises(ModelError, match="cut can't be loaded"):
+        load_model(tmp_path / "cut")
+
+
+def test_context_is_at_most_the_models():
+    assert load_model("nano", max_length=4096).max_length == 512
+
+
+def test_adapter_stays_out_of_experts_unless_asked():
+    moe = LoraSettings(rank=4, alpha=8)
+    loaded = add_lora(load_model("nano-moe", four_bit=False), moe, seed=1)
+    names = [name for name, p in loaded.model.named_parameters() if p.requires_grad]
+    assert names
+    assert not [name for name in names if "experts" in name]
+    with_experts = add_lora(
+        load_model("nano-moe", four_bit=False), LoraSettings(rank=4, alpha=8, experts=True), seed=1
+    )
+    assert [n for n, p in with_experts.model.named_parameters() if p.requires_grad and "experts" in n]
+
+
+def test_plain_model_without_pad_token_is_refused(nano):
+    tokenizer = copy.deepcopy(nano.tokenizer)
+    tokenizer.pad_token = None
+    with pytest.raises(ModelError, match="no pad token"):
+        as_loaded(nano.model, tokenizer)
 
 
 def test_wraps_plain_models(nano):

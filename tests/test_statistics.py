@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ironlogic.statistics import bootstrap_interval, difference_interval
+from ironlogic.statistics import bootstrap_interval, difference_interval, entropy, js_divergence
 
 
 def test_one_repeat_agrees_with_the_normal_interval():
@@ -50,3 +50,23 @@ def test_refusals():
         bootstrap_interval([1.0, float("nan")])
     with pytest.raises(ValueError, match=r"\(3,\) and \(2,\)"):
         difference_interval([1, 2, 3], [1, 2])
+
+
+def test_entropy_and_divergence_agree_with_scipy():
+    from scipy.spatial.distance import jensenshannon
+    from scipy.stats import entropy as of_scipy
+
+    rng = np.random.default_rng(0)
+    p, q = rng.dirichlet(np.ones(7), size=(2, 5))
+    assert entropy(p) == pytest.approx(of_scipy(p, axis=-1))
+    assert js_divergence(p, q) == pytest.approx(jensenshannon(p, q, axis=-1) ** 2)
+    assert js_divergence(p, p) == pytest.approx(0, abs=1e-12)
+    assert entropy(np.full(1000, 1e-3)) == pytest.approx(np.log(1000))
+
+
+def test_what_is_no_distribution_is_refused():
+    for values in ([0.5, 0.6], [1.5, -0.5], []):
+        with pytest.raises(ValueError, match="sum to 1"):
+            entropy(values)
+    with pytest.raises(ValueError, match="differ"):
+        js_divergence([1.0], [0.5, 0.5])

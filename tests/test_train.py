@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,15 +12,14 @@ from dataclasses import replace
 import pytest
 
 from ironlogic.burden import Burden
-from ironlogic.models import load_model
+from ironlogic.models import ModelError, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.runs import RunError, newest_whole_checkpoint, open_run
+from ironlogic.runs import RunError, newest_whole_checkpoint, open_run, run_folder
 from ironlogic.tasks import make_tasks, task_chat
 from ironlogic.train import _prepare, train_sft
 
 import torch  # isort: skip
 import peft  # isort: skip
-import transformers  # isort: skip
 from safetensors.torch import load_file  # isort: skip
 
 SETTINGS = TrainSettings(
@@ -67,9 +68,17 @@ def test_adapter_is_plain_peft(finished):
     assert len(tensors) == 2 * 4 * 7
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
-    base = transformers.AutoModelForCausalLM.from_pretrained("data/nano")
-    plain = peft.PeftModel.from_pretrained(base, finished.adapter)
+    plain = peft.AutoPeftModelForCausalLM.from_pretrained(finished.adapter)
     assert plain.peft_config["default"].r == 4
+
+
+def test_adapter_finds_its_base_where_the_repository_lies_now(finished, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished.adapter, moved)
+    settings = json.loads((moved / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "/elsewhere/data/nano"
+    (moved / "adapter_config.json").write_text(json.dumps(settings))
+    assert load_model(moved).base.endswith("data/nano")
 
 
 def test_reloaded_model_is_the_trained_one(finished):
@@ -143,6 +152,22 @@ def test_twin_sees_the_same_rows_in_the_same_order():
     assert [r["input_ids"] for r in ft] != [r["input_ids"] for r in sft]
 
 
+def test_rows_around_the_cut_leave_the_order_of_the_others_alone():
+    rng = random.Random(0)
+    chats = []
+    for i in range(120):
+        words = " ".join(rng.choice(["apple", "Ann", "seven", "zebra-like"]) for _ in range(rng.randint(5, 70)))
+        chats.append([{"role": "user", "content": words}, {"role": "assistant", "content": f"Answer: {i}"}])
+    loaded, orders = nano(), []
+    for burden in (None, Burden()):
+        rows, report = _prepare(loaded, as_dataset(chats), SETTINGS, burden)
+        assert report.dropped > 0
+        orders.append([tuple(t for t in row["labels"] if t >= 0) for row in rows])
+    both = set(orders[0]) & set(orders[1])
+    assert len(both) > 30
+    assert [a for a in orders[0] if a in both] == [a for a in orders[1] if a in both]
+
+
 def test_rows_beyond_the_context_are_counted(tmp_path):
     long = [{"role": "user", "content": "word " * 500}, {"role": "assistant", "content": "Answer: 1"}]
     run = train_sft(nano(), [*CHATS[:7], long], replace(SETTINGS, log_steps=1), run=tmp_path / "long")
@@ -162,6 +187,10 @@ def interrupt_at(step, error):
             raise error
 
     return watch
+
+
+def weights_of(loaded):
+    return {name: p.detach() for name, p in loaded.model.named_parameters() if "lora_" in name}
 
 
 def weights(run):
@@ -212,15 +241,21 @@ def test_unwritable_results_folder_is_one_message(tmp_path):
         train_sft(nano(), CHATS[:4], SETTINGS, run=tmp_path / "file" / "run")
 
 
-def test_full_disk_is_one_message(tmp_path):
-    with pytest.raises(RunError, match="No space left.*IRONLOGIC_RUNS"):
-        train_sft(
-            nano(),
-            CHATS[:8],
-            SETTINGS,
-            run=tmp_path / "full",
-            watch=interrupt_at(1, OSError(28, "No space left on device")),
-        )
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a disk of our own needs root on Linux")
+@pytest.mark.parametrize("kilobytes", [300, 1000, 1800])
+def test_full_disk_is_one_message(tmp_path, kilobytes):
+    """A real one: each size is full at another moment, and each library says so in its own way."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine mounts nothing")
+    try:
+        settings = replace(SETTINGS, lora=LoraSettings(rank=16, alpha=16))
+        with pytest.raises(RunError, match="can't be written.*IRONLOGIC_RUNS"):
+            train_sft(nano(), CHATS, settings, run=disk / "full")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_adapter_can_be_trained_further(finished, tmp_path):
@@ -228,6 +263,32 @@ def test_adapter_can_be_trained_further(finished, tmp_path):
     run = train_sft(open_run(finished.folder).model(), CHATS[:8], SETTINGS, run=tmp_path / "polish")
     assert any(not torch.equal(first[name], tensor) for name, tensor in weights(run).items())
     assert run.record["trained_parameters"] == finished.record["trained_parameters"]
+    again = weights_of(open_run(run.folder).model())
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights_of(run.loaded).items())
+
+
+def test_training_twice_inside_one_model_is_refused(tmp_path):
+    loaded = nano()
+    train_sft(loaded, CHATS[:4], SETTINGS, run=tmp_path / "one")
+    with pytest.raises(ModelError, match="load it again"):
+        train_sft(loaded, CHATS[:4], SETTINGS, run=tmp_path / "two")
+
+
+def test_short_run_logs_too(tmp_path):
+    run = train_sft(nano(), CHATS[:8], replace(SETTINGS, log_steps=50), run=tmp_path / "short")
+    assert [line["step"] for line in run.metrics] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/../../b"])
+def test_names_that_leave_the_results_folder_are_refused(name):
+    with pytest.raises(RunError, match="is no name for a run"):
+        run_folder(name)
+
+
+def test_names_are_in_the_results_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("IRONLOGIC_RUNS", str(tmp_path))
+    assert run_folder("a/b") == tmp_path / "a" / "b"
+    assert run_folder(tmp_path / "x") == tmp_path / "x"
 
 
 KILLED = """

@@ -8,7 +8,7 @@ from ironlogic.models import load_model
 from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.tasks import make_tasks, task_chat
 from ironlogic.train import train_sft
-from ironlogic.widgets import answer_explorer, burden_explorer, memory_explorer
+from ironlogic.widgets import answer_explorer, burden_explorer, lens_explorer, memory_explorer
 
 TEXT = "Create a Python Flappy Bird game and then find potential bugs and show the fixed code"
 PNG = b"\x89PNG"
@@ -85,3 +85,33 @@ def test_answer_explorer_asks_base_and_adapter(tmp_path):
     before = explorer.text.value
     explorer.controls["problem"].value = 1
     assert explorer.text.value != before
+
+
+def test_lens_explorer_follows_prompt_position_layer_and_model():
+    from ironlogic.lens import read_layers
+    from ironlogic.models import add_lora
+
+    bare = lens_explorer(load_model("nano"), "Tom is taller than Anna. So")
+    assert bare.controls["model"].options == ("base",)
+    loaded = add_lora(load_model("nano"), LoraSettings(rank=4, alpha=8), seed=1)
+    explorer = lens_explorer(loaded, "Tom is taller than Anna. So")
+    assert "base" in explorer.text.value
+    assert "adapter" in explorer.text.value
+    assert explorer.png.startswith(PNG)
+    reading = read_layers(loaded, "Tom is taller than Anna. So", positions=None)
+    for position, layer in ((2, 1), (0, 4)):
+        explorer.controls["position"].value = position
+        explorer.controls["layer"].value = layer
+        assert f"entropy {reading.entropy[layer, position]:.2f} of 6.93 nats" in explorer.text.value
+    both = explorer.plot.value
+    explorer.controls["model"].value = "adapter"
+    assert "<b>base</b>" not in explorer.text.value
+    assert explorer.plot.value != both
+    explorer.controls["text"].value = "<script>$a$\n"
+    assert "<script>" not in explorer.text.value
+    assert "Error" not in explorer.text.value
+    assert explorer.controls["position"].value <= explorer.controls["position"].max
+    explorer.controls["text"].value = ""
+    assert "LensError: the prompt is empty" in explorer.text.value
+    explorer.controls["text"].value = "A cow says"
+    assert "Error" not in explorer.text.value
