@@ -1,0 +1,282 @@
+"""The notebooks in a real JupyterLab in headless Chromium: run all cells, then use the widgets as a person would.
+
+Waits for states that the page itself reports (kernel idle, execution counts, texts shown), never for a time. Knows
+no pixels: pictures of the pages are kept for people, in the folder that IRONLOGIC_SHOTS names or a temporary one.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from ironlogic.notebooks import find_notebooks, read_notebook, set_parameters
+from ironlogic.session import ROOT
+
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="no playwright (pip install -r tests/requirements.txt)"
+)
+expect = sync_api.expect
+pytestmark = [pytest.mark.browser, pytest.mark.slow]  # conftest skips them where there is no Chromium, and says so
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = os.environ.get("IRONLOGIC_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # conftest closes Python's sockets, not these
+]
+HERE = re.compile(r"(http|ws)://127\.0\.0\.1[:/]|(data|blob|about):")
+ADDRESS = re.compile(r"(http://127\.0\.0\.1:\d+)/lab\?(token=\w+)")
+LAB = [
+    *("--no-browser", "--allow-root", "--ip=127.0.0.1", "--LabApp.expose_app_in_browser=True"),
+    *("--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"),
+    "--LabApp.extension_manager=readonly",
+]
+SETTINGS = '{"fetchNews": "false", "checkForUpdates": false, "doNotDisturbMode": true}'  # no pop-up over the page
+# Code cells of the notebook in front, [count, outputs] each, while its kernel is idle; null before and while busy.
+CELLS = """() => {
+    const panel = window.jupyterapp?.shell?.currentWidget, kernel = panel?.sessionContext?.session?.kernel;
+    if (kernel?.connectionStatus !== 'connected' || kernel.status !== 'idle') return null;
+    const models = panel.content.widgets.map(cell => cell.model).filter(model => model.type === 'code');
+    return models.map(model => [model.executionCount, model.outputs.toJSON()]);
+}"""
+RAN = f"""() => {{
+    const cells = ({CELLS})();
+    return cells && (cells.every(([count]) => count) || cells.some(([_, outputs]) =>
+        outputs.some(output => output.output_type === 'error')));
+}}"""
+NEXT = ("Alt+ArrowDown", "ArrowDown", "Enter")  # of a drop-down: JupyterLab takes a bare arrow for itself
+SCRIPTS = '<img src="data:," onerror="window.caught = 1"><script>window.caught = 1</script>'
+
+
+# -- the machinery
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """A JupyterLab with nobody's settings on a copy of the checkout (it saves what it runs): address and token."""
+    folder = tmp_path_factory.mktemp("lab")
+    work, log = folder / "work", folder / "lab.log"
+    shutil.copytree(ROOT, work, ignore=shutil.ignore_patterns(".*", "runs", "tests", "__pycache__"))
+    (small,) = find_notebooks(["02"], folder=work / "notebooks")
+    notebook = read_notebook(small)
+    set_parameters(notebook, {"ROWS": 96, "SEEDS": 1})
+    nbformat.write(notebook, small)
+    notices = folder / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+    notices.parent.mkdir(parents=True)
+    notices.write_text(SETTINGS)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
+    for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR"):
+        env[name] = str(folder / name)
+    env |= {"IPYTHONDIR": str(folder / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
+    env |= {"IRONLOGIC_RUNS": str(folder / "runs")}
+    command = [sys.executable, "-m", "jupyterlab", *LAB, f"--ServerApp.root_dir={work}"]
+    with log.open("w") as lines, subprocess.Popen(command, stdout=lines, stderr=lines, env=env) as server:
+        try:
+            yield await_address(log, server)
+        finally:
+            server.terminate()  # it takes its kernels with it
+    attempts = Path(os.environ["IRONLOGIC_NETWORK_LOG"]).read_text()  # those at the end: no test has looked at them
+    assert attempts == ""
+
+
+def await_address(log: Path, server: subprocess.Popen) -> tuple[str, str]:
+    end = time.monotonic() + 120
+    while not (found := ADDRESS.search(text := log.read_text())):
+        assert server.poll() is None, f"JupyterLab did not start:\n{text[-3000:]}"
+        assert time.monotonic() < end, f"JupyterLab gave no address in 120 s:\n{text[-3000:]}"
+        time.sleep(0.1)
+    return found[1], found[2]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["sync_api.Browser"]:
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(os.environ.get("IRONLOGIC_SHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def window(browser: "sync_api.Browser") -> Iterator["sync_api.Page"]:
+    """A fresh page. In the end it must have asked this machine only, and none of its scripts may have failed."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1100}, device_scale_factor=1)
+    asked: list[str] = []
+    broken: list[str] = []
+    context.on("request", lambda request: asked.append(request.url))
+    page = context.new_page()
+    page.on("websocket", lambda socket: asked.append(socket.url))
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    try:
+        yield page
+    finally:
+        context.close()
+    outside = [url for url in asked if not HERE.match(url)]
+    assert outside == [], "requests that left the machine"
+    assert broken == [], "scripts of the page that failed"
+
+
+@contextmanager
+def run_all(
+    number: str, lab: tuple[str, str], browser: "sync_api.Browser", shots: Path, *, seconds: float = 120
+) -> Iterator["sync_api.Page"]:
+    """The page of that notebook after all its cells ran without an error or a word on stderr."""
+    (path,) = find_notebooks([number])
+    with window(browser) as page:
+        page.set_default_timeout(60_000)
+        page.goto(f"{lab[0]}/lab/workspaces/test{number}/tree/notebooks/{path.name}?reset&{lab[1]}")
+        try:
+            page.wait_for_function(CELLS)
+            page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+            page.wait_for_function(RAN, timeout=seconds * 1000)
+            outputs = [output for _, outputs in page.evaluate(CELLS) for output in outputs]
+            assert [output for output in outputs if output["output_type"] == "error"] == []
+            assert [output for output in outputs if output.get("name") == "stderr"] == []
+            yield page
+            page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        except BaseException:
+            page.screenshot(path=shots / f"{number}-failed.png")
+            raise
+
+
+def shown(page: "sync_api.Page", name: str) -> tuple["sync_api.Locator", "sync_api.Locator"]:
+    """The text and the picture of a widget, the text scrolled into view."""
+    text = page.locator(f".il-{name}-text .widget-html-content")
+    text.scroll_into_view_if_needed()
+    return text, page.locator(f".il-{name}-plot img")
+
+
+def shoot(page: "sync_api.Page", path: Path) -> None:
+    page.wait_for_function(CELLS)  # a callback sends its text first and its picture a moment later
+    page.screenshot(path=path)
+
+
+def press(control: "sync_api.Locator", *keys: str) -> None:
+    """Keys typed with the focus where it was put, which they must not take away."""
+    control.focus()
+    for key in keys:
+        control.page.keyboard.press(key)
+    expect(control).to_be_focused()
+
+
+def retype(box: "sync_api.Locator", text: str) -> None:
+    """A person's way: into the box, all of it selected, the new text key by key."""
+    box.click()
+    box.page.keyboard.press("Control+A")
+    box.page.keyboard.type(text)
+    expect(box).to_have_value(text)
+
+
+# -- what a person does
+
+
+def test_burden_widget_by_keyboard(lab, browser, shots):
+    with run_all("01", lab, browser, shots) as page:
+        text, picture = shown(page, "burden")
+        before, after = text.locator("[dir=auto]").first, text.locator("[dir=auto]").last
+        ratio = page.locator(".il-burden-ratio [role=slider]")
+        expect(text).to_contain_text("asked for 70%")
+        shoot(page, shots / "01-as-it-comes.png")
+        source = picture.get_attribute("src")
+        press(ratio, *["ArrowLeft"] * 8)
+        expect(text).to_contain_text("asked for 30%")
+        expect(picture).not_to_have_attribute("src", source)
+        expect(picture).to_have_attribute("alt", re.compile(r"ratio 0\.3"))
+
+        mine = "please keep `a b c d e f g h` as it is my dear old friend"
+        retype(page.locator(".il-burden-text textarea"), mine)
+        expect(before).to_have_text(mine)
+        press(ratio, "Home")
+        expect(text).to_contain_text("asked for 0%")
+        expect(after).to_have_text(mine)
+        expect(after.locator("span")).to_have_count(0)
+        press(ratio, "End")
+        expect(text).to_contain_text("asked for 100%")
+        expect(after.locator("span")).not_to_have_count(0)
+        expect(after).to_contain_text("`a b c d e f g h`")
+        assert sorted(after.inner_text().split()) == sorted(mine.split()), "words were added or lost"
+        shoot(page, shots / "01-my-text.png")
+
+        press(page.locator(".il-burden-protect input"), "Space")
+        expect(after).not_to_contain_text("`a b c d e f g h`")
+        unit = page.locator(".il-burden-unit select")
+        press(unit, *NEXT)
+        expect(unit.locator("option:checked")).to_have_text("char")
+        expect(after).not_to_contain_text("please")
+        assert sorted(after.inner_text()) == sorted(mine), "letters were added or lost"
+        source = picture.get_attribute("src")
+        press(page.locator(".il-burden-draw [role=slider]"), "ArrowRight")
+        expect(picture).not_to_have_attribute("src", source)
+        shoot(page, shots / "01-letters.png")
+
+
+def test_hostile_text_is_shown_and_not_run(lab, browser, shots):
+    with run_all("01", lab, browser, shots) as page:
+        text, _ = shown(page, "burden")
+        retype(page.locator(".il-burden-text textarea"), f"look {SCRIPTS} <b>here</b> &amp; now")
+        expect(text.locator("[dir=auto]").first).to_have_text(f"look {SCRIPTS} <b>here</b> &amp; now")
+        press(page.locator(".il-burden-ratio [role=slider]"), "Home")
+        expect(text.locator("[dir=auto]").last).to_have_text(f"look {SCRIPTS} <b>here</b> &amp; now")
+        expect(text.locator("img, script, [dir=auto] b")).to_have_count(0)
+        shoot(page, shots / "01-hostile.png")
+        assert page.evaluate("() => window.caught") is None
+        # The same text would have run as markup: this test can fail.
+        page.evaluate("html => document.body.insertAdjacentHTML('beforeend', html)", SCRIPTS)
+        page.wait_for_function("() => window.caught === 1")
+
+
+def test_memory_widget_by_keyboard(lab, browser, shots):
+    with run_all("00", lab, browser, shots) as page:
+        text, picture = shown(page, "memory")
+        shoot(page, shots / "00-as-it-comes.png")
+        card = page.locator(".il-memory-card_gib [role=slider]")
+        press(card, "Home")
+        expect(text).to_contain_text("does not fit")
+        source = picture.get_attribute("src")
+        press(card, "End")
+        expect(text).not_to_contain_text("does not fit")
+        expect(picture).not_to_have_attribute("src", source)
+        source = picture.get_attribute("src")
+        press(page.locator(".il-memory-length [role=slider]"), "ArrowLeft")
+        expect(picture).not_to_have_attribute("src", source)
+        shoot(page, shots / "00-large-card.png")
+
+
+def test_answers_widget_by_keyboard(lab, browser, shots):
+    with run_all("02", lab, browser, shots, seconds=600) as page:
+        text, _ = shown(page, "answers")
+        expect(text.locator("th")).to_have_text(
+            ["asked", "answer", "base", "SFT", "FT", "FT mixed", "FT as the seed"]
+        )
+        shoot(page, shots / "02-as-it-comes.png")
+        scrambled = text.locator("[dir=auto]").inner_text()
+        press(page.locator(".il-answers-ratio [role=slider]"), "Home")
+        expect(text.locator("[dir=auto]")).not_to_have_text(scrambled)
+        clean = text.locator("[dir=auto]").inner_text()
+        assert sorted(clean.split()) == sorted(scrambled.split())
+        press(page.locator(".il-answers-problem select"), *NEXT)
+        expect(text.locator("[dir=auto]")).not_to_have_text(clean)
+        shoot(page, shots / "02-in-order.png")
+
+
+@pytest.mark.parametrize(
+    "leak", ['<img src="http://192.0.2.1/x">', "<script>new WebSocket('ws://x.test')</script>"]
+)
+def test_a_request_that_leaves_is_noticed(browser, leak):
+    with pytest.raises(AssertionError, match="left the machine"), window(browser) as page:
+        page.set_content(leak)
