@@ -1,6 +1,6 @@
 """The parts of a language model that a reading needs: the only place that knows what architectures call them.
 
-Works on plain, 4-bit, merged, spliced, compiled and adapted models: wrappers come off, adapters stay where they are.
+Works on plain, 4-bit, merged, spliced, compiled and adapted models: wrappers come off, adapters stay in place.
 A part that can't be found is refused by name: a norm silently left out is what made seed 002's "Deep Silence".
 Where parts are used (hooks, float32, checks) is the business of `probe` and `lens`.
 """
@@ -127,7 +127,7 @@ def media_ids(model: Any) -> set[int]:
 
 
 def readout_is_adapted(model: Any) -> bool:
-    """Whether an adapter sits on embedding, final norm or head, so that switching it off moves the embedding row."""
+    """Whether an adapter sits on embedding, final norm or head: switching it off then moves the embedding row."""
     parts = (embedding(model), final_norm(model), output_head(model))
     inner = (module for part in parts for module in part.modules())
     return any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in inner)

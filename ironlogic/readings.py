@@ -55,8 +55,10 @@ class LayerReading:
         """Entropy of no information at all, in nats."""
         return math.log(self.vocabulary)
 
-    def column(self, position: int) -> int:
-        """Where `position` (negative: from the end) is among the positions read."""
+    def column(self, position: int | None = None) -> int:
+        """Where `position` (negative: from the end; None: the last one read) is among the positions read."""
+        if position is None:
+            return len(self.positions) - 1
         wanted = position + len(self.ids) if position < 0 else position
         if wanted not in self.positions:
             raise ValueError(f"position {position} was not read; read are {self.positions}")

@@ -1,0 +1,170 @@
+"""Cost of a checked layer reading against a bare forward pass, the seed's loop and peers, in one run; extra memory.
+
+A random Qwen3 of 28 layers, width 1,024 and V = 151,936 in bfloat16 (the shape of Qwen3-0.6B), T = 256 tokens. CPU
+seconds of one thread, the best of interleaved rounds. Slow processors without bfloat16 need minutes for it.
+"""
+
+import ctypes
+import math
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from ironlogic.anatomy import decoder_layers, final_norm, output_head
+from ironlogic.attention import read_attention
+from ironlogic.lens import read_layers
+
+import torch  # isort: skip
+import transformers  # isort: skip
+
+TOKENS, VOCABULARY, ROUNDS = 256, 151_936, 2
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def make_model(*, layers: int = 28, width: int = 1024, dtype=torch.bfloat16):
+    """Random weights without transformers' slow initialisation, logits of a spread as trained models have it."""
+    config = transformers.Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=128,
+        tie_word_embeddings=True,
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen3ForCausalLM(config).to(dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    pool = (torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            flat = parameter.view(-1)
+            for begin in range(0, flat.numel(), pool.numel()):
+                part = flat[begin : begin + pool.numel()]
+                part.copy_(pool[: part.numel()])
+            if parameter.ndim == 1:
+                parameter.add_(1)
+        model.model.norm.weight.mul_(6 * math.sqrt(1024 / width))
+    return model.eval()
+
+
+def bare(model, ids):
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+
+def seed_loop(model, ids):
+    """As the seeds' script reads: norm and head on every position of every layer, of which one is looked at."""
+    with torch.inference_mode():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        return [torch.softmax(output_head(model)(final_norm(model)(s))[0, -1].float(), -1).topk(5) for s in states]
+
+
+def layer_loop(model, ids):
+    """One position, one product with the head per layer."""
+    with torch.inference_mode():
+        states = model(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+        norm, head = final_norm(model), output_head(model)
+        return [torch.softmax(head(norm(state[:, -1:]))[0, -1].float(), -1).topk(5) for state in states]
+
+
+def nnsight_loop(model, ids):
+    import nnsight
+
+    wrapped = nnsight.LanguageModel(model, tokenizer=None)
+
+    def read():
+        with torch.inference_mode(), wrapped.trace(ids):
+            rows = nnsight.save([])
+            for layer in wrapped.model.layers:
+                state = wrapped.model.norm(layer.output[:, -1:])
+                rows.append(wrapped.lm_head(state)[0].float().log_softmax(-1))
+        return rows
+
+    return read
+
+
+def works(model, ids):
+    found = {
+        "bare forward pass": lambda: bare(model, ids),
+        "ours, last position": lambda: read_layers(model, ids),
+        "ours, attention of the last position": lambda: read_attention(model, ids),
+        "one head product a layer": lambda: layer_loop(model, ids),
+        "the seed's loop": lambda: seed_loop(model, ids),
+        "ours, all positions": lambda: read_layers(model, ids, positions=None),
+    }
+    if find_spec("nnsight"):
+        found["nnsight, last position"] = nnsight_loop(model, ids)
+    return found
+
+
+def cpu_seconds(work) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def measure(works: dict, *, rounds: int) -> dict[str, float]:
+    """Best CPU seconds of each, interleaved; what takes more than three bare passes is done once."""
+    best: dict[str, float] = {}
+    for _ in range(rounds):
+        for name, work in works.items():
+            if best.get(name, 0) <= 3 * best.get("bare forward pass", math.inf):
+                best[name] = min(cpu_seconds(work), best.get(name, math.inf))
+    return best
+
+
+def table(best: dict[str, float]) -> str:
+    base = best["bare forward pass"]
+    return "\n".join(f"{name:40} {seconds:8.2f} s {seconds / base:6.2f} x" for name, seconds in best.items())
+
+
+@pytest.mark.benchmarks
+@pytest.mark.slow
+def test_a_checked_reading_costs_little_more_than_a_forward_pass(capsys):
+    torch.set_num_threads(1)
+    model = make_model()
+    assert 550e6 < sum(p.numel() for p in model.parameters()) < 650e6
+    ids = torch.randint(0, 150_000, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    best = measure(works(model, ids), rounds=ROUNDS)
+    with capsys.disabled():
+        print(f"\nT = {TOKENS}, bfloat16, one thread\n{table(best)}")
+    base = best["bare forward pass"]
+    assert best["ours, last position"] <= 1.2 * base
+    assert best["ours, all positions"] <= 12 * base
+    assert best["ours, last position"] < best["one head product a layer"]
+
+
+def peak_mb(work) -> float:
+    """Highest resident memory during the work above what is resident before it, in MB."""
+    work()  # buffers that stay
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free already would hide what is taken
+    CLEAR.write_text("5")
+
+    def read(name: str) -> int:
+        return int(STATUS.read_text().split(f"{name}:")[1].split()[0])
+
+    before = read("VmRSS")
+    work()
+    return (read("VmHWM") - before) * 1024 / 1e6
+
+
+@pytest.mark.benchmarks
+@pytest.mark.skipif(not CLEAR.exists(), reason="peak memory is read from Linux's /proc")
+def test_extra_memory_does_not_grow_with_the_prompt(capsys):
+    model = make_model(width=128)
+    extra = {}
+    for tokens in (64, 512):
+        ids = torch.randint(0, 150_000, (1, tokens), generator=torch.Generator().manual_seed(1))
+        extra[tokens] = peak_mb(lambda ids=ids: read_layers(model, ids)) - peak_mb(lambda ids=ids: bare(model, ids))
+    logits = (len(decoder_layers(model)) + 2) * VOCABULARY * 4 / 1e6
+    with capsys.disabled():
+        print(f"\nextra peak memory, MB: {extra}; the logits alone {logits:.1f}")
+    assert max(extra.values()) <= 45
+    assert extra[512] - extra[64] < 5
