@@ -118,15 +118,20 @@ def plot_answer_loss(arms: "Mapping[str, AnswerLoss]") -> Figure:
     return figure
 
 
-def plot_disorder(points: Sequence[tuple[float, Disorder]], *, words: int, marked: float | None = None) -> Figure:
-    """Disorder reached over the ratio asked for: dots measured, lines expected for a text of `words` words."""
+def plot_disorder(
+    points: Sequence[tuple[float, Disorder]], *, movable: int, units: int, marked: float | None = None
+) -> Figure:
+    """Disorder reached over the ratio asked for: dots measured, lines expected where `movable` of `units` may move.
+
+    Units that stay pull every share towards "in order": exact for what is displaced, close for the pairs.
+    """
     figure, (axes,) = _axes(height=3.0)
     ratios = np.linspace(0, 1, 41)
-    expected = [expected_disorder(words, float(ratio)) for ratio in ratios]
+    expected = [expected_disorder(units, float(ratio) * movable / units) for ratio in ratios]
     names = {
-        "displaced": "words displaced",
+        "displaced": "displaced",
         "kendall_tau": "Kendall tau distance",
-        "bigrams_kept": "bigrams kept",
+        "bigrams_kept": "neighbours kept",
     }
     for i, (name, label) in enumerate(names.items()):
         axes.plot(ratios, [getattr(e, name) for e in expected], color=f"C{i}", lw=1.2, label=label)
@@ -134,7 +139,8 @@ def plot_disorder(points: Sequence[tuple[float, Disorder]], *, words: int, marke
     axes.plot([0, 1], [0, 1], ":", color="gray", lw=1, label="nominal")
     if marked is not None:
         axes.axvline(marked, color="black", lw=0.8)
-    axes.set(xlabel="burden ratio asked for", ylabel="share", ylim=(-0.02, 1.02))
+    axes.set(xlabel="burden ratio asked for", ylabel="share of units", ylim=(-0.02, 1.02))
+    axes.set_title("dots: this draw · lines: expected", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     return figure
 

@@ -157,9 +157,9 @@ def pieces_of(text: str, unit: Unit, tokenizer=None) -> list[str]:
     return [*pieces, text[last:]]
 
 
-def count_units(text: str, *, unit: Unit = "word", tokenizer=None) -> int:
-    """How many units the text has, movable or not."""
-    return len(pieces_of(text, unit, tokenizer)) // 2
+def count_units(text: str, *, unit: Unit = "word", protect: Sequence[str] = (), tokenizer=None) -> int:
+    """How many units of the text may move; with nothing protected, how many it has."""
+    return len(movable_places(pieces_of(text, unit, tokenizer), protected_spans(text, protect)))
 
 
 def _seed_spans(text: str) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ from ironlogic.memory import plan_memory
 from ironlogic.plots import plot_disorder, plot_losses, plot_memory
 from ironlogic.presets import PRESETS
 from ironlogic.tasks import Task, bayes_ceiling, check_answer
+from ironlogic.units import count_units
 
 if TYPE_CHECKING:  # the explorers that need a model import it when they are called: ten seconds for the others
     from ironlogic.models import LoadedModel
@@ -36,6 +37,13 @@ __all__ = [
     "memory_explorer",
 ]
 
+_PLURAL = {
+    "word": "words",
+    "char": "characters",
+    "sentence": "sentences",
+    "token": "tokens",
+    "seed": "words between blanks",
+}
 _MOVED = "background:#ffe08a;border-radius:3px;color:#111"
 
 
@@ -115,7 +123,10 @@ def _wide(text: str, *, moved: Sequence[tuple[str, bool]] | None = None) -> str:
     """Text as it stands, line breaks and all; moved pieces coloured."""
     pieces = moved if moved is not None else [(text, False)]
     body = "".join(f'<span style="{_MOVED}">{escape(p)}</span>' if m else escape(p) for p, m in pieces)
-    style = "white-space:pre-wrap;font-family:monospace;border:1px solid #ccc;border-radius:6px;padding:8px"
+    style = (
+        "white-space:pre-wrap;font-family:monospace;line-height:1.4;border:1px solid #8888;border-radius:6px;"
+        "padding:8px;max-height:16em;overflow:auto"
+    )
     return f'<div dir="auto" style="{style}">{body}</div>'
 
 
@@ -137,17 +148,21 @@ def burden_explorer(
 
         after = burdened(ratio)
         reached = measure_disorder(text, after, unit=counting)
-        words = len(text.split())
+        every = count_units(text, unit=unit, tokenizer=tokenizer)
+        spans = () if unit == "seed" else options["protect"]  # the published function protects nothing
+        free = count_units(text, unit=unit, protect=spans, tokenizer=tokenizer)
+        kept = f" ({every - free} more are protected)" if free < every else ""
         html = (
-            f"<p><b>asked for {ratio:.0%}</b> of {words} words · displaced <b>{reached.displaced:.0%}</b> · "
+            f"<p><b>asked for {ratio:.0%}</b> of {free} {_PLURAL[unit]}{kept} · "
+            f"displaced <b>{reached.displaced:.0%}</b> · "
             f"Kendall tau distance {reached.kendall_tau:.2f} (random order: 0.50) · "
-            f"neighbours kept {reached.bigrams_kept:.0%}</p>{_wide(text)}"
+            f"neighbours kept {reached.bigrams_kept:.0%}</p>"
             f"<p>what the model is asked instead (moved units coloured):</p>"
             f"{_wide(after, moved=moved_units(text, after, unit=counting))}"
         )
         grid = [i / 10 for i in range(11)]
         points = [(at, measure_disorder(text, burdened(at), unit=counting)) for at in grid]
-        return html, plot_disorder(points, words=max(words, 2), marked=ratio)
+        return html, plot_disorder(points, movable=free, units=max(every, 2), marked=ratio)
 
     return Explorer(
         "burden",
@@ -179,7 +194,7 @@ def answer_explorer(
             f"<p>{escape(task.kind)} · order-{task.order} · the answer is <b>{escape(task.answer)}</b> · an ideal "
             f"reader of this prompt is right with probability {bayes_ceiling(task, prompt, ratio):.2f}</p>"
         )
-        return head + _wide(prompt) + answer_table(loaded, arms, [(task, prompt)]).data, None
+        return head + answer_table(loaded, arms, [(task, prompt)]).data, None
 
     options = [(f"{task.kind}: {task.prompt[:60]}", i) for i, task in enumerate(tasks)]
     wide = ipywidgets.Layout(width="95%")
@@ -203,7 +218,7 @@ def answer_table(loaded: "LoadedModel", arms: Sequence[str], asked: Sequence[tup
     for arm in ["base", *arms]:
         with use_adapter(loaded, None if arm == "base" else arm) as model:
             replies[arm] = generate(model, prompts, max_new_tokens=72)
-    left = "style='text-align:left;white-space:pre-wrap;vertical-align:top'"
+    left = "style='text-align:left;white-space:pre-wrap;vertical-align:top;line-height:1.4'"
     head = "".join(f"<th {left}>{escape(name)}</th>" for name in ("asked", "answer", *replies))
     rows = []
     for i, (task, prompt) in enumerate(asked):
@@ -246,7 +261,13 @@ def memory_explorer(preset: str, *, card_gib: float = 24) -> Explorer:
         {
             "preset": ipywidgets.Dropdown(options=cards, value=preset, description="system"),
             "card_gib": ipywidgets.FloatSlider(
-                value=card_gib, min=8, max=96, step=1, description="card, GiB", continuous_update=False
+                value=card_gib,
+                min=8,
+                max=96,
+                step=1,
+                description="card, GiB",
+                readout_format=".0f",
+                continuous_update=False,
             ),
             "length": ipywidgets.SelectionSlider(
                 options=[512, 1024, 2048, 4096, 8192], value=4096, description="tokens", continuous_update=False

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from ironlogic.notebooks import NOTEBOOKS, NotebookError, normal_form, read_notebook, read_parameters, save_notebook
+from ironlogic.session import ROOT
 from ironlogic.setup_cell import SETUP_CELL
 
 PRESENT = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -116,8 +117,11 @@ def test_notebook(path):
     assert faults(path) == []
 
 
-def test_names_are_numbered_without_a_gap():
-    assert [path.stem[:3] for path in PRESENT] == [f"{number:02}_" for number in range(len(PRESENT))]
+def test_numbers_are_those_of_the_readme_and_none_stands_twice():
+    numbers = [path.stem[:2] for path in PRESENT]
+    assert numbers == sorted(set(numbers))
+    table = re.findall(r"^\| \[(\d\d)_\w+\]", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert numbers == table
 
 
 def test_setup_cell_keeps_its_own_rules():

@@ -52,7 +52,7 @@ def test_losses_and_answer_losses():
 def test_disorder_and_reached():
     text = " ".join(map(str, range(50)))
     points = [(r, measure_disorder(text, apply_burden(text, ratio=r))) for r in (0.0, 0.5, 1.0)]
-    figure = plot_disorder(points, words=50, marked=0.5)
+    figure = plot_disorder(points, movable=50, units=50, marked=0.5)
     assert np.allclose(curve(figure.axes[0], "nominal"), [0, 1])
     figure = plot_reached([5, 50], [0.6, 0.68], ratio=0.7)
     assert curve(figure.axes[0], "rows") == [0.6, 0.68]
