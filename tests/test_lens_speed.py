@@ -1,11 +1,12 @@
 """Cost of a checked layer reading against a bare forward pass, the seed's loop and peers, in one run; extra memory.
 
 A random Qwen3 of 28 layers, width 1,024 and V = 151,936 in bfloat16 (the shape of Qwen3-0.6B). CPU seconds of one
-thread, the best of interleaved rounds. T is IRONLOGIC_LENS_TOKENS, 32 by default: a processor that emulates bfloat16
-needs a quarter of an hour for the 256 of a real prompt. The longer the prompt, the smaller our share.
+thread, the best of interleaved rounds. T is IRONLOGIC_LENS_TOKENS, 32 by default: a processor that emulates
+bfloat16 needs a quarter of an hour for the 256 of a real prompt. The longer the prompt, the smaller our share.
 
-Measured on such a processor, relative to the bare pass: last position, checked, 1.17-1.19 at T = 16 and 1.07 at T = 64;
-attention of it 1.14-1.19 and 1.15; one head product a layer 1.65 at T = 16; the seed's loop 11.4; all positions 3.2.
+Measured on such a processor, relative to the bare pass: last position, checked, 1.17-1.19 at T = 16 and 1.07 at
+T = 64; attention of it 1.14-1.19 and 1.15; one head product a layer 1.65 at T = 16; the seed's loop 11.4; all
+positions 3.2.
 """
 
 import ctypes
