@@ -222,7 +222,7 @@ def answer_table(loaded: "LoadedModel", arms: Sequence[str], asked: Sequence[tup
     head = "".join(f"<th {left}>{escape(name)}</th>" for name in ("asked", "answer", *replies))
     rows = []
     for i, (task, prompt) in enumerate(asked):
-        cells = [escape(prompt), escape(task.answer)]
+        cells = [f'<span dir="auto">{escape(prompt)}</span>', escape(task.answer)]
         for arm in replies:
             text = replies[arm][i].text
             cells.append(f"{'✓' if check_answer(task, text) else '✗'} {escape(text)}")

@@ -188,7 +188,7 @@ def retype(box: "sync_api.Locator", text: str) -> None:
 def test_burden_widget_by_keyboard(lab, browser, shots):
     with run_all("01", lab, browser, shots) as page:
         text, picture = shown(page, "burden")
-        before, after = text.locator("[dir=auto]").first, text.locator("[dir=auto]").last
+        after = text.locator("[dir=auto]")
         ratio = page.locator(".il-burden-ratio [role=slider]")
         expect(text).to_contain_text("asked for 70%")
         shoot(page, shots / "01-as-it-comes.png")
@@ -200,7 +200,6 @@ def test_burden_widget_by_keyboard(lab, browser, shots):
 
         mine = "please keep `a b c d e f g h` as it is my dear old friend"
         retype(page.locator(".il-burden-text textarea"), mine)
-        expect(before).to_have_text(mine)
         press(ratio, "Home")
         expect(text).to_contain_text("asked for 0%")
         expect(after).to_have_text(mine)
@@ -229,9 +228,8 @@ def test_hostile_text_is_shown_and_not_run(lab, browser, shots):
     with run_all("01", lab, browser, shots) as page:
         text, _ = shown(page, "burden")
         retype(page.locator(".il-burden-text textarea"), f"look {SCRIPTS} <b>here</b> &amp; now")
-        expect(text.locator("[dir=auto]").first).to_have_text(f"look {SCRIPTS} <b>here</b> &amp; now")
         press(page.locator(".il-burden-ratio [role=slider]"), "Home")
-        expect(text.locator("[dir=auto]").last).to_have_text(f"look {SCRIPTS} <b>here</b> &amp; now")
+        expect(text.locator("[dir=auto]")).to_have_text(f"look {SCRIPTS} <b>here</b> &amp; now")
         expect(text.locator("img, script, [dir=auto] b")).to_have_count(0)
         shoot(page, shots / "01-hostile.png")
         assert page.evaluate("() => window.caught") is None
