@@ -272,6 +272,26 @@ def test_answers_widget_by_keyboard(lab, browser, shots):
         shoot(page, shots / "02-in-order.png")
 
 
+def test_lens_widget_by_keyboard(lab, browser, shots):
+    with run_all("04", lab, browser, shots, seconds=300) as page:
+        text, picture = shown(page, "lens")
+        expect(text).to_contain_text("base, layer 4")
+        expect(text).to_contain_text("adapter, layer 4")
+        shoot(page, shots / "04-as-it-comes.png")
+        press(page.locator(".il-lens-layer [role=slider]"), "Home")
+        expect(text).to_contain_text("adapter, layer 0")
+        source = picture.get_attribute("src")
+        press(page.locator(".il-lens-position [role=slider]"), *["ArrowLeft"] * 3)
+        expect(picture).not_to_have_attribute("src", source)
+        press(page.locator(".il-lens-model select"), "Alt+ArrowDown", "Home", "Enter")
+        expect(text).not_to_contain_text("adapter, layer")
+        box = page.locator(".il-lens-text textarea")
+        retype(box, "What is the color of the fox please? <b>bold</b>")
+        box.blur()
+        expect(text).to_contain_text("<b>")
+        shoot(page, shots / "04-my-prompt.png")
+
+
 @pytest.mark.parametrize(
     "leak", ['<img src="http://192.0.2.1/x">', "<script>new WebSocket('ws://x.test')</script>"]
 )
