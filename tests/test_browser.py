@@ -293,8 +293,12 @@ def test_lens_widget_by_keyboard(lab, browser, shots):
 
 
 @pytest.mark.parametrize(
-    "leak", ['<img src="http://192.0.2.1/x">', "<script>new WebSocket('ws://x.test')</script>"]
+    ("leak", "event"),
+    [
+        ('<img src="http://192.0.2.1/x">', "request"),
+        ("<script>new WebSocket('ws://x.test')</script>", "websocket"),
+    ],
 )
-def test_a_request_that_leaves_is_noticed(browser, leak):
-    with pytest.raises(AssertionError, match="left the machine"), window(browser) as page:
+def test_a_request_that_leaves_is_noticed(browser, leak, event):
+    with pytest.raises(AssertionError, match="left the machine"), window(browser) as page, page.expect_event(event):
         page.set_content(leak)
