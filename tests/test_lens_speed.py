@@ -4,9 +4,14 @@ A random Qwen3 of 28 layers, width 1,024 and V = 151,936 in bfloat16 (the shape 
 thread, the best of interleaved rounds. T is IRONLOGIC_LENS_TOKENS, 32 by default: a processor that emulates
 bfloat16 needs a quarter of an hour for the 256 of a real prompt. The longer the prompt, the smaller our share.
 
-Measured on such a processor, relative to the bare pass: last position, checked, 1.17-1.19 at T = 16 and 1.07 at
-T = 64; attention of it 1.14-1.19 and 1.15; one head product a layer 1.65 at T = 16; the seed's loop 11.4; all
-positions 3.2.
+Measured on such a processor, relative to the bare pass:
+
+    T                                      16     32     64    256
+    last position, checked               1.18   1.08   1.07   1.00
+    attention of the last position       1.16   1.17   1.15   1.12
+    one head product a layer             1.65   1.36
+    the seed's loop                      11.4   11.4
+    all positions                         3.2    3.2           3.0
 """
 
 import ctypes
