@@ -37,6 +37,7 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     optimizer: str = "adamw_torch"
     max_length: int = 4096
+    neftune_alpha: float = 0.0  # noise on the embeddings (Jain et al. 2023, arXiv 2310.05914); 0: none
     loss: Literal["assistant", "all"] = "assistant"
     save_steps: int = 50
     log_steps: int = 5

@@ -4,57 +4,35 @@ Fragmented Training is supervised fine-tuning with a `Burden`. Calling the same 
 goes on where it stopped. Knows no architecture and no device: that is `models`.
 """
 
-import hashlib
 import json
 import math
-import platform
 import random
-import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from ironlogic import __version__
 from ironlogic.burden import Burden, burden_dataset
 from ironlogic.masking import EncodeReport, encode_chats
-from ironlogic.models import (
-    LoadedModel,
-    add_lora,
-    as_loaded,
-    trainer_hardware,
-    trainer_optimizer,
-)
+from ironlogic.models import LoadedModel, add_lora, as_loaded
 from ironlogic.presets import TrainSettings
-from ironlogic.runs import (
-    Run,
-    RunError,
-    has_room,
-    newest_whole_checkpoint,
-    no_room,
-    open_run,
-    read_metrics,
-    run_folder,
-    save_adapter,
-    start_or_join,
-    write_json,
+from ironlogic.runs import Run, RunError, open_run, read_metrics, run_folder, save_adapter, start_or_join
+from ironlogic.stages import (
+    Watch,
+    content_hash,
+    describe_stage,
+    finish_stage,
+    fit,
+    stage_callbacks,
+    trainer_arguments,
 )
 
-import torch  # isort: skip  (models comes first: it imports Unsloth before these)
-import datasets  # isort: skip
+import datasets  # isort: skip  (models comes first: it imports Unsloth before these)
 import peft  # isort: skip
 import transformers  # isort: skip
 import trl  # isort: skip
-from safetensors import SafetensorError  # isort: skip
 
 __all__ = ["Run", "RunError", "open_run", "train_sft"]
-
-_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo")
-Watch = Callable[[list[dict[str, Any]]], None]
 
 
 def train_sft(
@@ -80,7 +58,14 @@ def train_sft(
     loaded, folder = as_loaded(loaded), run_folder(run)
     if not isinstance(chats, datasets.Dataset):
         chats = datasets.Dataset.from_list([{"messages": list(messages)} for messages in chats])
-    wanted = _describe(loaded, chats, settings, burden)
+    wanted = describe_stage(
+        "sft" if burden is None else "ft",
+        loaded,
+        len(chats),
+        content_hash(chats["messages"]),
+        settings,
+        burden=None if burden is None else json.loads(json.dumps(asdict(burden))),
+    )
     previous = start_or_join(folder, wanted)
     if previous.get("finished"):
         if watch and (lines := read_metrics(folder)):
@@ -90,55 +75,9 @@ def train_sft(
     rows, report = _prepare(loaded, chats, settings, burden)
     loaded = _with_adapter(loaded, settings)
     trainer = _trainer(loaded, rows, settings, folder, watch)
-    began = time.perf_counter()
-    _train(trainer, folder)
-    record = wanted | {
-        "finished": True,
-        "data": str(report),
-        "trained_parameters": sum(p.numel() for p in loaded.model.parameters() if p.requires_grad),
-        "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - began, 3),  # of the last session
-        "peak_gib": max((line["peak_gib"] for line in read_metrics(folder)), default=0.0),
-    }
+    seconds = fit(trainer, folder)
     save_adapter(loaded, folder)
-    write_json(folder / "run.json", record)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return Run(folder, record, loaded)
-
-
-def _describe(loaded, chats, settings: TrainSettings, burden: Burden | None) -> dict[str, Any]:
-    """What makes two runs the same, and where this one happens."""
-    content = hashlib.sha256()
-    for messages in chats["messages"]:
-        content.update(json.dumps(messages, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-    return {
-        "ironlogic": __version__,
-        "stage": "sft" if burden is None else "ft",
-        "model": loaded.source,
-        "four_bit_share": round(loaded.four_bit_share, 4),
-        "rows": len(chats),
-        "data_sha256": content.hexdigest(),
-        "settings": asdict(settings),
-        "burden": None if burden is None else json.loads(json.dumps(asdict(burden))),
-        "backend": loaded.backend,
-        "device": torch.cuda.get_device_name() if loaded.device.type == "cuda" else platform.processor() or "cpu",
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "finished": False,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _memory_gib() -> float:
-    """The peak on a card; on a CPU what the process holds now."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+    return finish_stage(folder, wanted, trainer, loaded, data=str(report), seconds=round(seconds, 3))
 
 
 # --- data -------------------------------------------------------------------------------------------------
@@ -196,106 +135,17 @@ def _with_adapter(loaded: LoadedModel, settings: TrainSettings) -> LoadedModel:
 def _trainer(loaded, rows, settings: TrainSettings, folder: Path, watch: Watch | None) -> trl.SFTTrainer:
     steps = math.ceil(len(rows) / (settings.batch_size * settings.accumulation))
     arguments = trl.SFTConfig(
-        output_dir=str(folder / "checkpoints"),
-        num_train_epochs=1,  # the rows hold every epoch already
-        train_sampling_strategy="sequential",
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim=trainer_optimizer(settings.optimizer),
-        logging_steps=max(1, min(settings.log_steps, steps // 5)),
-        logging_nan_inf_filter=False,  # it would print a loss of 0.0
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        seed=settings.seed,
-        data_seed=settings.seed,
+        **trainer_arguments(settings, folder, steps=steps),
+        train_sampling_strategy="sequential",  # the rows are in their order already
+        neftune_noise_alpha=settings.neftune_alpha or None,
         max_length=None,
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
-        report_to="none",
-        disable_tqdm=True,
-        **trainer_hardware(),
     )
-    trainer = trl.SFTTrainer(
+    return trl.SFTTrainer(
         model=loaded.model,
         args=arguments,
         train_dataset=rows,
         processing_class=loaded.tokenizer,
-        callbacks=[_Recorder(folder, watch), _StopOnNonFinite()],
+        callbacks=stage_callbacks(folder, watch),
     )
-    trainer.remove_callback(transformers.PrinterCallback)
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL makes the adapter of a 4-bit model bfloat16
-            parameter.data = parameter.data.float()
-    return trainer
-
-
-def _train(trainer: trl.SFTTrainer, folder: Path) -> None:
-    checkpoint = newest_whole_checkpoint(folder / "checkpoints")
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        saved = newest_whole_checkpoint(folder / "checkpoints")
-        print(
-            f"interrupted at step {trainer.state.global_step}; run this again to go on from "
-            f"{saved.name if saved else 'the start'}"
-        )
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RunError) or has_room(folder):
-            raise
-        raise RunError(no_room(folder, error)) from error
-
-
-class _Recorder(transformers.TrainerCallback):
-    """Writes a line of metrics.jsonl at every logged step and shows it to `watch`."""
-
-    def __init__(self, folder: Path, watch: Watch | None) -> None:
-        self.folder, self.watch = folder, watch
-        self.lines: list[dict[str, Any]] = []
-
-    def on_train_begin(self, args, state, control, **_):
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        # after a kill, steps behind the checkpoint are trained again: their old lines go
-        self.lines = [line for line in read_metrics(self.folder) if line["step"] <= state.global_step]
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        (self.folder / "metrics.jsonl").write_text(text, encoding="utf-8")
-        self.began = time.perf_counter() - (self.lines[-1]["seconds"] if self.lines else 0.0)
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if not logs or "loss" not in logs:
-            return
-        line = {"step": state.global_step, "steps": state.max_steps}
-        line |= {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
-        line["seconds"] = round(time.perf_counter() - self.began, 3)
-        line["peak_gib"] = round(_memory_gib(), 3)
-        self.lines.append(line)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.watch:
-            self.watch(self.lines)
-
-
-class _StopOnNonFinite(transformers.TrainerCallback):
-    """One NaN ruins every weight at the next optimizer step; stop before it."""
-
-    def on_train_begin(self, args, state, control, model=None, **_):
-        self.trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.patience = (
-            10 if args.fp16 else 0
-        )  # float16 looks for its loss scale by overflowing; it skips such steps
-        self.overflows = 0
-
-    def on_pre_optimizer_step(self, args, state, control, **_):
-        bad = [name for name, p in self.trained if p.grad is not None and not p.grad.isfinite().all()]
-        self.overflows = self.overflows + 1 if bad else 0
-        if self.overflows > self.patience:
-            raise RunError(
-                f"step {state.global_step + 1}: the gradients of {len(bad)} tensors are not finite (first: "
-                f"{bad[0]}). The weights are still good; lower the learning rate and choose another run name"
-            )

@@ -1,13 +1,6 @@
-"""Controls for the notebooks: layout and callbacks only; what they show comes from the other modules.
+"""Controls for the notebooks: layout and callbacks only; what they show comes from the other modules."""
 
-Everything a callback shows goes into HTML widgets, whose text and picture (a data URI) are plain traits: a
-browser, a headless run and a test see the same, and ipywidgets 7.7 (Colab) and 8 both can do it. `Output`
-widgets and `interact` are not used: they hang headless runs now and then (jupyter/nbclient#312).
-"""
-
-import base64
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +9,7 @@ from IPython.display import HTML, DisplayHandle
 from matplotlib.figure import Figure
 
 from ironlogic.burden import PROTECTED, apply_burden, measure_disorder, moved_units
+from ironlogic.explorer import Explorer, picture_html, png_bytes, ratio_slider, text_html
 from ironlogic.lens_plots import plot_entropy, plot_layers
 from ironlogic.lens_tables import lens_table
 from ironlogic.memory import plan_memory
@@ -44,90 +38,6 @@ _PLURAL = {
     "token": "tokens",
     "seed": "words between blanks",
 }
-_MOVED = "background:#ffe08a;border-radius:3px;color:#111"
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _picture(png: bytes, alt: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<img alt="{escape(alt, quote=True)}" style="max-width:100%" src="data:image/png;base64,{data}">'
-
-
-class Explorer:
-    """Controls above, text and picture below.
-
-    `show(**values)` takes the value of every control by its name and returns HTML and a figure (or None). Each
-    control carries the CSS class `il-<name>-<control>`, text and picture `il-<name>-text` and `-plot`.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        controls: Mapping[str, ipywidgets.Widget],
-        show: Callable[..., tuple[str, Figure | None]],
-    ) -> None:
-        self.controls, self._show = dict(controls), show
-        self.text, self.plot = ipywidgets.HTML(), ipywidgets.HTML()
-        for key, control in self.controls.items():
-            control.add_class(f"il-{name}-{key}")
-            control.observe(self._update, names="value")
-        self.text.add_class(f"il-{name}-text")
-        self.plot.add_class(f"il-{name}-plot")
-        self.view = ipywidgets.VBox([*self.controls.values(), self.text, self.plot])
-        self.png = b""
-        self._update()
-
-    @property
-    def values(self) -> dict[str, Any]:
-        return {key: control.value for key, control in self.controls.items()}
-
-    def _update(self, _: Any = None) -> None:
-        try:
-            html, figure = self._show(**self.values)
-        except Exception as error:  # a callback's traceback is invisible in most front ends: show it here
-            html, figure = f"<pre style='color:#b00020'>{escape(f'{type(error).__name__}: {error}')}</pre>", None
-        self.text.value = html
-        self.png = _png(figure) if figure else b""
-        alt = ", ".join(f"{key} {value}" for key, value in self.values.items() if key != "text")
-        self.plot.value = _picture(self.png, alt) if figure else ""
-
-    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        """The widget where a kernel lives; text and picture for pages without one (GitHub, nbconvert)."""
-        bundle: dict[str, Any] = {
-            "text/plain": f"Explorer({', '.join(f'{k}={v!r}' for k, v in self.values.items())})",
-            "application/vnd.jupyter.widget-view+json": {
-                "version_major": 2,
-                "version_minor": 0,
-                "model_id": self.view.model_id,
-            },
-        }
-        if self.png:
-            bundle["image/png"] = base64.b64encode(self.png).decode()
-        else:
-            bundle["text/html"] = self.text.value
-        return bundle
-
-
-def _slider(label: str, value: float) -> ipywidgets.FloatSlider:
-    return ipywidgets.FloatSlider(
-        value=value, min=0, max=1, step=0.05, description=label, readout_format=".2f", continuous_update=False
-    )
-
-
-def _wide(text: str, *, moved: Sequence[tuple[str, bool]] | None = None) -> str:
-    """Text as it stands, line breaks and all; moved pieces coloured."""
-    pieces = moved if moved is not None else [(text, False)]
-    body = "".join(f'<span style="{_MOVED}">{escape(p)}</span>' if m else escape(p) for p, m in pieces)
-    style = (
-        "white-space:pre-wrap;font-family:monospace;line-height:1.4;border:1px solid #8888;border-radius:6px;"
-        "padding:8px;max-height:16em;overflow:auto"
-    )
-    return f'<div dir="auto" style="{style}">{body}</div>'
 
 
 def burden_explorer(
@@ -158,7 +68,7 @@ def burden_explorer(
             f"Kendall tau distance {reached.kendall_tau:.2f} (random order: 0.50) · "
             f"neighbours kept {reached.bigrams_kept:.0%}</p>"
             f"<p>what the model is asked instead (moved units coloured):</p>"
-            f"{_wide(after, moved=moved_units(text, after, unit=counting))}"
+            f"{text_html(after, moved=moved_units(text, after, unit=counting))}"
         )
         grid = [i / 10 for i in range(11)]
         points = [(at, measure_disorder(text, burdened(at), unit=counting)) for at in grid]
@@ -170,7 +80,7 @@ def burden_explorer(
             "text": ipywidgets.Textarea(
                 value=text, description="text", layout=ipywidgets.Layout(width="95%", height="110px")
             ),
-            "ratio": _slider("burden", ratio),
+            "ratio": ratio_slider("burden", ratio),
             "unit": ipywidgets.Dropdown(options=units, value=unit, description="unit"),
             "protect": ipywidgets.Checkbox(
                 value=True, description="protect code, URLs, LaTeX and tags", layout=ipywidgets.Layout(width="95%")
@@ -202,7 +112,7 @@ def answer_explorer(
         "answers",
         {
             "problem": ipywidgets.Dropdown(options=options, value=0, description="problem", layout=wide),
-            "ratio": _slider("burden", ratio),
+            "ratio": ratio_slider("burden", ratio),
         },
         show,
     )
@@ -243,7 +153,7 @@ def live_losses(arm: str) -> Callable[[list[dict[str, Any]]], None]:
             f"<p><b>{escape(arm)}</b> step {last['step']} of {last['steps']} · loss {last['loss']:.3f} · "
             f"{last['seconds']:.0f} s, about {left:.0f} s to go · peak {last['peak_gib']:.1f} GiB</p>"
         )
-        handle.update(HTML(line + _picture(_png(plot_losses({arm: lines})), f"loss of {arm}")))
+        handle.update(HTML(line + picture_html(png_bytes(plot_losses({arm: lines})), f"loss of {arm}")))
 
     return watch
 
@@ -308,7 +218,9 @@ def lens_explorer(loaded: "LoadedModel", prompt: str, *, top_k: int = 5) -> Expl
         controls["position"].max = len(first.tokens) - 1
         here = min(position, len(first.tokens) - 1)
         pieces = [(token, i == here) for i, token in enumerate(first.tokens)]
-        html = "<p>the next token after the marked one, as every layer would say it:</p>" + _wide("", moved=pieces)
+        html = "<p>the next token after the marked one, as every layer would say it:</p>" + text_html(
+            "", moved=pieces
+        )
         for name, reading in readings.items():
             html += f"<p><b>{escape(name)}</b>, layer {layer}: {_said(reading, layer, here)}</p>"
         tables = "".join(f"<td>{lens_table(reading, position=here).html}</td>" for reading in readings.values())
