@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import filelock
 import psutil
 
 from ironlogic import __version__
@@ -104,9 +105,12 @@ def stage_callbacks(folder: Path, watch: Watch | None) -> list[transformers.Trai
 def fit(trainer: transformers.Trainer, folder: Path) -> float:
     """Trains, going on from the newest whole checkpoint; seconds that this took.
 
-    Trained weights become float32 first: TRL makes the adapter of a 4-bit model bfloat16.
-    Raises `RunError` when the folder can't be written or gradients are not finite.
+    Trained weights become float32 first: TRL makes the adapter of a 4-bit model bfloat16. The folder belongs to
+    this process until `finish_stage`; a killed one leaves no lock behind.
+    Raises `RunError` when another process trains there, the folder can't be written or gradients are not finite.
     """
+    if trainer.is_world_process_zero():
+        _lock(folder)
     trainer.remove_callback(transformers.PrinterCallback)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
@@ -128,6 +132,21 @@ def fit(trainer: transformers.Trainer, folder: Path) -> float:
     return time.perf_counter() - began
 
 
+def _lock(folder: Path) -> filelock.BaseFileLock:
+    # one object a folder and process: a cell that is run again after an error does not lock itself out
+    lock = filelock.FileLock(folder / "writing.lock", is_singleton=True, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise RunError(
+            f"{folder} is being written by another notebook or process; wait for it, stop it, or choose another "
+            "name for this run"
+        ) from None
+    except OSError as error:
+        raise RunError(no_room(folder, error)) from error
+    return lock
+
+
 def finish_stage(
     folder: Path, wanted: dict[str, Any], trainer: transformers.Trainer, loaded: LoadedModel, **more: Any
 ) -> Run:
@@ -139,8 +158,10 @@ def finish_stage(
         "peak_gib": max((line["peak_gib"] for line in read_metrics(folder)), default=0.0),
     }
     record |= more
-    write_json(folder / "run.json", record)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if trainer.is_world_process_zero():
+        write_json(folder / "run.json", record)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        _lock(folder).release(force=True)
     return Run(folder, record, loaded)
 
 

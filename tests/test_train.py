@@ -258,6 +258,18 @@ def test_full_disk_is_one_message(tmp_path, kilobytes):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_two_processes_never_write_one_folder(tmp_path):
+    hold = f"filelock.FileLock({str(tmp_path / 'writing.lock')!r}).acquire()"
+    code = f"import filelock, sys; lock = {hold}; print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(RunError, match=r"being written by another notebook or process.*choose another name"):
+        train_sft(nano(), CHATS[:8], SETTINGS, run=tmp_path)
+    other.kill()  # a killed process leaves no lock behind
+    other.wait()
+    assert train_sft(nano(), CHATS[:8], SETTINGS, run=tmp_path).record["finished"]
+
+
 def test_adapter_can_be_trained_further(finished, tmp_path):
     first = weights(finished)
     run = train_sft(open_run(finished.folder).model(), CHATS[:8], SETTINGS, run=tmp_path / "polish")
