@@ -9,7 +9,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ import filelock
 import psutil
 
 from ironlogic import __version__
-from ironlogic.models import LoadedModel, trainer_hardware, trainer_optimizer
+from ironlogic.models import LoadedModel, free_memory, trainer_hardware, trainer_optimizer
 from ironlogic.presets import TrainSettings
 from ironlogic.runs import Run, RunError, has_room, newest_whole_checkpoint, no_room, read_metrics, write_json
 
@@ -97,17 +97,24 @@ def trainer_arguments(settings: TrainSettings, folder: Path, *, steps: int) -> d
     }
 
 
-def stage_callbacks(folder: Path, watch: Watch | None) -> list[transformers.TrainerCallback]:
-    """Metrics on disk and shown; a stop before non-finite gradients reach the weights."""
-    return [_Recorder(folder, watch), _StopOnNonFinite()]
+def stage_callbacks(
+    folder: Path, watch: Watch | None, *, columns: Sequence[str] = ()
+) -> list[transformers.TrainerCallback]:
+    """Metrics on disk and shown; a stop before non-finite gradients reach the weights.
+
+    `columns`: names of the trainer's log that go into the metrics beside loss, learning rate and gradient norm.
+    """
+    return [_Recorder(folder, watch, columns), _StopOnNonFinite()]
 
 
-def fit(trainer: transformers.Trainer, folder: Path) -> float:
+def fit(trainer: transformers.Trainer, folder: Path, *, may_halve: bool = False) -> float:
     """Trains, going on from the newest whole checkpoint; seconds that this took.
 
     Trained weights become float32 first: TRL makes the adapter of a 4-bit model bfloat16. The folder belongs to
-    this process until `finish_stage`; a killed one leaves no lock behind.
-    Raises `RunError` when another process trains there, the folder can't be written or gradients are not finite.
+    this process until `finish_stage`; a killed one leaves no lock behind. When memory runs out and it `may_halve`,
+    it goes on with half the batch and twice the accumulation, which gives the same updates but for rounding.
+    Raises `RunError` when memory is short all the same, another process trains there, the folder can't be written
+    or gradients are not finite.
     """
     if trainer.is_world_process_zero():
         _lock(folder)
@@ -115,7 +122,22 @@ def fit(trainer: transformers.Trainer, folder: Path) -> float:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    checkpoint, began = newest_whole_checkpoint(folder / "checkpoints"), time.perf_counter()
+    began, fresh = time.perf_counter(), [p.detach().cpu().clone() for p in _trained(trainer.model)]
+    while not _train(trainer, folder):
+        free_memory()
+        _halve_batch(trainer, folder, may_halve)
+        for parameter, value in zip(_trained(trainer.model), fresh, strict=True):
+            parameter.data.copy_(value)
+    return time.perf_counter() - began
+
+
+def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _train(trainer: transformers.Trainer, folder: Path) -> bool:
+    """True when it came to its end, False when memory ran out."""
+    checkpoint = newest_whole_checkpoint(folder / "checkpoints")
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
@@ -126,10 +148,32 @@ def fit(trainer: transformers.Trainer, folder: Path) -> float:
         )
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            return False
         if isinstance(error, RunError) or has_room(folder):
             raise
         raise RunError(no_room(folder, error)) from error
-    return time.perf_counter() - began
+    return True
+
+
+def _halve_batch(trainer: transformers.Trainer, folder: Path, may_halve: bool) -> None:
+    arguments = trainer.args
+    rows, forward_passes = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    if rows == 1 or not may_halve:
+        raise RunError(
+            f"{folder}: out of memory with {rows} row{'s' * (rows > 1)} a forward pass. Choose a smaller "
+            "max_length, batch or model; what was saved is untouched"
+        )
+    smaller = rows // 2 if rows % 2 == 0 else 1
+    arguments.per_device_train_batch_size = smaller
+    arguments.gradient_accumulation_steps = forward_passes * rows // smaller
+    trainer._train_batch_size = arguments.train_batch_size  # the trainer's own copy
+    trainer.optimizer = trainer.lr_scheduler = None  # their state belongs to the attempt that failed
+    trainer.model_wrapped = trainer.model
+    print(
+        f"out of memory with {rows} rows a forward pass: going on with {smaller}, "
+        f"{arguments.gradient_accumulation_steps} passes a step"
+    )
 
 
 def _lock(folder: Path) -> filelock.BaseFileLock:
@@ -155,6 +199,7 @@ def finish_stage(
         "finished": True,
         "trained_parameters": sum(p.numel() for p in loaded.model.parameters() if p.requires_grad),
         "steps": trainer.state.global_step,
+        "rows_a_pass": trainer.args.per_device_train_batch_size,  # lower than the settings' if memory ran out
         "peak_gib": max((line["peak_gib"] for line in read_metrics(folder)), default=0.0),
     }
     record |= more
@@ -175,8 +220,9 @@ def _memory_gib() -> float:
 class _Recorder(transformers.TrainerCallback):
     """Writes a line of metrics.jsonl at every logged step and shows it to `watch`."""
 
-    def __init__(self, folder: Path, watch: Watch | None) -> None:
+    def __init__(self, folder: Path, watch: Watch | None, columns: Sequence[str]) -> None:
         self.folder, self.watch = folder, watch
+        self.columns = ("loss", "learning_rate", "grad_norm", *columns)
         self.lines: list[dict[str, Any]] = []
 
     def on_train_begin(self, args, state, control, **_):
@@ -192,7 +238,7 @@ class _Recorder(transformers.TrainerCallback):
         if not logs or "loss" not in logs:
             return
         line = {"step": state.global_step, "steps": state.max_steps}
-        line |= {name: logs[name] for name in ("loss", "learning_rate", "grad_norm") if name in logs}
+        line |= {name: logs[name] for name in self.columns if name in logs}
         line["seconds"] = round(time.perf_counter() - self.began, 3)
         line["peak_gib"] = round(_memory_gib(), 3)
         self.lines.append(line)

@@ -258,6 +258,39 @@ def test_full_disk_is_one_message(tmp_path, kilobytes):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+class _Small:
+    """A card that holds so many rows: more of them in one forward pass are out of memory, from some pass on."""
+
+    def __init__(self, model, rows, passes=0):
+        self.rows, self.passes, self.seen = rows, passes, []
+        model.register_forward_pre_hook(self.check, with_kwargs=True)
+
+    def check(self, _, args, kwargs):
+        self.seen.append(len(kwargs["input_ids"]))
+        if self.seen[-1] > self.rows and len(self.seen) > self.passes:
+            raise torch.OutOfMemoryError("out of memory (a test)")
+
+
+@pytest.mark.parametrize(("passes", "tried"), [(0, [4, 2, 1]), (2, [4, 4, 4, 2, 1]), (5, [4] * 6 + [2, 1])])
+def test_out_of_memory_halves_the_batch_and_learns_the_same(tmp_path, finished, capsys, passes, tried):
+    loaded = nano()
+    card = _Small(loaded.model, rows=1, passes=passes)
+    run = train_sft(loaded, CHATS, SETTINGS, run=tmp_path, burden=Burden())
+    assert card.seen[: len(tried)] == tried
+    assert "out of memory with 4 rows a forward pass: going on with 2, 2 passes a step" in capsys.readouterr().out
+    assert run.record["rows_a_pass"] == 1
+    assert run.record["steps"] == finished.record["steps"]
+    for ours, theirs in zip(run.metrics, finished.metrics, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-3)
+
+
+def test_out_of_memory_with_one_row_is_one_message(tmp_path):
+    loaded = nano()
+    _Small(loaded.model, rows=0)
+    with pytest.raises(RunError, match=r"out of memory with 1 row a forward pass\. Choose a smaller max_length"):
+        train_sft(loaded, CHATS[:8], SETTINGS, run=tmp_path)
+
+
 def test_two_processes_never_write_one_folder(tmp_path):
     hold = f"filelock.FileLock({str(tmp_path / 'writing.lock')!r}).acquire()"
     code = f"import filelock, sys; lock = {hold}; print('held', flush=True); sys.stdin.read()"
