@@ -1,0 +1,105 @@
+"""What breaks a run from outside: it is killed again and again, its model folder is incomplete.
+
+Each fault ends in the bytes of an undisturbed run, or in one clear message.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ironlogic.burden import Burden
+from ironlogic.models import ModelError, load_model
+from ironlogic.nano import DATA
+from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.runs import read_metrics
+from ironlogic.tasks import make_tasks, task_chat
+from ironlogic.train import train_sft
+
+KILLS = 20
+SETTINGS = TrainSettings(
+    learning_rate=5e-3,
+    batch_size=4,
+    accumulation=1,
+    max_length=128,
+    log_steps=1,
+    save_steps=2,
+    lora=LoraSettings(rank=4, alpha=8),
+)
+CHATS = [task_chat(task) for task in make_tasks(720, seed=1)]
+
+
+def train(folder: Path):
+    return train_sft(load_model("nano", max_length=128), CHATS, SETTINGS, run=folder, burden=Burden())
+
+
+def in_a_child(work, *arguments) -> int:
+    """The work in a copy of this process, which has every package loaded already: seconds saved at each kill."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work(*arguments)
+        finally:
+            os._exit(0 if sys.exc_info()[0] is None else 1)
+    return pid
+
+
+def writes_a_checkpoint(folder: Path) -> bool:
+    """One is there without the file that is written last."""
+    found = list((folder / "checkpoints").glob("checkpoint-*"))
+    return any(not (path / "trainer_state.json").exists() for path in found)
+
+
+def harness(folder: Path, seed: int) -> None:
+    """Kills a run `KILLS` times, half of them while it writes a checkpoint, and lets it finish."""
+    rng, while_writing = random.Random(seed), 0
+    for kill in range(KILLS):
+        pid, before = in_a_child(train, folder), len(read_metrics(folder))
+        end = time.monotonic() + 120
+        while len(read_metrics(folder)) <= before and time.monotonic() < end:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.3))
+        while kill % 2 and not writes_a_checkpoint(folder) and time.monotonic() < end:
+            pass
+        os.kill(pid, signal.SIGKILL)
+        while_writing += writes_a_checkpoint(folder)
+        assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "it ended before it was killed"
+    pid = in_a_child(train, folder)
+    assert os.waitpid(pid, 0)[1] == 0, "the last child failed"
+    print(f"{while_writing} kills while a checkpoint was written")
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code = f"from tests.test_faults import *; train(Path({str(whole)!r})); harness(Path({str(killed)!r}), 1)"
+    root = Path(__file__).resolve().parent.parent
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split(" kills while")[0].split()[-1]) >= KILLS // 4
+    name = "adapter/adapter_model.safetensors"
+    assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    steps = [line["step"] for line in read_metrics(killed)]
+    assert steps == list(range(1, len(steps) + 1)), "no step is missing from the metrics and none is there twice"
+    same = [[line["loss"] for line in read_metrics(folder)] for folder in (whole, killed)]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors", "config.json"])
+def test_model_folder_that_lacks_a_file_is_one_message(tmp_path, missing):
+    folder = tmp_path / "nano"
+    shutil.copytree(DATA / "nano", folder)
+    (folder / missing).unlink()
+    if missing == "tokenizer.json":
+        (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError) as caught:
+        load_model(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
