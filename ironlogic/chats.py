@@ -1,12 +1,14 @@
 """Conversations: read them, check them, report the bad rows, split them.
 
-Three forms are understood, row by row, so that a file may mix them:
+Four forms are understood, row by row, so that a file may mix them:
 
 * `messages`: `{"messages": [{"role": "user", "content": "..."}, ...]}`, content a string or a list of typed parts;
-* `sharegpt`: `{"conversations": [{"from": "human", "value": "..."}, ...]}`;
-* `alpaca`: `{"instruction": "...", "output": "..."}`, optionally with `input` and `history`.
+* `sharegpt`: `{"conversations": [{"from": "human", "value": "..."}, ...]}`, LLaVA's with `image` beside it;
+* `alpaca`: `{"instruction": "...", "output": "..."}`, optionally with `input` and `history`;
+* `cauldron`: `{"images": [...], "texts": [{"user": "...", "assistant": "..."}, ...]}`.
 
 Each may have a field `system`. Two turns of one role in a row are allowed; some chat templates refuse them later.
+A picture becomes an image part of a user turn: where the row has one, where the text says `<image>`, else in front.
 What this module does not know: tokens and templates (`masking`), whether an answer is right (`tasks`).
 """
 
@@ -14,48 +16,44 @@ import codecs
 import json
 import os
 import re
-import reprlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
+from ironlogic.chat_forms import (
+    FIELDS,
+    ChatError,
+    Format,
+    check_chat,
+    image_parts,
+    read_extras,
+    read_row,
+    say_where,
+    short,
+)
+from ironlogic.pictures import PictureError, check_picture, picture_bytes, resolve_picture
+
 __all__ = ["ChatError", "Rejected", "check_chat", "describe_rejected", "load_chats", "split_chats"]
 
-Format = Literal["auto", "messages", "sharegpt", "alpaca"]
+_Row = tuple[
+    int, str, dict, list
+]  # line, chat as JSON (a million are held once, and not as objects), extras, bytes
 Rows = Iterator[tuple[int, Any]]  # numbered; one that can't be read is the ChatError that says why
 _MAX_LINE = 32 * 2**20  # bytes in one line of JSONL; a longer one is no chat but a damaged file
 _MAX_COLUMNS = 64  # further columns: rows whose keys are data would make a table as wide as it is long
 _CHUNK = 2**25  # characters; far below the 2 GiB that one Arrow array of strings can hold
-_FIELDS = {"messages": ["messages"], "sharegpt": ["conversations"], "alpaca": ["instruction", "output"]}
-_TAKEN = {"messages", "conversations", "instruction", "input", "output", "system", "history", "source_row"}
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"} | _ROLES
-_CARRIERS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # to drop one is a silent loss
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _TEXT = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _PART = pa.struct({"type": pa.string(), "text": pa.string(), "image": pa.string()})
 _PARTS = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(_PART)}))
 _SCALARS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
-
-
-def _sentence(field: str, value: str, reason: str) -> str:
-    return f"{field} is {value}; {reason}" if value else f"{field} {reason}".strip()
-
-
-class ChatError(ValueError):
-    """A source, chat or template that can't be used. `field` and `value` name the place where there is one."""
-
-    def __init__(self, reason: str, *, field: str = "", value: str = ""):
-        super().__init__(_sentence(field, value, reason))
-        self.reason, self.field, self.value = reason, field, value
 
 
 @dataclass(frozen=True)
@@ -70,17 +68,26 @@ class Rejected:
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}" if self.file else f"row {self.line}"
-        return f"{where}: {_sentence(self.field, self.value, self.reason)}"
+        return f"{where}: {say_where(self.field, self.value, self.reason)}"
 
 
 def load_chats(
-    source: str | os.PathLike | list | Dataset, *, format: Format = "auto", split: str = "train"
+    source: str | os.PathLike | list | Dataset,
+    *,
+    format: Format = "auto",
+    split: str = "train",
+    images: str | os.PathLike | None = None,
 ) -> tuple[Dataset, list[Rejected]]:
     """Chats from a .jsonl, .json or .parquet file, a hub dataset "org/name", a list of dicts or a `Dataset`.
 
     The dataset has the columns `messages`, `source_row` (1-based: the line of a JSONL file, else the row) and each
     further column of scalars of one type (at most 64; missing ones are null). A content is a string; if any row
     holds an image, every content is a list of `{"type", "text", "image"}`. `split` is for the hub.
+
+    A picture that came as a path stays one: `image` of its part, absolute, and inside the folder `images` (by
+    default that of the file; paths in memory are left as they are unless `images` is given). One that came as bytes
+    or from memory is in the further column `images`: for every image part of the row its bytes, or null. Every
+    picture is opened, so that a missing, damaged or huge one is a `Rejected`.
 
     >>> chats, rejected = load_chats([{"instruction": "Add 2 and 2.", "output": "4"}, {"instruction": "Why?"}])
     >>> [turn["content"] for turn in chats[0]["messages"]]
@@ -90,26 +97,50 @@ def load_chats(
 
     Raises ChatError if the source can't be read or has no usable row; a bad row beside good ones is a `Rejected`.
     """
-    if format != "auto" and format not in _FIELDS:
-        raise ChatError(f"format {format!r} is unknown; expected auto, {', '.join(_FIELDS)}")
+    if format != "auto" and format not in FIELDS:
+        raise ChatError(f"format {format!r} is unknown; expected auto, {', '.join(FIELDS)}")
     name = str(source) if isinstance(source, str | os.PathLike) else ""
-    waiting: deque[tuple[int, str, dict]] = deque()  # chats as JSON: a million are held once, and not as objects
+    if images is None and os.path.isfile(name):
+        images = Path(source).parent
+    waiting: deque[_Row] = deque()
     rejected, parts = [], False
     try:
         for line, row in _open_source(source, split):
             try:
-                messages, extras = _read_row(row, format), _read_extras(row)
+                messages, extras = read_row(row, format), read_extras(row)
+                blobs = _take_pictures(messages, images)
             except ChatError as error:
                 rejected.append(Rejected(name, line, error.field, error.value, error.reason))
                 continue
             parts = parts or any(isinstance(turn["content"], list) for turn in messages)
-            waiting.append((line, json.dumps(messages, ensure_ascii=False), extras))
+            waiting.append((line, json.dumps(messages, ensure_ascii=False), extras, blobs))
     except (OSError, pa.ArrowException) as error:
         raise ChatError(f"{name}: can't be read ({error}); check its path, rights and size") from error
     if not waiting:
         why = describe_rejected(rejected) if rejected else "it is empty; expected an object with a chat per row"
         raise ChatError(f"{name or 'the rows'}: nothing to train on: {why}")
     return _to_dataset(waiting, parts), rejected
+
+
+def _take_pictures(messages: list[dict], folder: str | os.PathLike | None) -> list[bytes | None]:
+    """Checks every picture; paths become absolute, all else is taken out. [] where nothing was."""
+    blobs: list[bytes | None] = []
+    for index, part in enumerate(image_parts(messages)):
+        image, blob = part.pop("image", None), None
+        try:
+            if isinstance(image, str) and not image.startswith("data:"):
+                path = image
+                if folder is not None:
+                    path = str(resolve_picture(image, folder=folder))
+                    check_picture(path)
+                part["image"] = path
+            elif image is not None:
+                blob = picture_bytes(image, folder=folder)
+                check_picture(blob)
+        except PictureError as error:
+            raise ChatError(str(error), field=f"picture {index + 1}") from error
+        blobs.append(blob)
+    return blobs if any(blobs) else []
 
 
 def describe_rejected(rejected: list[Rejected]) -> str:
@@ -125,7 +156,7 @@ def describe_rejected(rejected: list[Rejected]) -> str:
     lines = [f"{len(rejected)} row{'s' * (len(rejected) != 1)} left out"]
     for group in sorted(groups.values(), key=len, reverse=True)[:5]:
         example, first = group[0], ", ".join(str(one.line) for one in group[:3]) + ", ..." * (len(group) > 3)
-        sentence = _sentence(example.field, example.value, example.reason)
+        sentence = say_where(example.field, example.value, example.reason)
         lines.append(f"  {len(group)} x {sentence} (line {first})")
     return "\n".join(lines + [f"  and {len(groups) - 5} more reasons"] * (len(groups) > 5))
 
@@ -147,135 +178,9 @@ def split_chats(dataset: Dataset, *, holdout: float = 0.1, seed: int = 0) -> tup
     return dataset.select(sides[False]), dataset.select(sides[True])
 
 
-def check_chat(messages: Any) -> list[dict]:
-    """A copy in plain form: role and content only, lists of text parts joined. Raises ChatError naming the turn."""
-    return _check_order(_read_turns(messages, "messages"))
-
-
-def _short(value: object) -> str:
-    """A repr of at most 80 characters, also of deep, endless and strange values."""
-    try:
-        text = reprlib.repr(value)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _read_row(row: Any, format: Format) -> list[dict]:
-    if not isinstance(row, Mapping):
-        raise row if isinstance(row, ChatError) else ChatError("expected an object", field="row", value=_short(row))
-    form = _detect_form(row) if format == "auto" else format
-    field = _FIELDS[form][0]
-    turns = _read_alpaca(row) if form == "alpaca" else _read_turns(row.get(field), field)
-    if row.get("system") and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": _read_text(row["system"], "system")})
-    return _check_order(turns)
-
-
-def _detect_form(row: Mapping) -> str:
-    for given in ([name for name in row if row[name] is not None], row):  # columns of a mixed table may be null
-        for form, fields in _FIELDS.items():
-            if all(field in given for field in fields):
-                return form
-    names = ", ".join(_short(name).strip("'") for name in list(row)[:8]) or "nothing"
-    expected = "expected messages, or conversations (ShareGPT), or instruction and output (Alpaca)"
-    raise ChatError(f"has the fields {names}; {expected}", field="row")
-
-
-def _read_turns(turns: Any, field: str) -> list[dict]:
-    if not isinstance(turns, list | tuple) or not turns:
-        raise ChatError("expected a list of turns", field=field, value=_short(turns))
-    return [_read_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
-
-
-def _read_turn(turn: Any, field: str) -> dict:
-    if not isinstance(turn, Mapping):
-        raise ChatError("expected an object with role and content", field=field, value=_short(turn))
-    sharegpt = turn.get("role") is None and "from" in turn
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    roles, expected = (_SHAREGPT_ROLES, "human or gpt") if sharegpt else (_ROLES, "user or assistant")
-    role = turn.get(role_key)
-    if not isinstance(role, str) or role not in roles:
-        raise ChatError(f"expected system, {expected}", field=f"{field}.{role_key}", value=_short(role))
-    for key in _CARRIERS:
-        if turn.get(key):
-            raise ChatError("is not read; put it into the text", field=f"{field}.{key}", value=_short(turn[key]))
-    content = _read_content(turn.get(content_key), f"{field}.{content_key}", empty=roles[role] == "system")
-    return {"role": roles[role], "content": content}
-
-
-def _read_content(content: Any, field: str, *, empty: bool) -> str | list[dict]:
-    if not isinstance(content, list | tuple):
-        return _read_text(content, field, empty=empty)
-    parts = [_read_part(part, f"{field}[{index}]") for index, part in enumerate(content)]
-    if all(part["type"] == "text" for part in parts):
-        return _read_text("".join(part["text"] for part in parts), field, empty=empty)
-    return parts
-
-
-def _read_part(part: Any, field: str) -> dict:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in ("text", "image"):
-        raise ChatError("expected a part of type text or image", field=field, value=_short(part))
-    if kind == "image" and part.get("image") is None:  # only its place; the picture comes by another way
-        return {"type": "image"}
-    return {"type": kind, kind: _read_text(part.get(kind), f"{field}.{kind}", empty=kind == "text")}
-
-
-def _read_text(text: Any, field: str, *, empty: bool = False) -> str:
-    if not isinstance(text, str) or not (empty or text.strip()):
-        raise ChatError("expected text", field=field, value=_short(text))
-    if _SURROGATE.search(text):
-        raise ChatError("holds half a surrogate pair, which is not Unicode text", field=field)
-    if "\0" in text:
-        raise ChatError("holds a NUL character, a sign of UTF-16 or binary data", field=field)
-    return text
-
-
-def _read_alpaca(row: Mapping) -> list[dict]:
-    """The pairs of the history, then instruction and input (a blank line between them) -> output."""
-    texts = []
-    history = row.get("history") or []
-    for index, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ChatError("expected [question, answer]", field=f"history[{index}]", value=_short(pair))
-        texts += [_read_text(text, f"history[{index}][{side}]") for side, text in enumerate(pair)]
-    question = _read_text(row.get("instruction"), "instruction")
-    if row.get("input") is not None and (further := _read_text(row["input"], "input", empty=True)).strip():
-        question += "\n\n" + further
-    texts += [question, _read_text(row.get("output"), "output")]
-    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
-
-
-def _check_order(messages: list[dict]) -> list[dict]:
-    roles = [turn["role"] for turn in messages]
-    for role in ("user", "assistant"):
-        if role not in roles:
-            raise ChatError(f"has no {role} turn", field="messages")
-    if roles[-1] != "assistant":
-        raise ChatError(f"ends with a {roles[-1]} turn; expected assistant", field="messages")
-    if roles.index("assistant") < roles.index("user"):
-        raise ChatError("has an assistant turn before the first user turn", field="messages")
-    return messages
-
-
-def _read_extras(row: Mapping) -> dict[str, Any]:
-    """The scalars of the row that are not part of the chat; [] stands for a value that is none."""
-    extras = {}
-    for name, value in row.items():
-        if not isinstance(name, str) or name in _TAKEN or _SURROGATE.search(name):
-            continue
-        if isinstance(value, str):
-            extras[name] = _read_text(value, f"column {_short(name)}", empty=True)
-        elif value is not None:
-            fits = type(value) in (bool, float) or (type(value) is int and -(2**63) <= value < 2**63)
-            extras[name] = value if fits else []
-    return extras
-
-
 def _open_source(source: Any, split: str) -> Rows:
     if isinstance(source, Dataset):
-        return _read_tables(source.with_format("arrow").iter(1000))
+        return _read_tables(source.with_format("arrow").iter(100))
     if isinstance(source, list | tuple):
         return enumerate(source, 1)
     if not isinstance(source, str | os.PathLike):
@@ -309,7 +214,7 @@ def _parse(raw: bytes) -> Any:
     try:
         return json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of 5,000 digits
-        came, reason = _short(raw.decode(errors="replace").strip()), str(error).replace("line 1 column", "column")
+        came, reason = short(raw.decode(errors="replace").strip()), str(error).replace("line 1 column", "column")
         return ChatError(f"expected JSON in UTF-8: {reason}", field="line", value=came)
 
 
@@ -319,7 +224,7 @@ def _read_json(path: Path) -> Rows:
         hint = " (one object per line is JSON Lines: name the file .jsonl)" * ("Extra data" in rows.reason)
         raise ChatError(f"{path}: {rows.reason}{hint}")
     if not isinstance(rows, list):
-        raise ChatError(f"{path}: holds {_short(rows)}; expected an array of objects")
+        raise ChatError(f"{path}: holds {short(rows)}; expected an array of objects")
     return enumerate(rows, 1)
 
 
@@ -339,42 +244,47 @@ def _read_hub(name: str, split: str) -> Rows:
         dataset = load_dataset(name, split=split)
     except Exception as error:  # whatever the hub, the network, a cache or a loader has to say
         tried = f"no such file here, and the split {split!r} of a hub dataset of this name could not be loaded"
-        why = f"{type(error).__name__}: {_short(str(error))}"
+        why = f"{type(error).__name__}: {short(str(error))}"
         raise ChatError(f"{name}: {tried} ({why}); check the name, or give the path of a local file") from error
-    return _read_tables(dataset.with_format("arrow").iter(1000))
+    return _read_tables(dataset.with_format("arrow").iter(100))
 
 
 _READERS = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
-    ".parquet": lambda path: _read_tables(pq.ParquetFile(path).iter_batches(1000)),
+    ".parquet": lambda path: _read_tables(pq.ParquetFile(path).iter_batches(100)),
 }
 
 
-def _to_dataset(waiting: deque[tuple[int, str, dict]], parts: bool) -> Dataset:
+def _to_dataset(waiting: deque[_Row], parts: bool) -> Dataset:
     """The rows in Arrow; `waiting` is emptied on the way. A column of mixed types is left out."""
     kinds: dict[str, set[type]] = {}
-    for _, _, extras in waiting:
+    for _, _, extras, _ in waiting:
         for name, value in extras.items():
             if name in kinds or len(kinds) < _MAX_COLUMNS:
                 kinds.setdefault(name, set()).add(type(value))
-    tables, digest = [], blake2b(digest_size=8)
+    tables, digest, seen = [], blake2b(digest_size=8), any(blobs for *_, blobs in waiting)
     while waiting:
         rows, size = [], 0
         while waiting and len(rows) < 1000 and size < _CHUNK:
-            size += len(waiting[0][1])
-            rows.append(waiting.popleft())
-            digest.update(repr(rows[-1]).encode())
-        chats = [json.loads(text) for _, text, _ in rows]
+            line, text, extras, blobs = waiting.popleft()
+            size += len(text) + sum(len(blob or b"") for blob in blobs)
+            rows.append((line, text, extras, blobs))
+            digest.update(repr((line, text, extras)).encode())
+            for blob in blobs:
+                digest.update(blob or b"-")
+        chats = [json.loads(text) for _, text, _, _ in rows]
         for turn in chain.from_iterable(chats if parts else []):
             if isinstance(turn["content"], str):
                 turn["content"] = [{"type": "text", "text": turn["content"]}]
         arrays = {"messages": pa.array(chats, _PARTS if parts else _TEXT)}
-        arrays["source_row"] = pa.array([line for line, _, _ in rows], pa.int64())
+        arrays["source_row"] = pa.array([line for line, *_ in rows], pa.int64())
+        if seen:
+            arrays["images"] = pa.array([blobs or None for *_, blobs in rows], pa.list_(pa.binary()))
         for name, types in kinds.items():
             kind = float if types == {int, float} else next(iter(types)) if len(types) == 1 else list
             if kind in _SCALARS:
-                values = [None if extras.get(name) is None else kind(extras[name]) for _, _, extras in rows]
+                values = [None if one.get(name) is None else kind(one[name]) for _, _, one, _ in rows]
                 arrays[name] = pa.array(values, _SCALARS[kind])
         tables.append(pa.table(arrays))
     return Dataset(pa.concat_tables(tables), fingerprint=digest.hexdigest())  # else made from a copy of it all

@@ -1,4 +1,4 @@
-"""Loading models: the only module that knows Unsloth, transformers, 4 bit, architecture names and devices.
+"""Loading models: with `backends`, what knows Unsloth, transformers, 4 bit, architecture names and devices.
 
 Unsloth has to be imported before transformers, TRL and PEFT, so this module is imported before them, by every
 module that needs a model. Where Unsloth is absent or can't do a thing (vision on a CPU, a card older than
@@ -10,7 +10,6 @@ import contextlib
 import gc
 import io
 import json
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,20 @@ from typing import Any
 
 import torch
 
+from ironlogic.backends import (
+    BACKEND,
+    WHY_NOT_UNSLOTH,
+    ModelError,
+    card_has_bfloat16,
+    four_bit_share,
+    load_weights,
+    real_size,
+)
 from ironlogic.presets import LoraSettings
+
+import peft  # isort: skip  (backends comes first: it imports Unsloth before these)
+import transformers  # isort: skip
+from safetensors import SafetensorError  # isort: skip
 
 __all__ = [
     "BACKEND",
@@ -30,53 +42,15 @@ __all__ = [
     "free_memory",
     "inference",
     "load_model",
+    "resolve",
+    "split_adapter",
     "trainer_hardware",
     "trainer_optimizer",
     "use_adapter",
     "with_adapters",
 ]
 
-
-class ModelError(RuntimeError):
-    """A model that can't be loaded or used; the message says what to do."""
-
-
-def _choose_backend() -> tuple[str, str]:
-    """("unsloth" or "transformers", why not Unsloth)."""
-    asked = os.environ.get("IRONLOGIC_BACKEND", "auto")
-    if asked not in ("auto", "unsloth", "transformers"):
-        raise ModelError(f"IRONLOGIC_BACKEND is {asked!r}; expected auto, unsloth or transformers")
-    if asked == "transformers":
-        return "transformers", "IRONLOGIC_BACKEND says so"
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # it would call the hub
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 7:
-        reason = f"{torch.cuda.get_device_name()} is older than compute capability 7.0"
-    else:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # its banner
-                import unsloth  # noqa: F401
-        except Exception as error:  # a missing package, an unsupported machine, a version clash: all mean "without"
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no reason'}"
-        else:
-            return "unsloth", ""
-    if asked == "unsloth":
-        raise ModelError(f"IRONLOGIC_BACKEND=unsloth, but Unsloth can't be used: {reason}")
-    return "transformers", reason
-
-
-BACKEND, WHY_NOT_UNSLOTH = _choose_backend()
-
-import peft  # noqa: E402
-import transformers  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # a missing optional kernel
-transformers.utils.logging.disable_progress_bar()
-
 DATA = Path(__file__).resolve().parent.parent / "data"
-# Never in 4 bit. transformers 5 matches full prefixes, hence "model."
-_VISION = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "connector")
-_NOT_QUANTIZED = ["lm_head", *(f"model.{name}" for name in _VISION)]
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -100,18 +74,13 @@ class LoadedModel:
         return self.model.device
 
     def __str__(self) -> str:
-        count = sum(_real_size(p) for p in self.model.parameters())
+        count = sum(real_size(p) for p in self.model.parameters())
         bits = f"{self.four_bit_share:.0%} of the bytes in 4 bit" if self.four_bit_share else "no 4 bit"
         name = self.source or type(self.model).__name__
         return f"{name}: {count / 1e6:,.1f} M parameters, {bits}, {self.backend} on {self.device}"
 
 
-def _real_size(parameter: torch.nn.Parameter) -> int:
-    """Parameters stored; a 4-bit tensor packs two in a byte."""
-    return parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
-
-
-def _resolve(name_or_path: str | Path) -> str:
+def resolve(name_or_path: str | Path) -> str:
     """A folder of data/ by its bare name (`nano`); a local folder; else a hub name, left as it is."""
     name = str(name_or_path)
     folders = [Path(name).expanduser()] if name else []
@@ -145,23 +114,22 @@ def load_model(
     adapter (its base is loaded with it). On a CPU everything but the 4-bit weights is float32.
     Raises `ModelError` with one message when the model isn't there, is incomplete or doesn't fit the backend.
     """
-    source = _resolve(name_or_path)
+    source = resolve(name_or_path)
     backend = backend or BACKEND
     if backend == "unsloth" != BACKEND:
         raise ModelError(f"Unsloth was asked for but is not in use: {WHY_NOT_UNSLOTH}")
-    base, adapter = _split_adapter(source)
+    base, adapter = split_adapter(source)
     local_only = Path(base).is_dir()
     try:
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=local_only)
-        if hasattr(config, "vision_config") and not torch.cuda.is_available():
-            backend = "transformers"  # Unsloth trains vision on a GPU only
-        load = _load_with_unsloth if backend == "unsloth" else _load_with_transformers
-        model, processor = load(base, config, four_bit, max_length, seed, local_only)
+        model, processor, backend = load_weights(
+            base, config, backend=backend, four_bit=four_bit, max_length=max_length, seed=seed
+        )
         if adapter:
             model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{source} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    small = model.device.type == "cpu" and sum(map(_real_size, model.parameters())) < 20e6
+    small = model.device.type == "cpu" and sum(map(real_size, model.parameters())) < 20e6
     if small and "OMP_NUM_THREADS" not in os.environ:
         # a fifth slower than two threads on idle cores, three times faster when something else runs
         torch.set_num_threads(1)
@@ -174,7 +142,7 @@ def load_model(
         source=str(name_or_path),
         base=base,
         max_length=min(max_length, config.get_text_config().max_position_embeddings),
-        four_bit_share=_four_bit_share(model),
+        four_bit_share=four_bit_share(model),
     )
     if four_bit and not loaded.four_bit_share:
         raise ModelError(f"{source}: 4 bit was asked for, but no weight came out in 4 bit")
@@ -187,13 +155,16 @@ def _made_safe(loaded: LoadedModel) -> LoadedModel:
         # bitsandbytes 0.50 repacks weights for AVX512-BF16 in evaluation; later gradients are garbage
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    name = loaded.source or type(loaded.model).__name__
+    if not loaded.tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # transformers 5 makes an empty one where the files are missing
+        raise ModelError(f"{name}: its folder holds no tokenizer (tokenizer.json); copy it from the base model")
     if loaded.tokenizer.pad_token is None:
-        name = loaded.source or type(loaded.model).__name__
         raise ModelError(f"{name}: the tokenizer has no pad token; set one that is not the end-of-turn token")
     return loaded
 
 
-def _split_adapter(source: str) -> tuple[str, str | None]:
+def split_adapter(source: str) -> tuple[str, str | None]:
     """(base, adapter folder or None) of a model folder or an adapter folder."""
     settings = Path(source) / "adapter_config.json"
     if not settings.is_file():
@@ -203,55 +174,7 @@ def _split_adapter(source: str) -> tuple[str, str | None]:
         raise ModelError(f"{settings}: names no base model (base_model_name_or_path)")
     if not Path(base).exists() and (DATA / Path(base).name / "config.json").is_file():
         base = Path(base).name  # trained where this repository lay elsewhere
-    return _resolve(base), source
-
-
-def _load_with_unsloth(base, config, four_bit, max_length, seed, local_only):
-    import unsloth
-
-    plain = not hasattr(config, "vision_config") and not hasattr(config, "num_experts")
-    fast = unsloth.FastLanguageModel if plain else unsloth.FastModel
-    cuda = torch.cuda.is_available()
-    with contextlib.redirect_stdout(io.StringIO()):
-        return fast.from_pretrained(
-            model_name=base,
-            max_seq_length=max_length,
-            dtype=None if cuda else torch.float32,
-            load_in_4bit=four_bit,
-            use_gradient_checkpointing="unsloth" if cuda else False,
-            random_state=seed,
-            local_files_only=local_only,
-        )
-
-
-def _load_with_transformers(base, config, four_bit, max_length, seed, local_only):
-    cuda = torch.cuda.is_available()
-    dtype = torch.float32
-    if cuda:
-        dtype = torch.bfloat16 if _card_has_bfloat16() else torch.float16
-    nf4 = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=_NOT_QUANTIZED,
-    )
-    vision = hasattr(config, "vision_config")
-    auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(
-        base,
-        dtype=dtype,
-        device_map="cuda:0" if cuda else "cpu",
-        quantization_config=nf4 if four_bit else None,
-        local_files_only=local_only,
-    )
-    reader = transformers.AutoProcessor if vision else transformers.AutoTokenizer
-    return model, reader.from_pretrained(base, local_files_only=local_only)
-
-
-def _four_bit_share(model: torch.nn.Module) -> float:
-    sizes = [(type(p).__name__ == "Params4bit", p.numel() * p.element_size()) for p in model.parameters()]
-    return sum(size for packed, size in sizes if packed) / sum(size for _, size in sizes)
+    return resolve(base), source
 
 
 def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
@@ -264,7 +187,7 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ModelError(f"{type(model).__name__} from {source!r} has no tokenizer; pass it") from error
-    share = _four_bit_share(model)
+    share = four_bit_share(model)
     return _made_safe(LoadedModel(model, tokenizer, source=source, base=source, four_bit_share=share))
 
 
@@ -289,7 +212,7 @@ def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedMod
                 loaded.model,
                 r=lora.rank,
                 lora_alpha=lora.alpha,
-                lora_dropout=0.0,
+                lora_dropout=lora.dropout,
                 bias="none",
                 target_modules=target,
                 random_state=seed,
@@ -304,7 +227,7 @@ def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedMod
         settings = peft.LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
-            lora_dropout=0.0,
+            lora_dropout=lora.dropout,
             bias="none",
             target_modules=target,
             task_type="CAUSAL_LM",
@@ -366,13 +289,8 @@ def inference(loaded: LoadedModel) -> Iterator[torch.nn.Module]:
 def trainer_hardware() -> dict[str, Any]:
     """The arguments of transformers.TrainingArguments that depend on the machine."""
     if torch.cuda.is_available():
-        return {"bf16": _card_has_bfloat16(), "fp16": not _card_has_bfloat16()}
+        return {"bf16": card_has_bfloat16(), "fp16": not card_has_bfloat16()}
     return {"use_cpu": True, "bf16": False, "fp16": False, "gradient_checkpointing": False}
-
-
-def _card_has_bfloat16() -> bool:
-    """In hardware: torch says yes on a T4 too, where it is emulated."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def trainer_optimizer(name: str) -> str:

@@ -4,12 +4,22 @@ One dial for the common case: the name of a preset. What a preset does not know:
 hold it (`memory.plan_memory`) and how a model is loaded (`models`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ironlogic.burden import Burden
 
-__all__ = ["PRESETS", "LoraSettings", "Preset", "PresetError", "TrainSettings", "find_preset", "pick_preset"]
+__all__ = [
+    "PRESETS",
+    "VISION_PRESETS",
+    "LoraSettings",
+    "Preset",
+    "PresetError",
+    "TrainSettings",
+    "VisionPreset",
+    "find_preset",
+    "pick_preset",
+]
 
 
 @dataclass(frozen=True)
@@ -21,6 +31,7 @@ class LoraSettings:
     attention: bool = True
     mlp: bool = True
     experts: bool = False  # the experts of a mixture-of-experts model; costs gigabytes
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class TrainSettings:
     log_steps: int = 5
     seed: int = 3407
     lora: LoraSettings = field(default_factory=LoraSettings)
+    projector_learning_rate: float | None = None  # of a splice's projector beside LoRA; None: the same
 
 
 @dataclass(frozen=True)
@@ -60,20 +72,44 @@ class Preset:
     note: str = ""
 
 
-_GEMMA_SEED = TrainSettings(  # seed 001's script, line by line
+# "As the seed": the published script (seed 001), line by line. It is the only one of its author: seeds 000 and 002
+# name the method, the base model, 4 bit and the data, so theirs is this script on their base model.
+_SEED = TrainSettings(
     epochs=3,
     learning_rate=2e-5,
     batch_size=1,
     accumulation=1,
     warmup_steps=25,
+    schedule="cosine",
+    weight_decay=0.01,
+    max_grad_norm=1.0,  # not in the script: the trainer's default
     optimizer="paged_adamw_8bit",
     max_length=4096,
-    loss="all",
+    loss="all",  # the script masks nothing
+    log_steps=5,
+    seed=3407,
     lora=LoraSettings(rank=8, alpha=16),
 )
-
+_SEED_BURDEN = Burden(ratio=0.7, unit="seed", redraw=False)  # `map` shuffles once, before the three epochs
+_NO_BURDEN = Burden(ratio=0.0)
 SEED_DATA = "TeichAI/gemini-3-pro-preview-high-reasoning-250x"  # 248 conversations, seeds 000 and 001
-_CARD = TrainSettings(optimizer="paged_adamw_8bit", epochs=3, max_length=4096)
+SEED_SFT_DATA = "TeichAI/gemini-3-pro-preview-high-reasoning-1000x"  # seed 000's second stage
+
+# "Recommended": the same adapter, optimizer, length and epochs. What differs, and why:
+_CARD = TrainSettings(
+    epochs=3,
+    learning_rate=2e-4,  # of LoRA, not of full fine-tuning: 2e-4 up to 13 B (QLoRA, arXiv 2305.14314)
+    batch_size=1,
+    accumulation=8,  # one conversation a step is mostly noise; costs no memory
+    warmup_steps=0.05,  # a share: 25 steps would be a quarter of the 93 that are left
+    optimizer="paged_adamw_8bit",
+    max_length=4096,
+    loss="assistant",  # loss on the shuffled prompt teaches to write shuffled text
+    lora=LoraSettings(rank=8, alpha=16),
+)
+_LARGE = replace(_CARD, learning_rate=1e-4)  # from 33 B on in the same paper; 27 B and 30 B are nearer to that
+_BURDEN = Burden(ratio=0.7)  # a fresh draw every epoch, and code, links and formulas stay whole
+_QWEN_MOE, _QWEN_VL = "Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-VL-4B-Instruct"
 
 PRESETS = {
     preset.name: preset
@@ -95,17 +131,154 @@ PRESETS = {
             evaluation_seeds=5,
             note="shipped in data/, runs on any laptop",
         ),
-        Preset("t4", "Qwen/Qwen3-4B-Instruct-2507", 14, _CARD, Burden(), SEED_DATA, note="Colab or Kaggle, 16 GB"),
-        Preset("24gb", "google/gemma-3-12b-it", 22, _CARD, Burden(), SEED_DATA, note="RTX 3090 or 4090"),
-        Preset("32gb", "google/gemma-3-27b-it", 30, _CARD, Burden(), SEED_DATA, note="RTX 5090"),
+        Preset("t4", "Qwen/Qwen3-4B-Instruct-2507", 14, _CARD, _BURDEN, SEED_DATA, note="Colab or Kaggle, 16 GB"),
+        Preset("24gb", "google/gemma-3-12b-it", 22, _CARD, _BURDEN, SEED_DATA, note="RTX 3090 or 4090"),
+        Preset("32gb", "google/gemma-3-27b-it", 30, _LARGE, _BURDEN, SEED_DATA, note="RTX 5090"),
+        Preset("gemma-3-27b", "google/gemma-3-27b-it", 23, _LARGE, _BURDEN, SEED_DATA, note="seed 001's model"),
         Preset(
             "gemma-3-27b-as-seed",
             "google/gemma-3-27b-it",
             30,
-            _GEMMA_SEED,
-            Burden(unit="seed", redraw=False),
+            _SEED,
+            _SEED_BURDEN,
             SEED_DATA,
             note="seed 001 exactly: one shuffle for all epochs, loss on every token",
+        ),
+        # Attention only: at rank 8 LoRA on 6,144 experts has 315 M parameters, of which a token trains a sixteenth.
+        Preset("qwen3-30b-a3b", _QWEN_MOE, 22, _LARGE, _BURDEN, SEED_DATA, note="seed 002's model; needs Unsloth"),
+        Preset(
+            "qwen3-30b-a3b-as-seed",
+            _QWEN_MOE,
+            30,
+            replace(_SEED, lora=replace(_SEED.lora, experts=True)),  # finetune_mlp_modules=True means every expert
+            _SEED_BURDEN,
+            SEED_DATA,
+            note="seed 002's model with seed 001's script; needs Unsloth",
+        ),
+        Preset("qwen3-vl-4b", _QWEN_VL, 14, _CARD, _BURDEN, SEED_DATA, note="seed 000's model, stage 1: FT"),
+        Preset(
+            "qwen3-vl-4b-sft",
+            _QWEN_VL,
+            14,
+            replace(_CARD, epochs=1),  # four times the rows: about as many steps as stage 1
+            _NO_BURDEN,
+            SEED_SFT_DATA,
+            note="stage 2, plain SFT: give it the model of stage 1",
+        ),
+        Preset(
+            "qwen3-vl-4b-as-seed",
+            _QWEN_VL,
+            14,
+            _SEED,
+            _SEED_BURDEN,
+            SEED_DATA,
+            note="seed 000, stage 1, with seed 001's script",
+        ),
+        Preset(
+            "qwen3-vl-4b-sft-as-seed",
+            _QWEN_VL,
+            14,
+            _SEED,
+            _NO_BURDEN,
+            SEED_SFT_DATA,
+            note="seed 000, stage 2, plain SFT: give it the model of stage 1",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class VisionPreset:
+    """A splice and its training stages. `accumulation` gathers on one card what the seed had on all of its own."""
+
+    name: str
+    tower: str  # folder in data/, local path or hub name
+    language_model: str
+    projector: Literal["mlp2x_gelu", "pixel_shuffle"]
+    image_tokens: int  # of one picture
+    card_gib: float
+    projector_stage: TrainSettings
+    instruct_stage: TrainSettings | None  # None: the seed has no second stage
+    data: tuple[str, ...] = ()  # hub data sets, one a stage
+    rows: int = 0  # of the first stage's data; 0: all
+    note: str = ""
+
+
+# Seed 003, stage 1. It names no optimizer, weight decay or seed: those are LLaVA-1.5's script.
+_LLAVA = TrainSettings(
+    learning_rate=1e-3,
+    batch_size=32,
+    accumulation=8,
+    warmup_steps=0.03,
+    weight_decay=0.0,
+    max_length=2048,
+    save_steps=200,
+    seed=42,
+)
+_SMVL = TrainSettings(  # seed 004: 1 row x 4 passes on each of 8 cards
+    learning_rate=1e-4,
+    batch_size=1,
+    accumulation=32,
+    warmup_steps=0.1,
+    max_length=2048,
+    loss="all",  # only padding and image tokens are masked
+    seed=42,
+)
+_NANO_VISION = TrainSettings(
+    learning_rate=1e-2,
+    batch_size=32,
+    accumulation=1,
+    weight_decay=0.0,
+    max_length=128,
+    save_steps=200,
+    log_steps=5,
+    lora=LoraSettings(rank=16, alpha=32),
+)
+
+VISION_PRESETS = {
+    preset.name: preset
+    for preset in (
+        VisionPreset(
+            name="nano-vision",
+            tower="nano-vision",
+            language_model="nano",
+            projector="mlp2x_gelu",
+            image_tokens=4,
+            card_gib=0,
+            projector_stage=_NANO_VISION,
+            instruct_stage=_NANO_VISION,
+            note="shipped in data/, runs on any laptop",
+        ),
+        VisionPreset(
+            name="vqwen3-4b",
+            tower="openai/clip-vit-large-patch14-336",
+            language_model="Qwen/Qwen3-4B",
+            projector="mlp2x_gelu",
+            image_tokens=576,
+            card_gib=22,
+            projector_stage=_LLAVA,
+            instruct_stage=replace(
+                _LLAVA,
+                learning_rate=2e-4,
+                projector_learning_rate=2e-5,
+                batch_size=16,
+                lora=LoraSettings(rank=128, alpha=256, dropout=0.05),
+            ),
+            data=("liuhaotian/LLaVA-Pretrain", "liuhaotian/LLaVA-Instruct-150K"),
+            note="seed 003: 23 h on an H200",
+        ),
+        VisionPreset(
+            name="qwen3-smvl",
+            tower="HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+            language_model="Qwen/Qwen3-0.6B",
+            projector="pixel_shuffle",
+            image_tokens=64,
+            card_gib=14,
+            projector_stage=_SMVL,
+            instruct_stage=None,
+            data=("HuggingFaceM4/the_cauldron",),
+            rows=60_000,
+            note="seed 004: 1.5 h on 8 cards of 64 GB",
         ),
     )
 }

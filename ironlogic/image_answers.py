@@ -1,0 +1,125 @@
+"""Asking a vision-language model about pictures, and the controls that show whether it looks at them.
+
+Knows nothing of what a right answer is: that is the caller's.
+"""
+
+import contextlib
+import random
+from itertools import chain, cycle
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from ironlogic.chats import ChatError
+from ironlogic.image_batches import (
+    Chats,
+    PictureRow,
+    batches_for,
+    chat_tokenizer,
+    check_places,
+    image_length,
+    read_picture_chats,
+    take_pictures,
+)
+from ironlogic.image_features import Pictures, cached_tower, look_at
+from ironlogic.masking import IGNORED
+from ironlogic.models import LoadedModel, inference
+from ironlogic.pictures import PictureError
+from ironlogic.runs import run_folder
+
+__all__ = ["answer_pictures", "control_rows"]
+
+
+def answer_pictures(
+    loaded: LoadedModel,
+    rows: Chats,
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    cache: str | Path | None = None,
+) -> list[str]:
+    """Greedy answers, one a row in their order; an answer that a row ends with is not shown to the model.
+
+    `rows` as in `train_projector`. `cache`: a folder of features, in the results folder unless it is a path.
+    Raises `ChatError` naming the row whose picture or text can't be used.
+    """
+    pictures, asked = Pictures(), []
+    tokenizer, block = chat_tokenizer(loaded), image_length(loaded.processor)
+    for number, messages in enumerate(read_picture_chats(rows), 1):
+        try:
+            asked.append(_prompt(messages, loaded, tokenizer, pictures, block))
+        except (ChatError, PictureError) as error:
+            raise ChatError(f"row {number}: {error}") from error
+    seen = None
+    if cache is not None:
+        seen = look_at(loaded, pictures, [key for row in asked for key in row.pictures], run_folder(cache))
+    batches, answers = batches_for(loaded, pictures, seen, side="left"), [""] * len(asked)
+    order = sorted(range(len(asked)), key=lambda row: asked[row].length)
+    with inference(loaded) as model, cached_tower(model) if seen else contextlib.nullcontext():
+        for begin in range(0, len(order), batch_size):
+            some = order[begin : begin + batch_size]
+            batch = batches([asked[row] for row in some])
+            del batch["labels"]
+            batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
+            if "pixel_values" in batch:
+                batch["pixel_values"] = batch["pixel_values"].to(model.get_input_embeddings().weight.dtype)
+            out = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            new = out[:, batch["input_ids"].shape[1] :]
+            for row, text in zip(some, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                answers[row] = text.strip()
+    return answers
+
+
+def _prompt(messages, loaded: LoadedModel, tokenizer, pictures: Pictures, block: int) -> PictureRow:
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    plain, keys = take_pictures(messages, pictures)
+    ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+    check_places(ids, keys, loaded.processor)
+    length = len(ids) + len(keys) * (block - 1)
+    if length >= loaded.max_length:
+        raise ChatError(f"needs {length} tokens and room to answer; max_length is {loaded.max_length}")
+    return PictureRow(ids, [IGNORED] * len(ids), tuple(keys), length)
+
+
+def control_rows(
+    rows: Chats, control: Literal["image", "blank", "shuffled", "none"], *, seed: int = 0
+) -> list[list[dict]]:
+    """The same conversations with their own pictures, grey ones, another row's, or none at all.
+
+    Whatever is answered rightly without the right picture was not seen. Shuffled: the rows with pictures in one
+    random circle, so that each takes those of the next and none keeps its own (two pictures may look alike).
+    """
+    chats = read_picture_chats(rows)
+    parts = [[part for turn in chat for part in _image_parts(turn)] for chat in chats]
+    if control == "blank":
+        grey = Image.new("RGB", (64, 64), (127, 127, 127))
+        for part in chain.from_iterable(parts):
+            part["image"] = grey
+    elif control == "shuffled":
+        circle = [row for row, own in enumerate(parts) if own]
+        random.Random(seed).shuffle(circle)
+        given = {row: [part["image"] for part in parts[row]] for row in circle}
+        for row, other in zip(circle, circle[1:] + circle[:1], strict=True):
+            for part, image in zip(parts[row], cycle(given[other]), strict=False):
+                part["image"] = image
+    elif control == "none":
+        for turn in chain.from_iterable(chats):
+            if not isinstance(turn["content"], str):
+                turn["content"] = "".join(part["text"] for part in turn["content"] if part["type"] == "text")
+    elif control != "image":
+        raise ValueError(f"control_rows: control is {control!r}; expected image, blank, shuffled or none")
+    return chats
+
+
+def _image_parts(turn: dict) -> list[dict]:
+    return [] if isinstance(turn["content"], str) else [p for p in turn["content"] if p["type"] == "image"]

@@ -1,0 +1,421 @@
+"""Splicing: towers, language models, templates and sources that work, and those that are refused with a reason."""
+
+import json
+
+import pytest
+
+from ironlogic.models import LoadedModel, load_model
+from ironlogic.splice import splice
+from ironlogic.splice_check import check_splice
+from ironlogic.splice_parts import SpliceError, image_template, projector_of, tower_of
+
+import torch  # isort: skip  (models comes first)
+import transformers as tf  # isort: skip
+from PIL import Image  # isort: skip
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil  # isort: skip
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig  # isort: skip
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer  # isort: skip
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+# In the manner of Qwen3's: content that is no text becomes empty, old thoughts are dropped, tools have a turn.
+DROPS_PARTS = """
+{%- if tools %}
+    {{- '<|im_start|>system\\nTools: ' }}
+    {%- for tool in tools %}{{- tool | tojson }}{%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- set seen = namespace(last=messages|length - 1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' and message.content is string %}{%- set seen.last = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}
+        {%- if loop.index0 > seen.last and message.reasoning_content %}
+            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- content }}
+        {%- for call in message.tool_calls or [] %}{{- '<tool_call>' + call.name + '</tool_call>' }}{%- endfor %}
+        {{- '<|im_end|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- content + '<|im_end|>' }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}
+"""
+
+
+def picture_maker(kind):
+    if kind == "clip":
+        return tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    if kind in ("vit", "dinov2"):
+        return tf.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return tf.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def tower(kind="clip", **more):
+    torch.manual_seed(0)
+    sizes = SIZES | more
+    if kind == "dinov2":
+        sizes.pop("intermediate_size")
+    config, model = {
+        "clip": (tf.CLIPVisionConfig, tf.CLIPVisionModel),
+        "siglip": (tf.SiglipVisionConfig, tf.SiglipVisionModel),
+        "smolvlm": (SmolVLMVisionConfig, SmolVLMVisionTransformer),
+        "vit": (tf.ViTConfig, tf.ViTModel),
+        "dinov2": (tf.Dinov2Config, tf.Dinov2Model),
+    }[kind]
+    made = model(config(**sizes)).eval()
+    assert sum(p.numel() for p in made.parameters()) < 300_000
+    return made, picture_maker(kind)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tf.AutoTokenizer.from_pretrained(load_model("nano", four_bit=False, backend="transformers").base)
+
+
+def language_model(tokenizer, kind="Qwen3", **more):
+    """A fresh random one."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind != "GPTNeoX":
+        sizes |= {"num_key_value_heads": 1, "tie_word_embeddings": True}
+    if kind.startswith(("Qwen3", "Gemma")):
+        sizes["head_dim"] = 32
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = getattr(tf, f"{kind}Config")(vocab_size=1024, max_position_embeddings=256, **ends | sizes | more)
+    model = getattr(tf, f"{kind}ForCausalLM")(config).eval()
+    assert sum(p.numel() for p in model.parameters()) < 400_000
+    return model, tokenizer
+
+
+# --- what works
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "smolvlm", "vit", "dinov2"])
+def test_towers(kind, tokenizer):
+    model, words = language_model(tokenizer)
+    with torch.no_grad():
+        ids = torch.arange(4, 20)[None]
+        reference = ids, model(input_ids=ids).logits
+    report = check_splice(splice(tower(kind), (model, words)), reference=reference)
+    assert report.passed, str(report)
+    assert len(report.rows) == 14
+
+
+@pytest.mark.parametrize("kind", ["smolvlm", "siglip"])
+def test_pixel_shuffle(kind, tokenizer):
+    eye, maker = tower(kind)
+    loaded = splice((eye, maker), language_model(tokenizer), projector="pixel_shuffle", shuffle_factor=2)
+    assert type(loaded.model) is tf.SmolVLMForConditionalGeneration
+    assert [tuple(p.shape) for p in projector_of(loaded.model).parameters()] == [(64, 64 * 4)]
+    report = check_splice(loaded)
+    assert report.passed, str(report)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        same = tower_of(loaded.model)(pixels).last_hidden_state, eye(pixels).last_hidden_state
+    torch.testing.assert_close(*same)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("Llama", {}), ("Llama", {"tie_word_embeddings": False}), ("Gemma", {}), ("Qwen2", {}), ("GPTNeoX", {})],
+)
+def test_language_models(kind, more, tokenizer):
+    loaded = splice(tower(), language_model(tokenizer, kind, **more))
+    report = check_splice(loaded)
+    assert report.passed, str(report)
+    assert loaded.model.config.text_config.model_type in kind.lower() + "gpt_neox"
+
+
+def test_four_bit():
+    words = load_model("nano", four_bit=True, backend="transformers")
+    splice(tower(), words)
+    loaded = splice(tower(), words)  # a language model can be used again
+    assert 0.2 < loaded.four_bit_share < 0.5
+    report = check_splice(loaded)
+    assert report.passed, str(report)
+    assert {type(p).__name__ for p in tower_of(loaded.model).parameters()} == {"Parameter"}
+
+
+# --- the seeds' own sizes
+
+
+def qwen3(tokenizer, hidden, layers, intermediate, heads):
+    config = tf.Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.device("meta"):
+        return tf.Qwen3ForCausalLM(config), tokenizer
+
+
+def sizes_of(model):
+    unique = {id(p): p for p in model.parameters()}.values()  # a tied head counts once
+    return sum(p.numel() for p in unique if p.requires_grad), sum(p.numel() for p in unique)
+
+
+def test_seed_003_at_its_own_size(tokenizer):
+    with torch.device("meta"):
+        eye = tf.CLIPVisionModel(
+            tf.CLIPVisionConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            )
+        )
+    maker = tf.CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    loaded = splice((eye, maker), qwen3(tokenizer, 2560, 36, 9728, 32))
+    report = check_splice(loaded)
+    assert report.passed, str(report)
+    assert len(report.rows) == 8
+    assert type(loaded.model) is tf.LlavaForConditionalGeneration
+    assert loaded.model.config.image_seq_length == 576
+    assert loaded.model.config.vision_feature_layer == -2
+    assert sizes_of(loaded.model)[0] == 9_180_160  # "~9.2 M"
+    assert written_places(loaded) == 576
+
+
+def test_seed_004_at_its_own_size(tokenizer):
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    with torch.device("meta"):
+        eye = SmolVLMVisionTransformer(SmolVLMVisionConfig(**sizes, image_size=512, patch_size=16))
+    maker = tf.SiglipImageProcessorPil(size={"height": 512, "width": 512})
+    loaded = splice((eye, maker), qwen3(tokenizer, 1024, 28, 3072, 16), projector="pixel_shuffle")
+    report = check_splice(loaded)
+    assert report.passed, str(report)
+    trainable, every = sizes_of(loaded.model)
+    assert trainable == 768 * 16 * 1024 == 12 * 2**20
+    assert round(every / 2**20, 2) == 662.87
+    assert written_places(loaded) == 64
+
+
+def written_places(loaded):
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    text = loaded.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    batch = loaded.processor(text=text, images=[[Image.new("RGB", (640, 480))]], return_tensors="pt")
+    return (batch["input_ids"] == loaded.model.config.image_token_id).sum().item()
+
+
+# --- the chat template
+
+
+def test_a_template_that_knows_images_is_kept(tokenizer):
+    assert image_template(tokenizer, "<|image_pad|>") == tokenizer.chat_template
+
+
+CHATS = [
+    [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1", "reasoning_content": "easy"}],
+    [
+        {"role": "system", "content": " Be short. "},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1", "reasoning_content": "an old thought"},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "count"}]},
+        {"role": "tool", "content": "2"},
+    ],
+]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("options", [{}, {"add_generation_prompt": True, "enable_thinking": False}])
+def test_a_template_that_drops_parts_is_wrapped_and_else_unchanged(chat, options, tokenizer):
+    own = tf.AutoTokenizer.from_pretrained(tokenizer.name_or_path, chat_template=DROPS_PARTS)
+    wrapped = image_template(own, "<|image_pad|>")
+    assert wrapped.endswith(DROPS_PARTS)
+
+    def render(messages, template):
+        return own.apply_chat_template(
+            messages, chat_template=template, tokenize=False, tools=[{"name": "count"}], **options
+        )
+
+    expected = render(chat, DROPS_PARTS)
+    assert render(chat, wrapped) == expected
+    parts = [dict(m, content=[{"type": "text", "text": m["content"]}]) for m in chat]
+    assert render(parts, wrapped) == expected != render(parts, DROPS_PARTS)
+    parts[-2]["content"].insert(0, {"type": "image"})
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert render(parts, wrapped).replace(image, "") == expected
+    assert render(parts, wrapped).count(image) == 1
+
+
+def test_the_wrapped_template_still_marks_answers_and_refuses_other_parts(tokenizer):
+    own = tf.AutoTokenizer.from_pretrained(tokenizer.name_or_path, chat_template=DROPS_PARTS)
+    own.chat_template = image_template(own, "<|image_pad|>")
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    chat = [asked, {"role": "assistant", "content": [{"type": "text", "text": "A four."}]}]
+    out = own.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
+    marked = [i for i, m in zip(out["input_ids"], out["assistant_masks"], strict=True) if m]
+    assert own.decode(marked) == "A four.<|im_end|>"
+    with pytest.raises(Exception, match="neither text nor image"):
+        own.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
+
+
+def test_no_template_is_refused(tokenizer):
+    own = tf.AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    own.chat_template = None
+    with pytest.raises(SpliceError, match="no chat template"):
+        splice(tower(), (language_model(tokenizer)[0], own))
+
+
+# --- the image token
+
+
+def test_a_new_image_token_makes_the_embedding_larger(tokenizer):
+    model, words = language_model(tokenizer)
+    before = model.get_input_embeddings().weight.detach().clone()
+    loaded = splice(tower(), (model, words), image_token="<image>")
+    assert loaded.model.config.image_token_id == 1024
+    assert loaded.model.get_input_embeddings().weight.shape[0] == 1088 == loaded.model.config.text_config.vocab_size
+    assert torch.equal(loaded.model.get_input_embeddings().weight[:1024], before)
+    assert check_splice(loaded).passed
+    assert len(words) == 1024, "the caller's tokenizer is not touched"
+    assert "<image>" not in words.get_vocab()
+
+
+# --- where the parts come from
+
+
+def test_folders_names_and_objects(tmp_path, tokenizer):
+    eye, maker = tower()
+    eye.save_pretrained(tmp_path / "eye")
+    maker.save_pretrained(tmp_path / "eye")
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    whole = tf.CLIPModel(tf.CLIPConfig(vision_config=eye.config.to_dict(), text_config=text, projection_dim=16))
+    whole.vision_model.load_state_dict(eye.state_dict())
+    whole.save_pretrained(tmp_path / "whole")
+    maker.save_pretrained(tmp_path / "whole")
+    model, words = language_model(tokenizer)
+    model.save_pretrained(tmp_path / "words")
+    words.save_pretrained(tmp_path / "words")
+    made = [
+        splice(tmp_path / "eye", tmp_path / "words"),
+        splice(str(tmp_path / "whole"), language_model(tokenizer)),
+        splice((whole, maker), LoadedModel(*language_model(tokenizer), max_length=77)),
+    ]
+    for loaded in made:
+        for name, value in made[0].model.state_dict().items():
+            assert torch.equal(value, loaded.model.state_dict()[name]), name
+    assert [loaded.max_length for loaded in made] == [256, 256, 77]
+
+
+def test_a_smolvlm_checkpoint_without_torchvision(tmp_path, tokenizer):
+    eye, _ = tower("smolvlm")
+    words = language_model(tokenizer)[0].config
+    config = tf.SmolVLMConfig(vision_config=eye.config, text_config=words, scale_factor=2, pad_token_id=0)
+    whole = tf.SmolVLMForConditionalGeneration(config)
+    whole.model.vision_model.load_state_dict(eye.state_dict())
+    whole.save_pretrained(tmp_path)
+    told = {"image_processor_type": "SmolVLMImageProcessor", "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told | {"resample": 1}))
+    loaded = splice(tmp_path, language_model(tokenizer), projector="pixel_shuffle", shuffle_factor=2)
+    assert check_splice(loaded).passed
+    assert list(loaded.processor.image_processor.image_mean) == [0.4] * 3
+    assert loaded.processor.image_processor.resample == 1
+    for name, value in eye.state_dict().items():
+        assert torch.equal(tower_of(loaded.model).state_dict()[name], value)
+    tiles = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})
+    assert check_splice(splice((eye, tiles), language_model(tokenizer))).passed
+
+
+def test_the_projector_follows_its_seed_and_nothing_else_moves(tokenizer):
+    eye, maker = tower()
+    model, words = language_model(tokenizer)
+    torch.manual_seed(5)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    one = splice((eye, maker), (model, words), seed=1)
+    assert torch.equal(torch.rand(3), drawn), "the global generator is left alone"
+    again, other = (splice(tower(), language_model(tokenizer), seed=seed) for seed in (1, 2))
+    weights = [loaded.model.model.multi_modal_projector.linear_1.weight for loaded in (one, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert one.model.model.vision_tower is eye, "moved, not copied"
+    assert one.model.model.language_model is model.model
+    assert {name.split(".")[1] for name, p in one.model.named_parameters() if p.requires_grad} == {
+        "multi_modal_projector"
+    }
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "reason"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 1.0}, "capping or scaling"),
+        ("Granite", {"logits_scaling": 8.0}, "capping or scaling"),
+    ],
+)
+def test_language_models_that_do_more_to_their_logits(kind, more, reason, tokenizer):
+    with pytest.raises(SpliceError, match=reason):
+        splice(tower(), language_model(tokenizer, kind, **more))
+
+
+def test_gpt2(tokenizer):
+    config = tf.GPT2Config(vocab_size=1024, n_embd=64, n_layer=1, n_head=2, n_positions=64)
+    with pytest.raises(SpliceError, match="can't carry a gpt2 model"):
+        splice(tower(), (tf.GPT2LMHeadModel(config), tokenizer))
+
+
+def test_towers_that_do_not_fit(tmp_path, tokenizer):
+    words = language_model(tokenizer)
+    eye, maker = tower()
+    with pytest.raises(SpliceError, match="40 x 40 pixels, but CLIPVisionModel wants 32 x 32"):
+        splice((eye, tf.SiglipImageProcessorPil(size={"height": 40, "width": 40})), words)
+    with pytest.raises(SpliceError, match="holds a ViTImageProcessorPil; expected"):
+        splice((picture_maker("vit"), eye), words)
+    with pytest.raises(SpliceError, match="SmolVLM, Idefics3 or SigLIP"):
+        splice((eye, maker), words, projector="pixel_shuffle")
+    with pytest.raises(SpliceError, match="divides 4"):
+        splice(tower("siglip"), words, projector="pixel_shuffle", shuffle_factor=3)
+    with pytest.raises(SpliceError, match="expected 'mlp2x_gelu'"):
+        splice((eye, maker), words, projector="mlp3x")
+    with pytest.raises(SpliceError, match="has no layer -9"):
+        splice((eye, maker), words, vision_feature_layer=-9)
+    flexible = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "patch_size": 8,
+    }
+    with pytest.raises(SpliceError, match="image_size=None"):
+        splice((tf.Siglip2VisionModel(tf.Siglip2VisionConfig(**flexible)), maker), words)
+    with pytest.raises(RuntimeError, match="no such folder"):
+        splice(str(tmp_path / "nothing"), words)

@@ -1,0 +1,184 @@
+"""Speed of stage 1 beside the seed's way of doing it: same rows, same labels, same loss, in one run.
+
+The shapes are seed 004's: a SigLIP-B/16 tower for 512 x 512 pixels, a pixel-shuffle connector to 64 tokens a
+picture, Qwen3-0.6B's width with its 151,936 words, every text token trained. Weights are random. Reduced here:
+LAYERS of the 28 layers of the language model. The seed's way: one row at a time, padded to 2,048 tokens, the tower
+run on it, logits for every place. It also cut a picture into up to 17 tiles; here both sides see one.
+
+Measured on one thread of a shared 2-core machine, LAYERS = 4, rows of 92 to 114 tokens, both losses 11.93167:
+
+    the seed's way                     86.80 s a row
+    ours                                1.82 s a row   47.6 x
+    ours, the tower's first look too    7.43 s a row   11.7 x
+    head and loss of one row            3.49 GiB -> 0.051 GiB, 68 x (2,048 and 150 tokens)
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ironlogic.image_batches import batches_for, encode_pictures, label_loss, open_head
+from ironlogic.image_features import cached_tower, look_at
+from ironlogic.models import load_model
+from ironlogic.splice import splice
+
+import torch  # isort: skip
+import transformers  # isort: skip
+
+LAYERS, PADDED, ROWS = int(os.environ.get("LAYERS", "4")), 2048, 8
+
+
+def build(layers: int):
+    torch.manual_seed(0)
+    tower = transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            image_size=512,
+            patch_size=16,
+            vision_use_head=False,
+        )
+    ).eval()
+    tokenizer = load_model("nano", four_bit=False).tokenizer
+    lm = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=151_936,
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=layers,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            tie_word_embeddings=True,
+            max_position_embeddings=4096,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    look = transformers.SiglipImageProcessorPil(size={"height": 512, "width": 512})
+    return splice((tower, look), (lm, tokenizer), projector="pixel_shuffle", max_length=PADDED)
+
+
+def chats():
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(ROWS):
+        image = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((640, 480))
+        question = " ".join(["Which color is it?"] * (2 + index % 4))
+        answer = " ".join(["It is red."] * (1 + index % 3))
+        parts = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        rows.append([{"role": "user", "content": parts}, {"role": "assistant", "content": answer}])
+    return rows
+
+
+def timed(call):
+    began = time.process_time()
+    result = call()
+    return result, time.process_time() - began
+
+
+@pytest.mark.benchmarks
+@pytest.mark.slow
+def test_stage_1_is_five_times_as_fast_at_the_same_loss(tmp_path, capsys):
+    loaded = build(LAYERS)
+    model = loaded.model
+    projector = [p for p in model.parameters() if p.requires_grad]
+    rows, pictures, _ = encode_pictures(loaded, chats(), max_length=PADDED, loss="all", needs_picture=True)
+    plain = batches_for(loaded, pictures, None)
+
+    def padded(row):
+        batch = plain([row])
+        space = (0, PADDED - row.length)
+        for name, filler in (("input_ids", loaded.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", -100)):
+            batch[name] = torch.nn.functional.pad(batch[name], space, value=filler)
+        return batch
+
+    def the_seeds_way(row):
+        loss = model(**padded(row)).loss
+        return loss.item(), torch.autograd.grad(loss, projector)
+
+    def ours(some, seen):
+        batch = batches_for(loaded, pictures, seen)(some)
+        labels = batch.pop("labels")
+        with open_head(model) as head, cached_tower(model):
+            loss = label_loss(model(**batch).logits, labels, head)
+        return loss.item(), torch.autograd.grad(loss, projector)
+
+    (wanted, gradient), seed_seconds = timed(lambda: the_seeds_way(rows[0]))
+    keys = [key for row in rows for key in row.pictures]
+    seen, look_seconds = timed(lambda: look_at(loaded, pictures, keys, tmp_path, batch_size=ROWS))
+    (got, our_gradient) = ours(rows[:1], seen)
+    assert got == pytest.approx(wanted, rel=1e-5)
+    for one, other in zip(our_gradient, gradient, strict=True):
+        assert (one - other).norm() < 1e-3 * other.norm()
+
+    in_order = sorted(rows, key=lambda row: row.length)
+    _, our_seconds = timed(lambda: ours(in_order, seen))
+    warm, cold = (seed_seconds * ROWS / seconds for seconds in (our_seconds, our_seconds + look_seconds))
+    with capsys.disabled():
+        lengths = [row.length for row in rows]
+        print(
+            f"\n{LAYERS} layers, rows of {min(lengths)} to {max(lengths)} tokens, loss {wanted:.5f} and {got:.5f}"
+        )
+        print(f"  the seed's way  {seed_seconds:8.2f} CPU seconds a row")
+        print(f"  ours            {our_seconds / ROWS:8.2f} CPU seconds a row: {warm:.1f} x")
+        first = (our_seconds + look_seconds) / ROWS
+        print(f"  in epoch 1      {first:8.2f} CPU seconds a row, the tower's included: {cold:.1f} x")
+    assert warm >= 5
+
+
+HEAD_AND_LOSS = """
+import json, sys, threading, time
+import psutil, torch
+from transformers.loss.loss_utils import ForCausalLMLoss
+from ironlogic.image_batches import label_loss
+ours, tokens, padded, words, width = sys.argv[1] == "ours", 150, 2048, 151_936, 1024
+torch.manual_seed(0)
+head = torch.nn.Linear(width, words, bias=False).requires_grad_(False)
+hidden, labels = torch.randn(1, padded, width), torch.full((1, padded), -100)
+labels[:, 80:tokens] = torch.randint(0, words, (tokens - 80,))
+if ours:
+    hidden, labels = hidden[:, :tokens].clone(), labels[:, :tokens]
+hidden.requires_grad_(True)
+memory, over = psutil.Process().memory_info, threading.Event()
+before = peak = memory().rss
+def watch():
+    global peak
+    while not over.is_set():
+        peak = max(peak, memory().rss)
+        time.sleep(0.0005)
+watcher = threading.Thread(target=watch)
+watcher.start()
+loss = label_loss(hidden, labels, head) if ours else ForCausalLMLoss(head(hidden), labels, words)
+loss.backward()
+over.set()
+watcher.join()
+gradient = hidden.grad[:, :tokens].norm().item()
+print(json.dumps({"loss": loss.item(), "gradient": gradient, "gib": (peak - before) / 2**30}))
+"""
+
+
+@pytest.mark.benchmarks
+@pytest.mark.slow
+def test_head_and_loss_take_a_twentieth_of_the_memory(capsys):
+    said = {}
+    for way in ("seed", "ours"):
+        done = subprocess.run(
+            [sys.executable, "-c", HEAD_AND_LOSS, way], capture_output=True, text=True, check=True
+        )
+        said[way] = json.loads(done.stdout.splitlines()[-1])
+    seed, ours = said["seed"], said["ours"]
+    with capsys.disabled():
+        print(f"\nhead and loss of one row: {seed['gib']:.2f} GiB in the seed's way, {ours['gib']:.3f} in ours")
+    assert ours["loss"] == pytest.approx(seed["loss"], rel=1e-5)
+    assert ours["gradient"] == pytest.approx(seed["gradient"], rel=1e-4)
+    assert seed["gib"] > 2  # 1.16 GiB of logits, and their gradient
+    assert seed["gib"] >= 20 * ours["gib"] > 0

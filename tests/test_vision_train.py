@@ -1,0 +1,332 @@
+"""The two stages: what is trained, what is frozen, what is saved and reloaded, going on after a kill, refusals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ironlogic.chats import load_chats
+from ironlogic.image_answers import answer_pictures
+from ironlogic.models import ModelError, load_model
+from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.runs import Run, RunError, newest_whole_checkpoint
+from ironlogic.splice import splice
+from ironlogic.splice_parts import SpliceError, projector_of, tower_of
+from ironlogic.vision_train import reopen, save_spliced, train_instruct, train_projector
+
+import torch  # isort: skip
+import transformers  # isort: skip
+from safetensors.torch import load_file  # isort: skip
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # isort: skip
+
+SETTINGS = TrainSettings(
+    learning_rate=3e-3,
+    batch_size=4,
+    accumulation=2,
+    max_length=128,
+    epochs=2,
+    log_steps=1,
+    save_steps=1,
+    lora=LoraSettings(rank=4, alpha=8, dropout=0.1),
+)
+
+
+def tiny():
+    torch.manual_seed(0)
+    tower = transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=16,
+        )
+    ).eval()
+    look = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return splice((tower, look), "nano", max_length=128)
+
+
+def make_chats(text_only=0):
+    """16 flat pictures, bright or dark, and what they are."""
+    rng, rows = np.random.default_rng(0), []
+    for index in range(16):
+        bright = index % 2
+        noise = rng.integers(0, 40, (32, 32, 3)) + 200 * bright
+        image = Image.fromarray(noise.astype(np.uint8))
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "Bright or dark?"}]
+        answer = "bright" if bright else "dark"
+        rows.append([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
+    plain = [{"role": "user", "content": "Say yes."}, {"role": "assistant", "content": "yes"}]
+    return rows + [plain] * text_only
+
+
+CHATS = make_chats()
+
+
+def tensors(module):
+    return {name: t.detach().clone() for name, t in module.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Both stages one after the other, and what the parts were before and between."""
+    folder = tmp_path_factory.mktemp("runs")
+    loaded = tiny()
+    before = {name: tensors(part) for name, part in parts(loaded).items()}
+    one = train_projector(loaded, CHATS, SETTINGS, run=folder / "one", cache=folder / "features")
+    between = {name: tensors(part) for name, part in parts(loaded).items()}
+    rate = replace(SETTINGS, projector_learning_rate=1e-3)
+    two = train_instruct(one.loaded, make_chats(2), rate, run=folder / "two", cache=folder / "features")
+    return one, two, before, between, folder
+
+
+def parts(loaded):
+    language = loaded.model.model.language_model
+    return {"tower": tower_of(loaded.model), "projector": projector_of(loaded.model), "language": language}
+
+
+def test_stage_1_trains_the_projector_and_nothing_else(runs):
+    one, _, before, between, _ = runs
+    assert same(before["tower"], between["tower"])
+    assert same(before["language"], between["language"])
+    assert all(
+        not torch.equal(before["projector"][name], between["projector"][name]) for name in before["projector"]
+    )
+    assert len(one.metrics) == 4
+    assert one.record["trained_parameters"] == sum(t.numel() for t in before["projector"].values())
+    assert (one.record["stage"], one.record["features"]) == ("projector", "computed once")
+    assert same(load_file(one.folder / "projector.safetensors"), between["projector"])
+
+
+def test_the_loss_falls(tmp_path):
+    settings = replace(SETTINGS, batch_size=16, accumulation=1, epochs=20, learning_rate=1e-2, save_steps=50)
+    run = train_projector(tiny(), CHATS, settings, run=tmp_path / "a", cache=tmp_path / "features")
+    losses = [line["loss"] for line in run.metrics]
+    assert len(losses) == 20
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_stage_2_trains_projector_and_lora_on_the_language_model_alone(runs):
+    _, two, _, between, _ = runs
+    saved = load_file(two.adapter / "adapter_model.safetensors")
+    assert {"lora" if "lora_" in name else "projector" for name in saved} == {"lora", "projector"}
+    assert all("language_model" in name for name in saved if "lora_" in name)
+    assert any(t.abs().sum() > 0 for name, t in saved.items() if "lora_B" in name)
+    assert any(
+        not torch.equal(t, between["projector"][name.rpartition("projector.")[2]])
+        for name, t in saved.items()
+        if "projector" in name
+    )
+    layers = load_model("nano", four_bit=False).model.config.num_hidden_layers
+    assert sum("lora_" in name for name in saved) == 2 * 7 * layers
+    settings = json.loads((two.adapter / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 8, 0.1)
+
+
+def test_each_part_has_its_own_learning_rate(runs, tmp_path):
+    """A projector whose rate is 0 stays where it was."""
+    one, *_ = runs
+    loaded = reopen(one, tiny())
+    rates = replace(SETTINGS, projector_learning_rate=0.0, weight_decay=0.0)
+    two = train_instruct(loaded, CHATS, rates, run=tmp_path / "zero", cache=None)
+    saved = load_file(two.adapter / "adapter_model.safetensors")
+    start = load_file(one.folder / "projector.safetensors")
+    assert all(torch.equal(t, start[n.rpartition("projector.")[2]]) for n, t in saved.items() if "projector" in n)
+    assert any(t.abs().sum() > 0 for name, t in saved.items() if "lora_B" in name)
+    assert two.record["features"] == "computed at every step"
+
+
+def test_a_finished_run_comes_back_from_its_folder(runs):
+    one, two, _, between, folder = runs
+    loaded = tiny()
+    before = (one.folder / "run.json").read_bytes()
+    again = train_projector(loaded, CHATS, SETTINGS, run=one.folder, cache=folder / "features")
+    assert same(tensors(projector_of(again.loaded.model)), between["projector"])
+    rate = replace(SETTINGS, projector_learning_rate=1e-3)
+    second = train_instruct(again.loaded, make_chats(2), rate, run=two.folder, cache=folder / "features")
+    assert (one.folder / "run.json").read_bytes() == before
+    assert logits(second.loaded).equal(logits(two.loaded))
+    with pytest.raises(ModelError, match="an earlier run put an adapter into this model"):
+        train_instruct(second.loaded, CHATS, SETTINGS, run=folder / "three")
+
+
+def logits(loaded):
+    text = loaded.processor.apply_chat_template(CHATS[0][:1], tokenize=False, add_generation_prompt=True)
+    images = [row[0]["content"][0]["image"] for row in CHATS[:2]]
+    batch = loaded.processor(text=[text, text], images=images, return_tensors="pt")
+    with torch.no_grad():
+        return loaded.model.eval()(**batch).logits
+
+
+def test_the_saved_whole_reloads_with_plain_transformers(runs, tmp_path):
+    _, two, *_ = runs
+    folder = save_spliced(two, tmp_path / "whole")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    merged = replace(two.loaded, model=model, processor=processor, tokenizer=processor.tokenizer)
+    torch.testing.assert_close(logits(merged), logits(two.loaded), rtol=1e-4, atol=1e-4)
+    again = load_model(folder, four_bit=False)
+    assert logits(again).equal(logits(merged))  # and again
+    assert logits(two.loaded).equal(logits(two.loaded))
+    names = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    assert not [name for name in names if "lora" in name or "original_module" in name]
+    assert not list(tmp_path.glob("*.part"))
+    whole = save_spliced(replace(two.loaded, model=model), tmp_path / "again")
+    assert same(*(load_file(path / "model.safetensors") for path in (folder, whole)))
+
+
+def test_answers_come_from_the_saved_run(runs):
+    _, two, *_ = runs
+    reopened = reopen(two, tiny())
+    rows = CHATS[:4]
+    assert answer_pictures(reopened, rows, max_new_tokens=6) == answer_pictures(two.loaded, rows, max_new_tokens=6)
+
+
+def test_features_or_the_tower_at_every_step_give_the_same_projector(runs, tmp_path):
+    one, *_ = runs
+    plain = train_projector(tiny(), CHATS, SETTINGS, run=tmp_path / "plain", cache=None)
+    for name, tensor in load_file(plain.folder / "projector.safetensors").items():
+        torch.testing.assert_close(
+            tensor, load_file(one.folder / "projector.safetensors")[name], rtol=1e-3, atol=1e-5
+        )
+
+
+def test_the_same_call_gives_the_same_bytes(runs, tmp_path):
+    one, *_ = runs
+    again = train_projector(tiny(), CHATS, SETTINGS, run=tmp_path / "a", cache=tmp_path / "features")
+    name = "projector.safetensors"
+    assert (again.folder / name).read_bytes() == (one.folder / name).read_bytes()
+
+
+def test_rows_that_cant_be_used_are_told_and_the_rest_is_trained(tmp_path):
+    bad = [
+        {"role": "user", "content": [{"type": "image", "image": "no/such.png"}]},
+        {"role": "assistant", "content": "x"},
+    ]
+    run = train_projector(tiny(), [*CHATS[:8], bad, *make_chats(1)[-1:]], SETTINGS, run=tmp_path / "a", cache=None)
+    assert run.record["rows"] == 8
+    assert "2 rows left out" in run.record["data"]
+    assert "no such picture" in run.record["data"]
+    assert "holds no picture" in run.record["data"]
+
+
+def test_a_dataset_of_load_chats_is_the_same_run(runs):
+    one, *_, folder = runs
+    dataset, _ = load_chats([{"messages": messages} for messages in CHATS])
+    again = train_projector(tiny(), dataset, SETTINGS, run=one.folder, cache=folder / "features")
+    assert again.record == one.record
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"settings": replace(SETTINGS, seed=1)}, "settings"),
+        ({"chats": CHATS[1:]}, "rows, data_sha256"),
+        ({"chats": [*CHATS[1:], CHATS[0]]}, "data_sha256"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(runs, change, named):
+    one, *_ = runs
+    call = {"chats": CHATS, "settings": SETTINGS} | change
+    with pytest.raises(RunError, match=f"differs in {named}"):
+        train_projector(tiny(), **call, run=one.folder)
+
+
+def test_stage_2_from_another_projector_is_another_run(runs):
+    _, two, *_ = runs
+    rate = replace(SETTINGS, projector_learning_rate=1e-3)
+    with pytest.raises(RunError, match="differs in data_sha256"):
+        train_instruct(tiny(), make_chats(2), rate, run=two.folder)
+
+
+def test_a_broken_splice_is_not_trained(tmp_path):
+    loaded = tiny()
+    loaded.model.config.image_token_index += 1
+    with pytest.raises(SpliceError, match="image"):
+        train_projector(loaded, CHATS, SETTINGS, run=tmp_path / "a", cache=None)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+def test_both_stages_over_a_4_bit_base_merge_into_its_16_bit_weights(tmp_path):
+    base = save_spliced(tiny(), tmp_path / "base")
+    loaded = load_model(base, four_bit=True, max_length=128)
+    assert loaded.four_bit_share > 0.3
+    one = train_projector(loaded, CHATS, SETTINGS, run=tmp_path / "one", cache=tmp_path / "features")
+    assert one.loaded.model.is_quantized
+    two = train_instruct(one.loaded, CHATS, SETTINGS, run=tmp_path / "two", cache=tmp_path / "features")
+    again = Run(two.folder, two.record).model()  # base and adapter from disk
+    assert logits(again).equal(logits(two.loaded))
+    whole = load_model(save_spliced(two, tmp_path / "whole"), four_bit=False)
+    apart = (logits(whole) - logits(two.loaded)).std() / logits(two.loaded).std()
+    assert apart < 0.5  # what rounding to 4 bit does
+    for name, tensor in tensors(projector_of(whole.model)).items():
+        assert torch.equal(tensor, load_file(two.adapter / "adapter_model.safetensors")[PROJECTOR + name])
+
+
+PROJECTOR = "base_model.model.model.multi_modal_projector."
+
+
+class Stop:
+    """Raises `error` when the loop reaches a step."""
+
+    def __init__(self, step, error):
+        self.step, self.error = step, error
+
+    def __call__(self, lines):
+        if lines[-1]["step"] == self.step:
+            raise self.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [train_projector, train_instruct])
+def test_an_interrupted_stage_goes_on_with_equal_bytes(stage, tmp_path, capsys):
+    loaded, features = tiny(), tmp_path / "features"
+    start = tensors(projector_of(loaded.model))
+    with pytest.raises(KeyboardInterrupt):
+        stage(loaded, CHATS, SETTINGS, run=tmp_path / "a", watch=Stop(3, KeyboardInterrupt()), cache=features)
+    assert newest_whole_checkpoint(tmp_path / "a" / "checkpoints")
+    assert same(tensors(projector_of(loaded.model)), start)  # the model is as it was
+    resumed = stage(loaded, CHATS, SETTINGS, run=tmp_path / "a", cache=features)
+    straight = stage(tiny(), CHATS, SETTINGS, run=tmp_path / "b", cache=features)
+    name = "projector.safetensors" if stage is train_projector else "adapter/adapter_model.safetensors"
+    assert (resumed.folder / name).read_bytes() == (straight.folder / name).read_bytes()
+    assert [line["step"] for line in resumed.metrics] == [1, 2, 3, 4]
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from test_vision_train import CHATS, SETTINGS, tiny, train_projector
+def die(lines):
+    if lines[-1]["step"] == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+train_projector(tiny(), CHATS, SETTINGS, run=sys.argv[2], watch=die, cache=sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_stage_goes_on_with_equal_bytes(runs, tmp_path):
+    one, *_ = runs
+    root = str(Path(__file__).resolve().parent.parent)
+    command = [sys.executable, "-c", KILLED, root, str(tmp_path / "a"), str(tmp_path / "features")]
+    done = subprocess.run(command, capture_output=True, env=os.environ)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    shutil.copytree(tmp_path / "features", tmp_path / "half")
+    (next((tmp_path / "features").glob("*/*.safetensors"))).write_bytes(b"cut")
+    again = train_projector(tiny(), CHATS, SETTINGS, run=tmp_path / "a", cache=tmp_path / "features")
+    name = "projector.safetensors"
+    assert (again.folder / name).read_bytes() == (one.folder / name).read_bytes()
