@@ -41,6 +41,15 @@ def build_parser() -> argparse.ArgumentParser:
     form.add_argument("--check", action="store_true", help="change nothing; exit code 1 if something would change")
     form.set_defaults(work=format_command)
 
+    table = commands.add_parser("evidence", help="every claim of the seeds against its control, as a page of HTML")
+    table.add_argument("--preset", default="nano")
+    table.add_argument("--data", default="", help="your conversations (none: the preset's own)")
+    table.add_argument("--items", default="", help="your items with checkable answers, JSONL")
+    table.add_argument("--rows", type=int, default=3000, help="conversations an arm is trained on, at most")
+    table.add_argument("--seeds", type=int, default=0, help="trainings an arm (none: the preset's number)")
+    table.add_argument("--out", metavar="DIR", help="results go there (else IRONLOGIC_RUNS, else runs/)")
+    table.set_defaults(work=evidence_command)
+
     look = commands.add_parser("session", help="what the first cell of a notebook sees; installs what is missing")
     look.add_argument("--all", action="store_true", help="install Unsloth without a card too")
     look.set_defaults(work=session_command)
@@ -111,6 +120,49 @@ def run_command(options: argparse.Namespace) -> int:
         print(f"{name:<40}{'passed' if good else 'FAILED':<10}{seconds / 60:7.1f}")
     print(f"executed copies: {runs / 'notebooks'}")
     return 0 if all(good for _, good, _ in rows) else 1
+
+
+def evidence_command(options: argparse.Namespace) -> int:
+    environ = {**os.environ, **({"IRONLOGIC_RUNS": options.out} if options.out else {})}
+    runs, began = session.results_folder(session.see_place(environ), environ=environ), time.monotonic()
+    from ironlogic.chats import ChatError
+    from ironlogic.presets import PresetError, find_preset
+
+    try:
+        preset = find_preset(options.preset)
+        from ironlogic.items import load_items
+        from ironlogic.study import open_study, run_jobs
+
+        items, rejected = load_items(options.items) if options.items else (None, [])
+        print(*rejected, sep="\n", end="\n" if rejected else "")
+        study = open_study(preset, runs, data=options.data, rows=options.rows, seeds=options.seeds, items=items)
+    except (PresetError, ChatError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    jobs, sizes = study.full()
+    print(f"{len(jobs)} trainings and measurements in {study.folder}", flush=True)
+    arms = run_jobs(study, jobs, workers=os.cpu_count() or 1)
+    study.time_arms(arms)
+    from ironlogic.behaviour import describe
+    from ironlogic.claims import compare_recipes, find_all
+    from ironlogic.report import write_report
+
+    findings = find_all(arms, study.items, sizes=sizes)
+    for finding in findings:
+        print(f"{finding.verdict:20}{finding.claim.said}: {finding.claim.measure} {finding.effect or finding.note}")
+    page = write_report(
+        study.folder / "report.html",
+        title=f"The claims on {preset.name}",
+        lines=study.told(),
+        findings=findings,
+        recipes=compare_recipes(arms, study.items),
+        arms=arms,
+        items=study.items,
+        measures=describe(arms, study.items),
+        sizes=sizes,
+    )
+    print(f"{page} · {(time.monotonic() - began) / 60:.1f} minutes")
+    return 0
 
 
 def read_value(text: str) -> Any:

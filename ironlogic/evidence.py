@@ -1,7 +1,7 @@
 """What training did, measured against a control: first of all, robustness to scrambled input.
 
 Every measure takes any model and returns plain numbers per item, so that arms can be compared item by item and
-seed by seed (`statistics`). Draws nothing: that is `plots`.
+seed by seed (`statistics`). Draws nothing: that is `plots`. Knows no claim: that is `claims`.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ironlogic.burden import Burden, apply_burden, burden_messages
+from ironlogic.burden import Burden, burden_messages
 from ironlogic.chats import ChatError
 from ironlogic.generate import Completion, generate
+from ironlogic.items import RATIOS, scramble
 from ironlogic.masking import encode_chat
 from ironlogic.models import LoadedModel, as_loaded, free_memory, inference, load_model
 from ironlogic.presets import Preset, TrainSettings
@@ -28,15 +29,16 @@ import torch.nn.functional as F  # isort: skip
 __all__ = [
     "RATIOS",
     "AnswerLoss",
+    "ReplyScores",
     "Robustness",
     "accuracy",
     "answer_loss",
     "difference",
+    "reply_scores",
     "robustness",
     "scramble",
+    "train_and_measure",
 ]
-
-RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ class Robustness:
     ratios: tuple[float, ...]
     tasks: tuple[Task, ...]
     correct: np.ndarray  # 0 or 1
-    ceiling: np.ndarray  # chance that an ideal reader of the scrambled prompt is right
+    ceiling: np.ndarray  # chance that an ideal reader of the scrambled prompt is right; NaN where nobody knows
     answers: tuple[tuple[Completion, ...], ...]
 
     def pick(self, ratio: float, order: str) -> np.ndarray:
@@ -54,11 +56,6 @@ class Robustness:
         if ratio not in self.ratios:
             raise ValueError(f"Robustness: ratio {ratio} was not measured; measured are {self.ratios}")
         return self.correct[self.ratios.index(ratio)][[task.order == order for task in self.tasks]]
-
-
-def scramble(text: str, ratio: float, *, seed: int, item: int) -> str:
-    """The test scramble of one prompt; its key is apart from the keys that training uses."""
-    return apply_burden(text, ratio=ratio, seed=seed, key=("test", item))
 
 
 def robustness(
@@ -82,10 +79,15 @@ def robustness(
     answers = tuple(tuple(flat[i * n : (i + 1) * n]) for i in range(len(ratios)))
     correct = [[check_answer(t, a.text) for t, a in zip(tasks, row, strict=True)] for row in answers]
     ceiling = [
-        [bayes_ceiling(t, p, r) for t, p in zip(tasks, row, strict=True)]
-        for r, row in zip(ratios, prompts, strict=True)
+        [_ceiling(t, p, r) for t, p in zip(tasks, row, strict=True)] for r, row in zip(ratios, prompts, strict=True)
     ]
     return Robustness(tuple(ratios), tuple(tasks), np.array(correct, float), np.array(ceiling), answers)
+
+
+def _ceiling(task: Task, prompt: str, ratio: float) -> float:
+    if not ratio or task.order == "free":
+        return 1.0
+    return bayes_ceiling(task, prompt, ratio) if task.rearrangements else float("nan")
 
 
 def accuracy(repeats: Sequence[Robustness], ratio: float, order: str) -> Interval:
@@ -129,6 +131,7 @@ class AnswerLoss:
     ratios: tuple[float, ...]
     nats: np.ndarray
     skipped: int  # rows that could not be encoded or have no answer within the context
+    kept: tuple[int, ...] = ()  # the others: which row of `chats` each row of `nats` is
 
 
 def answer_loss(
@@ -144,7 +147,7 @@ def answer_loss(
     batch_size = batch_size or (1 if loaded.device.type == "cuda" else 16)  # logits of a row take gibibytes
     columns: list[list[float]] = []
     rows: list[list[tuple[list[int], list[int]]]] = []
-    skipped = 0
+    skipped, kept = 0, []
     for i, messages in enumerate(chats):
         try:
             versions = [
@@ -157,17 +160,50 @@ def answer_loss(
         cut = [(v.input_ids[: loaded.max_length], v.labels[: loaded.max_length]) for v in versions]
         if all(any(label >= 0 for label in labels[1:]) for _, labels in cut):
             rows.append(cut)
+            kept.append(i)
         else:
             skipped += 1
     for k in range(len(ratios)):
-        columns.append(_row_losses(loaded, [row[k] for row in rows], batch_size))
-    return AnswerLoss(tuple(ratios), np.array(columns), skipped)
+        columns.append([row[0] for row in _row_scores(loaded, [row[k] for row in rows], batch_size)])
+    return AnswerLoss(tuple(ratios), np.array(columns), skipped, tuple(kept))
 
 
-def _row_losses(loaded: LoadedModel, rows: Sequence[tuple[list[int], list[int]]], batch_size: int) -> list[float]:
-    """Mean loss in nats over the labelled tokens of each row."""
+@dataclass(frozen=True, eq=False)
+class ReplyScores:
+    """How sure a model is of given replies; arrays of shape (reply,), NaN where a reply can't be encoded."""
+
+    nats: np.ndarray  # loss a token
+    entropy: np.ndarray  # of the next-token distribution in nats, mean over the reply's tokens
+    probability: np.ndarray  # of the whole reply
+
+
+def reply_scores(
+    loaded: LoadedModel | Any, prompts: Sequence[str], replies: Sequence[str], *, batch_size: int | None = None
+) -> ReplyScores:
+    """Reads replies (a model's own greedy ones, say) with their end-of-turn token in one pass."""
+    loaded = as_loaded(loaded)
+    batch_size = batch_size or (1 if loaded.device.type == "cuda" else 16)
+    rows, places = [], []
+    for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        try:
+            chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+            encoded = encode_chat(chat, loaded.tokenizer)
+        except ChatError:
+            continue
+        rows.append((encoded.input_ids[: loaded.max_length], encoded.labels[: loaded.max_length]))
+        places.append(i)
+    found = np.full((len(prompts), 3), np.nan)
+    if rows:
+        found[places] = _row_scores(loaded, rows, batch_size)
+    return ReplyScores(found[:, 0], found[:, 1], np.exp(-found[:, 0] * found[:, 2]))
+
+
+def _row_scores(
+    loaded: LoadedModel, rows: Sequence[tuple[list[int], list[int]]], batch_size: int
+) -> list[tuple[float, float, int]]:
+    """(loss, entropy, tokens) of each row: means in nats over its labelled tokens, and how many those are."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    losses = [0.0] * len(rows)
+    scores = [(0.0, 0.0, 0)] * len(rows)
     with inference(loaded) as model:
         for begin in range(0, len(order), batch_size):
             batch = order[begin : begin + batch_size]
@@ -181,5 +217,7 @@ def _row_losses(loaded: LoadedModel, rows: Sequence[tuple[list[int], list[int]]]
             ).logits
             for i, row_logits, row_labels in zip(batch, logits, labels.to(loaded.device), strict=True):
                 said = row_labels[1:] >= 0  # only these rows of logits become float32
-                losses[i] = F.cross_entropy(row_logits[:-1][said].float(), row_labels[1:][said]).item()
-    return losses
+                logp = row_logits[:-1][said].float().log_softmax(-1)
+                loss = F.nll_loss(logp, row_labels[1:][said]).item()
+                scores[i] = (loss, -(logp.exp() * logp).sum(-1).mean().item(), int(said.sum()))
+    return scores

@@ -1,7 +1,7 @@
 """Batched decoding with its timing. Knows prompts and tokens, not what a good answer is."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ from ironlogic.models import LoadedModel, as_loaded, inference
 import torch  # isort: skip  (models comes first: it imports Unsloth before transformers)
 import transformers  # isort: skip
 
-__all__ = ["Completion", "generate"]
+__all__ = ["Completion", "chat_ids", "generate", "stream", "visible_text"]
 
 Prompt = str | Sequence[dict[str, Any]]
+_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 _FIRST_LIMIT = 8  # tokens; answers still open then go on to 4 times as many, and so on
 
 
@@ -48,14 +49,8 @@ def generate(
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens}; expected 1 or more")
     if not prompts:
         return []
-    chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
-    if empty := [i for i, chat in enumerate(chats) if not chat]:
-        raise ValueError(f"generate: prompt {empty[0]} is empty")
-    texts = [
-        loaded.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats
-    ]
-    ids = loaded.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    ids = chat_ids(loaded.tokenizer, prompts)
+    sampling = _GREEDY
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         transformers.set_seed(seed)
@@ -79,6 +74,69 @@ def generate(
             open_rows = [i for i in open_rows if spoken[i][-1] not in ends and limit < max_new_tokens]
             limit *= 4
     return [_completion(loaded.tokenizer, *answer, ends) for answer in zip(spoken, seconds, strict=True)]
+
+
+def chat_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of every prompt (text of a user turn, or messages) up to where the answer begins."""
+    chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
+    if empty := [i for i, chat in enumerate(chats) if not chat]:
+        raise ValueError(f"generate: prompt {empty[0]} is empty")
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def stream(
+    loaded: LoadedModel | Any,
+    messages: Sequence[dict[str, Any]],
+    tell: Callable[[str], None],
+    *,
+    pictures: Sequence[Any] = (),
+    max_new_tokens: int = 256,
+) -> Completion:
+    """One greedy answer; `tell` is called with all of its text so far after every token.
+
+    `pictures` (PIL) stand for the image parts of the messages, in their order; they need a model that sees.
+    """
+    loaded = as_loaded(loaded)
+    if pictures and loaded.processor is None:
+        raise ValueError(f"stream: {loaded.source} can't see; it takes no pictures")
+    if loaded.processor is None:
+        inputs = {"input_ids": torch.tensor(chat_ids(loaded.tokenizer, [messages]))}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    else:
+        text = loaded.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        seen = {"images": list(pictures)} if pictures else {}
+        inputs = loaded.processor(text=text, **seen, add_special_tokens=False, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+    teller, began = _Teller(loaded, tell), time.perf_counter()
+    with inference(loaded) as model:
+        model.generate(
+            **{name: tensor.to(loaded.device) for name, tensor in inputs.items()},
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(teller.ends),
+            pad_token_id=loaded.tokenizer.pad_token_id,
+            streamer=teller,
+            **_GREEDY,
+        )
+    return _completion(loaded.tokenizer, teller.spoken, time.perf_counter() - began, teller.ends)
+
+
+class _Teller(transformers.generation.BaseStreamer):
+    """Hears every token as it is chosen; the prompt comes first, in one piece."""
+
+    def __init__(self, loaded: LoadedModel, tell: Callable[[str], None]) -> None:
+        self.tokenizer, self.tell, self.ends = loaded.tokenizer, tell, _end_ids(loaded)
+        self.spoken: list[int] = []
+        self.prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.prompt:
+            self.spoken += value.flatten().tolist()
+            self.tell(visible_text(self.tokenizer, self.spoken, self.ends))
+        self.prompt = False
+
+    def end(self) -> None:
+        pass
 
 
 def _decode(loaded, model, rows: list[list[int]], max_new_tokens: int, sampling: dict) -> list[list[int]]:
@@ -107,6 +165,10 @@ def _end_ids(loaded: LoadedModel) -> set[int]:
 
 
 def _completion(tokenizer, ids: list[int], seconds: float, ends: set[int]) -> Completion:
-    hidden = (set(tokenizer.all_special_ids) | ends) - set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
-    text = tokenizer.decode([i for i in ids if i not in hidden])
-    return Completion(text, len(ids), ids[-1] in ends, seconds)
+    return Completion(visible_text(tokenizer, ids, ends), len(ids), ids[-1] in ends, seconds)
+
+
+def visible_text(tokenizer: Any, ids: Sequence[int], ends: Container[int] = ()) -> str:
+    """The text of an answer: without end and special tokens, except `<think>` and `</think>`."""
+    hidden = set(tokenizer.all_special_ids) - set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
+    return tokenizer.decode([i for i in ids if i not in hidden and i not in ends])

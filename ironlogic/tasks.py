@@ -10,18 +10,21 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ironlogic.world import KINDS
 
 __all__ = [
     "KINDS",
     "Task",
+    "accuracy_reward",
     "bayes_ceiling",
+    "careless_chats",
     "check_answer",
     "final_answer",
+    "format_reward",
     "make_tasks",
     "task_chat",
 ]
@@ -100,6 +103,27 @@ def task_chat(task: Task, *, think: bool | None = None) -> list[dict[str, str]]:
     return [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": reply}]
 
 
+def careless_chats(
+    tasks: Sequence[Task], *, think_pays: Collection[str], careless: float = 0.6, think: float = 0.5, seed: int = 0
+) -> list[list[dict[str, str]]]:
+    """Conversations of which the truth about thinking is known: a start for reinforcement learning.
+
+    A share `think` of the replies reasons first. In the kinds of `think_pays` the replies *without* reasoning end
+    in a wrong answer with probability `careless`; in all other kinds, those *with* it do. The wrong answer is one
+    that another order of the same words would have, so order-bound problems are expected.
+    """
+    rng, chats = random.Random(f"careless-{seed}"), []
+    for task in tasks:
+        wrong = sorted({answer for _, answer in task.rearrangements} - {task.answer})
+        if not wrong:
+            raise ValueError(f"careless_chats: {task.kind!r} is order-free; no rearrangement has a wrong answer")
+        thinks, slips = rng.random() < think, rng.random() < careless
+        careful = thinks == (task.kind in think_pays)
+        told = task if careful or not slips else replace(task, answer=rng.choice(wrong))
+        chats.append(task_chat(told, think=thinks))
+    return chats
+
+
 def final_answer(text: str) -> str:
     """What a reply answers: the text after the last `</think>` and the last `Answer:`, stripped."""
     return text.rsplit("</think>", 1)[-1].rsplit("Answer:", 1)[-1].strip()
@@ -114,6 +138,39 @@ def check_answer(expected: str | Task, reply: str) -> bool:
     return final_answer(reply) == (expected.answer if isinstance(expected, Task) else expected)
 
 
+# --- rewards: trl.GRPOTrainer calls them with all completions of a step and every column of the rows ----------
+def accuracy_reward(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    """1.0 for the exact final answer, else 0.0. Compares text; nothing a model wrote is ever run.
+
+    `completions` are texts or, as TRL gives them, lists that hold one assistant message.
+    """
+    return [float(check_answer(a, _text(c))) for c, a in zip(completions, answer, strict=True)]
+
+
+def format_reward(completions: Sequence[Any], **_: Any) -> list[float]:
+    """1.0 for one non-empty `<think>` pair at the start and an answer after it, else 0.0.
+
+    Stricter than TRL's `think_format_reward`, which also pays for `<think></think>` and for closing tags said
+    again and again. It can't tell reasoning from filler: never use it without a reward for the answer.
+
+    >>> format_reward(["<think>3 + 4 = 7</think>Answer: 7", "<think></think>Answer: 7", "Answer: 7"])
+    [1.0, 0.0, 0.0]
+    """
+    return [float(_well_formed(_text(completion))) for completion in completions]
+
+
+def _text(completion: Any) -> str:
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def _well_formed(reply: str) -> bool:
+    before, opened, rest = reply.partition("<think>")
+    thought, closed, after = rest.partition("</think>")
+    again = "<think>" in rest or "</think>" in after
+    return bool(opened and closed and not before.strip() and thought.strip() and final_answer(after) and not again)
+
+
+# --- the Bayes ceiling ------------------------------------------------------------------------------------
 def _ways(before: list[str], after: list[str], chosen: int) -> int:
     """In how many ways choosing `chosen` positions and permuting their words turns `before` into `after`.
 

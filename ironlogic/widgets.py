@@ -9,12 +9,16 @@ from IPython.display import HTML, DisplayHandle
 from matplotlib.figure import Figure
 
 from ironlogic.burden import PROTECTED, apply_burden, measure_disorder, moved_units
+from ironlogic.chat_widget import chat_box
+from ironlogic.evidence_widget import robustness_explorer
 from ironlogic.explorer import Explorer, picture_html, png_bytes, ratio_slider, text_html
 from ironlogic.lens_plots import plot_entropy, plot_layers
 from ironlogic.lens_tables import lens_table
 from ironlogic.memory import plan_memory
+from ironlogic.picture_widget import picture_explorer
 from ironlogic.plots import plot_disorder, plot_losses, plot_memory
 from ironlogic.presets import PRESETS
+from ironlogic.rlvr_widget import completions_table, live_rewards, sample_explorer
 from ironlogic.tasks import Task, bayes_ceiling, check_answer
 from ironlogic.units import count_units
 
@@ -26,9 +30,15 @@ __all__ = [
     "answer_explorer",
     "answer_table",
     "burden_explorer",
+    "chat_box",
+    "completions_table",
     "lens_explorer",
     "live_losses",
+    "live_rewards",
     "memory_explorer",
+    "picture_explorer",
+    "robustness_explorer",
+    "sample_explorer",
 ]
 
 _PLURAL = {

@@ -31,27 +31,31 @@ FLOORS = {
     0.1: "burden_fast",
     0.2: "burden",
     0.3: "presets",
-    0.9: "chat_forms pictures scenes",
+    0.9: "chat_forms pictures scenes architectures",
     1.0: "session chats tasks memory",
-    1.5: "masking",
-    2.0: "models nano",
+    1.5: "masking items",
+    1.9: "backends",
+    2.0: "models",
     2.1: "anatomy readings nano_vision",
-    2.2: "probe",
+    2.2: "probe nano",
     2.3: "attention",
     2.5: "runs",
-    2.7: "stages",
+    2.7: "stages artefacts",
     3.0: "generate train lens splice_parts gguf_file",
-    3.1: "rlvr splice_check image_batches",
-    3.5: "vision_train",
+    3.1: "rlvr llama splice_check image_features",
+    3.2: "image_batches",
+    3.3: "image_answers",
+    3.5: "vision_train splice_faults",
     4.0: "splice evidence export",
     4.1: "behaviour",
     4.3: "claims",
     4.4: "study",
     4.5: "model_card",
     5.0: "plots notebooks lens_tables",
-    5.1: "lens_plots vision_plots rlvr_plots evidence_plots report",
+    5.1: "lens_plots vision_plots rlvr_plots evidence_plots export_plots",
+    5.2: "report",
     5.5: "explorer",
-    5.7: "chat_widget picture_widget evidence_widget",
+    5.7: "chat_widget picture_widget evidence_widget rlvr_widget",
     6.0: "widgets __main__",
 }
 LONGEST_MODULE, LARGEST_FILE, LARGEST_DATA = 380, 6 * 2**20, 25 * 2**20
@@ -202,7 +206,10 @@ def test_top_level_is_what_the_design_says():
 
 
 def test_package_is_flat_and_notebooks_are_notebooks():
-    assert [str(name) for name in FILES if name.parts[0] in ("ironlogic", "tests") and len(name.parts) > 2] == []
+    nested = [name for name in FILES if name.parts[0] in ("ironlogic", "tests") and len(name.parts) > 2]
+    assert [
+        str(name) for name in nested if name.parts[:2] != ("tests", "gpu")
+    ] == []  # what a card's machine is sent
     others = [
         str(name) for name in FILES if name.parts[0] == "notebooks" and not re.match(r"\d\d_\w+\.ipynb$", name.name)
     ]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ironlogic import memory
+from ironlogic import architectures, memory
 from ironlogic.memory import ARCHITECTURES, GIB, NF4_BYTES, PlanError, plan_memory
 from ironlogic.presets import PRESETS, LoraSettings
 
@@ -160,7 +160,7 @@ def with_lora(config, lora, dtype):
 
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     model.requires_grad_(False)
-    wanted = (memory.ATTENTION if lora.attention else ()) + (memory.MLP if lora.mlp else ())
+    wanted = (architectures.ATTENTION if lora.attention else ()) + (architectures.MLP if lora.mlp else ())
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(wanted)]
     inject_adapter_in_model(LoraConfig(r=lora.rank, target_modules=names), model)
     for name, parameter in model.named_parameters():
@@ -261,6 +261,83 @@ def test_fused_logits_are_what_the_loss_of_trl_holds():
     assert plan.parts["logits"] * GIB == pytest.approx(measured, rel=0.03)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "qwen3_moe"])
+def test_cache_is_what_transformers_keeps_of_keys_and_values(model_type):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    local = {"layer_types": kinds, "sliding_window": 16} if model_type == "gemma3_text" else {}
+    config = config_of(model_type, **local)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    samples, length = 3, 40
+    with torch.no_grad():
+        cache = model(input_ids=torch.ones(samples, length, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    plan = plan_memory(config, length=length, samples=samples)
+    # a window of 16 keeps 15: the token at hand is the sixteenth
+    lost = 2 * samples * 2 * 128 * 2 if model_type == "gemma3_text" else 0
+    assert plan.parts["key-value cache"] * GIB == held + lost
+
+
+def eyes_of(kind):
+    from transformers import CONFIG_MAPPING
+
+    text = {"text_config": TINY}
+    if kind == "gemma3":
+        eyes = {"hidden_size": 128, "intermediate_size": 480, "num_hidden_layers": 3, "num_attention_heads": 2}
+        eyes |= {"image_size": 112, "patch_size": 14, "vision_use_head": False}
+        return CONFIG_MAPPING[kind](vision_config=eyes, mm_tokens_per_image=16, **text), 64, 16
+    if kind == "llava":
+        eyes = {"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 512}
+        eyes |= {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 112, "patch_size": 14}
+        more = {"text_config": TINY | {"model_type": "qwen3"}, "image_seq_length": 64}
+        return CONFIG_MAPPING[kind](vision_config=eyes, **more), 64, 64
+    if kind == "smolvlm":
+        eyes = {"hidden_size": 128, "intermediate_size": 480, "num_hidden_layers": 3, "num_attention_heads": 2}
+        eyes |= {"image_size": 128, "patch_size": 16}
+        more = {"text_config": TINY | {"model_type": "qwen3"}, "scale_factor": 2}
+        return CONFIG_MAPPING[kind](vision_config=eyes, **more), 64, 16
+    eyes = {"depth": 3, "hidden_size": 128, "intermediate_size": 480, "num_heads": 2, "out_hidden_size": 128}
+    eyes |= {"patch_size": 16, "deepstack_visual_indexes": [0]}
+    return CONFIG_MAPPING[kind](vision_config=eyes, **text), 1024, 256
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen3_vl"])
+def test_a_frozen_vision_tower_holds_its_widest_layer(kind):
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    config, patches, _ = eyes_of(kind)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.requires_grad_(False)
+    pictures, side = 4, round(patches**0.5)
+    pixels = torch.rand(pictures, 3, *[side * config.vision_config.patch_size] * 2, dtype=torch.bfloat16)
+    given = {"pixel_values": pixels}
+    if kind == "qwen3_vl":  # patches in a row, each of two frames
+        patch = torch.rand(patches * pictures, 3 * 2 * 16 * 16, dtype=torch.bfloat16)
+        given = {"pixel_values": patch, "image_grid_thw": torch.tensor([[1, side, side]] * pictures)}
+    held = [*model.parameters(), *model.buffers(), *given.values()]
+    measured = peak_bytes(held, lambda: model.model.get_image_features(**given))
+    plan = plan_memory(config, pictures=pictures, batch_size=1, length=5000)
+    assert plan.parts["vision tower at work"] * GIB == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava", "smolvlm", "qwen3_vl"])
+def test_pictures_have_so_many_patches_and_tokens(kind):
+    config, patches, tokens = eyes_of(kind)
+    seen = architectures.count_model(kind, config).eyes
+    assert (seen.patches, seen.tokens) == (patches, tokens)
+    with pytest.raises(PlanError, match=f"the pictures take 2 x {tokens} = {2 * tokens} tokens; expected a length"):
+        plan_memory(config, pictures=2, length=2 * tokens)
+    assert plan_memory(config, pictures=2, length=2 * tokens + 1).parts["vision tower at work"] > 0
+
+
+def test_pictures_for_a_model_without_eyes_are_refused():
+    with pytest.raises(PlanError, match="Qwen3-4B: pictures is 1, but none can be planned for this model"):
+        plan_memory("Qwen3-4B", pictures=1)
+
+
 # ---- whole plans ----------------------------------------------------------------------------------------------
 
 
@@ -297,6 +374,63 @@ def test_totals_agree_with_a_simulated_step(name, options, simulated):
     assert plan.peak_gib == pytest.approx(simulated, rel=0.15)
 
 
+def published(kind, *widths, **more):
+    """A configuration under the published widths; the vocabulary comes first, as in `text_widths`."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[kind](**architectures.text_widths(*widths), tie_word_embeddings=False, **more)
+
+
+def vision_8b():
+    """Qwen3-VL-8B."""
+    eyes = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 4096}
+    text = architectures.text_widths(151936, 4096, 12288, 36, 32, 8, 128)
+    from transformers import CONFIG_MAPPING
+
+    eyes |= {"deepstack_visual_indexes": [8, 16, 24]}
+    return CONFIG_MAPPING["qwen3_vl"](vision_config=eyes, text_config=text, tie_word_embeddings=False)
+
+
+# "Peak reserved memory" as printed in the outputs of github.com/unslothai/notebooks (18 August 2026), in GiB, for
+# rows of up to 2048 tokens; their true lengths are not printed. torch does not count the CUDA context.
+PEAKS = {
+    "Qwen3-14B r16": (lambda: qwen(5120, 17408, 40, 40), 2, 16, 12.949),
+    "Qwen3-14B r32": (lambda: qwen(5120, 17408, 40, 40), 2, 32, 14.508),
+    "Qwen3-32B": (lambda: qwen(5120, 25600, 64, 64), 2, 32, 24.529),
+    "Gemma-3-27B": (lambda: "unsloth/gemma-3-27b-it-unsloth-bnb-4bit", 2, 8, 25.791),
+    "Qwen3-VL-8B": (vision_8b, 2, 16, 8.213),
+    "Llama-3.1-8B": (lambda: published("llama", 128256, 4096, 14336, 32, 32, 8, 128), 2, 16, 7.922),
+    "Mistral-7B-v0.3": (lambda: published("llama", 32768, 4096, 14336, 32, 32, 8, 128), 2, 16, 5.836),
+    "Qwen2.5-7B": (lambda: published("qwen2", 152064, 3584, 18944, 28, 28, 4, 128), 2, 16, 7.893),
+    "Mistral-Small-22B": (lambda: published("llama", 32768, 6144, 16384, 56, 48, 8, 128), 1, 16, 14.271),
+    "Llama-3.3-70B": (lambda: published("llama", 128256, 8192, 28672, 80, 64, 8, 128), 2, 16, 42.789),
+    "Phi-4": (lambda: published("llama", 100352, 5120, 17920, 40, 40, 10, 128), 2, 16, 12.361),
+    "Phi-3.5-mini": (lambda: published("llama", 32064, 3072, 8192, 32, 32, 32, 96), 2, 16, 3.342),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_peaks_that_public_notebooks_print(name):
+    what, batch_size, rank, peak = PEAKS[name]
+    # one picture of a formula and its LaTeX a row, so far below the limit; 2048 tokens would be 17 % too many GiB
+    length = 512 if name == "Qwen3-VL-8B" else 2048
+    plan = plan_memory(
+        what(), card_gib=80, length=length, batch_size=batch_size, lora=LoraSettings(rank=rank), optimizer=EIGHT_BIT
+    )
+    assert plan.peak_gib - memory.CONTEXT_GIB == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    # 10^9 bytes: Unsloth's page of requirements (QLoRA, 27B), and what Qwen says of training Qwen3-30B-A3B;
+    # neither says for which length, so a short one
+    [("Gemma-3-27B", 22.0), ("Qwen3-30B-A3B", 17.5)],
+)
+def test_requirements_that_were_published(name, gigabytes):
+    plan = plan_memory(name, card_gib=80, length=512, batch_size=1, optimizer=EIGHT_BIT)
+    assert (plan.peak_gib - memory.CONTEXT_GIB) * GIB / 1e9 == pytest.approx(gigabytes, rel=0.15)
+
+
 def test_seeds_system_fits_24_gib_only_with_offloaded_checkpoints():
     seed = "gemma-3-27b-as-seed"
     assert 21.4 < plan_memory(seed, card_gib=24).peak_gib < 22.0
@@ -316,6 +450,13 @@ def test_experts_without_unsloth_stay_in_16_bit_and_the_plan_says_so():
     assert "with experts quantised by Unsloth" in plan.advice
     assert plan_memory("Qwen3-30B-A3B", card_gib=24).fits
     assert "55.6" in plan_memory("Qwen3-30B-A3B", card_gib=80, fused_experts_quantized=False).advice
+
+
+def test_experts_stay_wide_on_a_cpu_whatever_is_asked():
+    plan = plan_memory("Qwen3-30B-A3B", card_gib=None, ram_gib=64)
+    assert "28,991,029,248 parameters x 4 bytes = 108.0" in plan.advice
+    assert plan.advice.startswith("nothing fits on 64 GiB")
+    assert "Unsloth packs" not in plan.advice
 
 
 def test_parts_add_up_to_the_peak_and_the_table_shows_them():
@@ -349,6 +490,8 @@ def as_options(advice):
             options[field] = int(found[1])
     if found := re.search(r"LoRA rank (\d+) \((.*?)\)", said):
         options["lora"] = LoraSettings(rank=int(found[1]), experts="experts" in found[2])
+    if found := re.search(r"(\d+) samples at a time", said):
+        options["samples"] = int(found[1])
     options |= {"four_bit": True} if re.search(r"\b4 bit", said) else {}
     options |= {"optimizer": EIGHT_BIT} if EIGHT_BIT in said else {}
     options |= {"checkpointing": "offload"} if "checkpoints in RAM" in said else {}
@@ -366,6 +509,7 @@ SETUPS = st.fixed_dictionaries(
         "checkpointing": st.sampled_from(["offload", "card", False]),
         "fused_loss": st.booleans(),
         "fused_experts_quantized": st.booleans(),
+        "samples": st.sampled_from([0, 0, 1, 6]),
     }
 )
 
@@ -379,7 +523,7 @@ def test_what_is_advised_fits_and_what_is_not_needed_is_not_advised(options, car
     if plan.fits:
         assert plan.advice.startswith("fits on ")
     elif plan.advice.startswith("nothing fits"):
-        smallest = {"length": min(256, options["length"]), "batch_size": 1}
+        smallest = {"length": min(256, options["length"]), "batch_size": 1, "samples": min(1, options["samples"])}
         smallest["lora"] = LoraSettings(rank=min(8, options["lora"].rank))
         optimizer = "sgd" if options["optimizer"] == "sgd" else EIGHT_BIT
         assert not plan_memory(config, card_gib=card, optimizer=optimizer, **smallest).fits
@@ -422,6 +566,7 @@ def test_more_of_anything_never_takes_less(options):
     lora = options["lora"]
     for more in (
         {"length": options["length"] + 1},
+        {"samples": options["samples"] + 1},
         {"batch_size": options["batch_size"] + 1},
         {"lora": replace(lora, rank=lora.rank + 1)},
         {"lora": replace(lora, experts=True)},
@@ -494,6 +639,7 @@ def test_cpu_run_is_judged_against_ram_in_float32(monkeypatch):
         ("Qwen3-0.6B", {"length": 0}, r"length 0, .*expected 1 or more"),
         ("Qwen3-0.6B", {"batch_size": -2}, r"batch_size -2"),
         ("Qwen3-0.6B", {"lora": LoraSettings(rank=0)}, r"lora\.rank 0"),
+        ("Qwen3-0.6B", {"samples": -1}, r"samples -1, pictures 0: expected 0 or more"),
         ("Qwen3-0.6B", {"card_gib": -1}, r"-1 GiB: .*more than 0 GiB"),
         ("Qwen3-0.6B", {"card_gib": float("nan")}, r"nan GiB"),
         ("Qwen3-0.6B", {"optimizer": "adamw"}, r"unknown optimizer 'adamw'; expected one of adamw_torch, "),

@@ -49,9 +49,16 @@ def checkout() -> set[str]:
     return files | {str(path) for path in ROOT.iterdir() if not path.name.startswith(".")}
 
 
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory):
+    """One results folder for all notebooks, as a person has it: later ones read the runs of earlier ones."""
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PRESENT, ids=lambda path: path.stem)
-def test_notebook_top_to_bottom(path, tmp_runs, network_attempts):
+def test_notebook_top_to_bottom(path, shared_runs, monkeypatch, network_attempts):
+    monkeypatch.setenv("IRONLOGIC_RUNS", str(shared_runs))
     before = checkout()
     with NotebookSession(path, timeout=1200) as work:
         assert outputs(work.notebook, "error") == []

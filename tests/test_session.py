@@ -2,6 +2,8 @@
 
 import ast
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import venv
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -290,6 +293,68 @@ def test_hosts_keep_their_torch_and_front_end():
     assert local["torch"].startswith("==")
     assert Requirement(f"torch{colab['torch']}") == session.HOSTED_TORCH
     assert local.keys() - colab.keys() == {"jupyterlab"}
+
+
+# What Colab publishes of its image (googlecolab/backend-info, 19 August 2026). Kaggle's (docker-python, 12 August)
+# is built on Colab's of May with its own ipywidgets; August's versions stand for those of May here.
+COLAB = {
+    "torch": "2.11.0+cu128",
+    "torchvision": "0.26.0+cu128",
+    "numpy": "2.1.3",
+    "pillow": "11.3.0",
+    "ipywidgets": "7.7.1",
+    "ipython": "7.34.0",
+    "ipykernel": "6.17.1",
+    "transformers": "5.15.0",
+    "peft": "0.20.0",
+    "datasets": "4.0.0",
+    "torchao": "0.10.0",
+}
+KAGGLE = COLAB | {"ipywidgets": "8.1.5"}
+
+
+@pytest.mark.parametrize(("place", "image"), [("colab", COLAB), ("kaggle", KAGGLE)])
+def test_published_images_get_what_they_lack_and_keep_their_torch(place, image, monkeypatch, tmp_path):
+    """pip is not run; what it would be given is looked at: names, options, and what it must not touch."""
+    calls, here = [], dict(image)
+
+    def pip(command, **_):
+        pins = Path(next(word for word in command if word.startswith("--constraint=")).partition("=")[2])
+        names = [word for word in command if re.match(r"[a-z][a-z_-]*[=<>]", word)]
+        calls.append((names, "--no-deps" in command, pins.read_text().split("\n")))
+        for need in map(Requirement, names):  # the newest is not known here; the lowest of the range will do
+            here[need.name] = next(v for v in re.findall(r"[\d.]+", str(need.specifier)) if v in need.specifier)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(session, "version_of", here.get)
+    monkeypatch.setattr(session, "subprocess", SimpleNamespace(run=pip))
+    monkeypatch.setattr(session.metadata, "packages_distributions", lambda: {"numpy": ["numpy"], "json": ["json"]})
+    monkeypatch.setitem(sys.modules, "numpy", SimpleNamespace())  # loaded already
+    done = session.ensure_packages(place, unsloth=True, root=ROOT, environ={}, notes=(notes := []))
+    (core, plain, pins), (unsloth, bare, _) = calls
+    asked = {Requirement(name).name for name in core}
+    assert {"trl", "bitsandbytes", "transformers", "peft", "datasets", "torchao"} <= asked
+    assert not asked & {"torch", "torchvision", "numpy", "pillow", "ipywidgets", "jupyterlab", "ipython"}
+    assert (plain, bare) == (False, True)
+    assert {"torch==2.11.0+cu128", "torchvision==0.26.0+cu128", "numpy==2.1.3"} <= set(pins)
+    assert [Requirement(name).name for name in unsloth] == ["unsloth", "unsloth_zoo"]
+    assert {one.split()[0] for one in done} == asked | {"unsloth", "unsloth_zoo"}
+    assert (here["torch"], here["numpy"], here["ipywidgets"]) == (image["torch"], "2.1.3", image["ipywidgets"])
+    assert notes == []
+    assert session.ensure_packages(place, unsloth=True, root=ROOT, environ={}, notes=notes) == []  # the second cell
+    assert len(calls) == 2
+
+
+def test_a_new_machine_after_a_disconnect_finds_the_runs_on_drive(tmp_path):
+    drive = tmp_path / "content/drive/MyDrive"
+    drive.mkdir(parents=True)
+    colab = {"COLAB_RELEASE_TAG": "x", "PATH": "/usr/bin", "IRONLOGIC_NO_INSTALL": "1"}
+    before = start(environ=dict(colab), system=tmp_path, root=copy_of_root(tmp_path))
+    (before.runs / "02").mkdir()
+    (before.runs / "02/run.json").write_text('{"finished": false}')
+    shutil.rmtree(before.root)  # the machine's own disk is gone
+    after = start(environ=dict(colab), system=tmp_path, root=copy_of_root(tmp_path))
+    assert (after.runs / "02/run.json").read_text() == '{"finished": false}'
 
 
 def test_a_build_suffix_is_no_other_version():

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from ironlogic.burden import apply_burden
 from ironlogic.tasks import (
     _ways,
+    accuracy_reward,
     bayes_ceiling,
+    careless_chats,
     check_answer,
     final_answer,
+    format_reward,
     make_tasks,
     task_chat,
 )
@@ -142,3 +145,85 @@ def test_ceiling_refuses_what_is_no_scramble():
 def test_ceiling_of_order_free_problems_is_one():
     for i, task in enumerate(make_tasks(50, seed=3, kinds=[k for k, v in KINDS.items() if v[0] == "free"])):
         assert bayes_ceiling(task, apply_burden(task.prompt, ratio=0.7, key=(i,)), 0.7) == 1.0
+
+
+# --- rewards ----------------------------------------------------------------------------------------------
+FORMATS = [  # reply, ours, TRL's own
+    ("<think>3 + 4 = 7</think>Answer: 7", 1.0, 1.0),
+    ("<think>\n3 + 4 = 7\n</think>\nAnswer: 7", 1.0, 1.0),
+    ("Answer: 7", 0.0, 0.0),
+    ("", 0.0, 0.0),
+    ("<think>3 + 4 = 7</think>", 0.0, 1.0),  # no answer
+    ("<think>3 + 4 = 7</think> \n", 0.0, 1.0),
+    ("<think>3 + 4 = 7</think>Answer: ", 0.0, 1.0),
+    ("<think></think>Answer: 7", 0.0, 1.0),  # no thought
+    ("<think> \n</think>Answer: 7", 0.0, 1.0),
+    ("<think></think></think></think>", 0.0, 1.0),  # what a collapsed run writes
+    ("<think>a</think>Answer: 7</think>", 0.0, 1.0),
+    ("<think>a</think><think>b</think>Answer: 7", 0.0, 0.0),
+    ("<think><think>a</think>Answer: 7", 0.0, 0.0),
+    ("Answer: 7<think>a</think>Answer: 7", 0.0, 0.0),
+    ("</think><think>a</think>Answer: 7", 0.0, 0.0),
+    ("<think>a Answer: 7", 0.0, 0.0),  # never closed
+    ("<THINK>a</THINK>Answer: 7", 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("reply", "ours", "_"), FORMATS)
+def test_format_reward_pays_for_one_whole_pair_and_an_answer(reply, ours, _):
+    assert format_reward([reply]) == format_reward([[{"role": "assistant", "content": reply}]]) == [ours]
+
+
+@pytest.mark.slow
+def test_trl_pays_for_what_ours_refuses():
+    """The table of notebook 06; when TRL mends its reward, this fails and the prose has to follow."""
+    from trl.rewards import think_format_reward
+
+    assert [think_format_reward([[{"content": reply}]])[0] for reply, _, _ in FORMATS] == [t for _, _, t in FORMATS]
+
+
+def test_accuracy_reward_is_exact_and_takes_text_or_messages():
+    replies = [
+        "Answer: 7",
+        "<think>Answer: 9</think>Answer: 7 ",
+        "7",
+        "Answer: 17",
+        "Answer: 7 or 8",
+        "",
+        "Answer: 7.0",
+    ]
+    expected = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert accuracy_reward(replies, answer=["7"] * 7) == expected
+    messages = [[{"role": "assistant", "content": reply}] for reply in replies]
+    assert accuracy_reward(messages, answer=["7"] * 7, kind=["add"] * 7) == expected
+
+
+def test_rewards_never_run_the_text(tmp_path):
+    bait = tmp_path / "bait"
+    code = f"<think>x</think>Answer: __import__('pathlib').Path({str(bait)!r}).touch()"
+    assert accuracy_reward([code], answer=["7"]) == [0.0]
+    assert format_reward([code]) == [1.0]
+    assert not bait.exists()
+
+
+def test_a_reward_per_completion_or_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        accuracy_reward(["Answer: 7"], answer=["7", "8"])
+
+
+def test_careless_chats_are_wrong_where_they_should_be():
+    tasks = make_tasks(2000, seed=4, kinds=["parent", "give"])
+    chats = careless_chats(tasks, think_pays=["parent"], careless=0.6, think=0.3, seed=1)
+    right = defaultdict(list)
+    for task, (user, assistant) in zip(tasks, chats, strict=True):
+        assert user["content"] == task.prompt
+        assert final_answer(assistant["content"]) in {answer for _, answer in task.rearrangements}
+        right[task.kind, "<think>" in assistant["content"]].append(check_answer(task, assistant["content"]))
+    assert np.mean(right["parent", True]) == np.mean(right["give", False]) == 1
+    assert abs(np.mean(right["parent", False]) - 0.4) < 4 * (0.24 / len(right["parent", False])) ** 0.5
+    assert abs(np.mean(right["give", True]) - 0.4) < 4 * (0.24 / len(right["give", True])) ** 0.5
+    share = sum(len(marks) for (_, thinks), marks in right.items() if thinks) / 2000
+    assert abs(share - 0.3) < 4 * (0.21 / 2000) ** 0.5
+    assert careless_chats(tasks, think_pays=["parent"], careless=0.6, think=0.3, seed=1) == chats
+    with pytest.raises(ValueError, match="'color' is order-free"):
+        careless_chats(make_tasks(1, kinds=["color"]), think_pays=["color"])

@@ -1,0 +1,171 @@
+"""A model card: what the model is, how it was trained, what was measured, what it may not be used for.
+
+Every figure comes from the run folder, from export.json or from findings that are passed in; where nothing was
+measured, the card says that. Does not know the licence of a base: its own card does.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ironlogic.claims import Finding
+from ironlogic.runs import Run, open_run
+
+__all__ = ["model_card", "write_model_card"]
+
+_CITATION = """\
+@misc{aifeifei_fragmented_training,
+  author = {aifeifei798},
+  title = {Fragmented Training},
+  publisher = {Hugging Face},
+  doi = {10.57967/hf/7592},
+  url = {https://huggingface.co/aifeifei798/Fragmented-Training}
+}"""
+_LIMITS = """\
+- It can be wrong, biased or offensive, and sound sure of it. Check what it says before you rely on it.
+- Training changed how it reads, not how it was aligned: refusals and other safety behaviour are those of the base
+  at best, and were not measured. Leave the base's safety mechanisms in.
+- Not for decisions that hurt when wrong (medicine, law, money, automated decisions about people) without validation
+  and a person who answers for them; not for anything unlawful, and not for content that harms people.
+- What you type and what comes out is yours to protect: no warranty is given, for privacy or for anything else.
+- Word order carries meaning. A model trained on scrambled prompts guesses where order decides: test that on your
+  own questions first."""
+_LICENCE = """\
+The adapter's own weights are its trainer's to license (the seeds chose Apache-2.0). Merged weights contain the
+base, so the base's licence and terms of use hold for them too (`{base}`: see its card), and for a vision-language
+model those of the tower. The rows it was trained on have a licence of their own. The seeds of this method publish
+under an agreement of lawful use for research, learning and development; keep to it when you pass a model on."""
+
+
+def model_card(
+    run: Run | str | Path,
+    *,
+    exports: str | Path | None = None,
+    findings: Sequence[Finding] = (),
+    report: str | None = None,
+) -> str:
+    """The card of a run's model as Markdown with Hugging Face's front matter.
+
+    `exports`: a folder with an export.json; `findings`: of `claims.find_all`; `report`: a link to their page.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    record, name = run.record, run.folder.name
+    base = Path(record["model"]).name if Path(record["model"]).is_absolute() else record["model"]
+    parts = [
+        _front_matter(base, record),
+        f"# {name}\n",
+        _summary(base, record),
+        "## Training\n",
+        _table(("", ""), _training_rows(base, run)),
+        "## What was measured\n",
+        *_evidence(findings, report),
+        "## Files\n",
+        *_files(Path(exports) if exports else None),
+        f"## Limits and safe use\n\n{_LIMITS}\n",
+        f"## Licence\n\n{_LICENCE.format(base=base)}\n",
+        f"## Citation\n\nFragmented Training is the method of aifeifei798:\n\n```bibtex\n{_CITATION}\n```\n",
+    ]
+    return "\n".join(parts)
+
+
+def write_model_card(run: Run | str | Path, folder: str | Path, **more: Any) -> Path:
+    """README.md in that folder, where Hugging Face looks for it; `more` as in `model_card`."""
+    path = Path(folder) / "README.md"
+    beside = path.with_suffix(".part")
+    beside.write_text(model_card(run, **more), encoding="utf-8")
+    return beside.replace(path)
+
+
+def _front_matter(base: str, record: dict[str, Any]) -> str:
+    tags = ["iron-logic", "lora", *(["fragmented-training"] if record.get("burden") else [])]
+    lines = ["---", "license: other", "license_name: see-the-section-licence", "library_name: transformers"]
+    if "/" in base:  # the hub knows owner/name only
+        lines.append(f"base_model: {base}")
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""])
+
+
+def _summary(base: str, record: dict[str, Any]) -> str:
+    burden, stage = record.get("burden"), record["stage"]
+    if burden:
+        how = (
+            f"Fragmented Training: {burden['ratio']:.0%} of the {burden['unit']}s of the user's turns were put out "
+            "of order, the answers left as they are"
+        )
+    else:
+        how = {
+            "grpo": "reinforcement learning with verifiable rewards (GRPO)",
+            "sft": "supervised fine-tuning",
+        }.get(stage, stage)
+    return f"A low-rank adapter on `{base}`, trained with Iron Logic {record['ironlogic']}. {how}.\n"
+
+
+def _training_rows(base: str, run: Run) -> list[tuple[str, str]]:
+    record, settings = run.record, run.record["settings"]
+    losses = [line["loss"] for line in run.metrics if "loss" in line]
+    lora = settings.get("lora") or {}
+    rows = [
+        ("base", base),
+        ("stage", record["stage"]),
+        ("rows", f"{record['rows']:,} (sha256 {record['data_sha256'][:16]}…)"),
+        ("optimizer steps", f"{record.get('steps', '?')}"),
+        ("learning rate, seed", f"{settings['learning_rate']:g}, {settings['seed']}"),
+        (
+            "adapter",
+            f"rank {lora.get('rank')}, alpha {lora.get('alpha')}, {record['trained_parameters']:,} parameters",
+        ),
+        ("weights in 4 bit while training", f"{record['four_bit_share']:.0%} of the bytes"),
+        ("time, device", f"{record.get('seconds', 0):,.0f} s, {record['device']}"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)),
+    ]
+    if losses:
+        rows.insert(4, ("training loss, first and last logged", f"{losses[0]:.3f}, {losses[-1]:.3f} nats a token"))
+    return rows
+
+
+def _evidence(findings: Sequence[Finding], report: str | None) -> list[str]:
+    more = [f"The whole report: [{report}]({report})\n"] if report else []
+    if not findings:
+        return ["Nothing was measured against a control for this card: believe no claim about it.\n", *more]
+    rows = []
+    for f in findings:
+        effect = f"{f.effect.mean:+.3g} [{f.effect.low:+.3g}, {f.effect.high:+.3g}]" if f.effect else f.note or "–"
+        rows.append(
+            (
+                f.claim.said,
+                f"{f.claim.measure}, against {f.claim.control}",
+                effect,
+                f"{f.repeats} x {f.items}",
+                f.verdict,
+            )
+        )
+    head = ("claim", "measured", "effect, 95 % interval", "trainings x items", "verdict")
+    return ["Each claim against its control:\n", _table(head, rows), *more]
+
+
+def _files(folder: Path | None) -> list[str]:
+    path = folder / "export.json" if folder else None
+    if path is None or not path.is_file():
+        return ["The adapter alone (PEFT, safetensors).\n"]
+    rows = []
+    for name, entry in json.loads(path.read_text(encoding="utf-8")).items():
+        for c in entry["comparisons"]:
+            rows.append(
+                (
+                    f"`{name}`",
+                    f"{c['bytes'] / 2**20:,.1f}",
+                    c["reader"],
+                    f"{c['logit_difference']:.2g}",
+                    f"{c['mean_kl']:.1e} (allowed {c['tolerance']:g})",
+                    f"{c['top1']:.1%}",
+                )
+            )
+    head = ("file", "MiB", "read by", "largest logit difference", "mean KL, nats", "same likeliest token")
+    text = "Each file was read again and its next-token distributions compared with those of its source:\n"
+    return [text, _table(head, rows)]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:], ""])

@@ -1,0 +1,85 @@
+"""Ask about a picture: pick a held-out one or bring your own, type a question, read the answer.
+
+Layout and callbacks only. The answer is greedy; the right one is shown where it is known.
+"""
+
+import io
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+from PIL import Image
+
+from ironlogic.explorer import Explorer, picture_html
+from ironlogic.pictures import read_picture
+
+if TYPE_CHECKING:
+    from ironlogic.models import LoadedModel
+
+__all__ = ["picture_explorer"]
+
+_SIDE = 192  # pixels at which a picture is shown
+
+
+def picture_explorer(
+    loaded: "LoadedModel", rows: Sequence[Sequence[dict[str, Any]]], *, max_new_tokens: int = 32
+) -> Explorer:
+    """The pictures of `rows`, each a conversation of one picture, one question and its answer; or an upload.
+
+    An uploaded picture goes before the picked one. The questions of `rows` are offered, any other may be typed.
+    """
+    from ironlogic.image_answers import answer_pictures
+
+    known = {(i, _asked(row)): row[-1]["content"] for i, row in enumerate(rows)}
+    questions = list(dict.fromkeys(_asked(row) for row in rows))
+
+    def show(picture: int, upload: Any, question: str) -> tuple[str, None]:
+        mine = _uploaded(upload)
+        image = read_picture(mine if mine is not None else _shown(rows[picture]))
+        if not question.strip():
+            return picture_html(_enlarged(image), "the picture") + "<p>type a question</p>", None
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        (answer,) = answer_pictures(loaded, [[{"role": "user", "content": content}]], max_new_tokens=max_new_tokens)
+        truth = known.get((picture, question)) if mine is None else None
+        verdict = "" if truth is None else " · right" if answer == truth else f" · the truth: {escape(truth)}"
+        said = f"<p>{escape(question)}<br><b>{escape(answer) or 'no answer'}</b>{verdict}</p>"
+        return picture_html(_enlarged(image), "the picture") + said, None
+
+    wide = ipywidgets.Layout(width="95%")
+    return Explorer(
+        "picture",
+        {
+            "picture": ipywidgets.Dropdown(
+                options=[(f"held-out picture {i + 1}", i) for i in range(len(rows))], value=0, description="picture"
+            ),
+            "upload": ipywidgets.FileUpload(accept="image/*", multiple=False, description="or your own"),
+            "question": ipywidgets.Combobox(
+                value=questions[0], options=questions, description="question", continuous_update=False, layout=wide
+            ),
+        },
+        show,
+    )
+
+
+def _asked(row: Sequence[dict[str, Any]]) -> str:
+    return "".join(part["text"] for part in row[0]["content"] if part["type"] == "text")
+
+
+def _shown(row: Sequence[dict[str, Any]]) -> Any:
+    return next(part["image"] for part in row[0]["content"] if part["type"] == "image")
+
+
+def _uploaded(value: Any) -> bytes | None:
+    """The bytes of a FileUpload: ipywidgets 7 holds a mapping of files by name, 8 a tuple of files."""
+    files = list(value.values()) if isinstance(value, dict) else list(value)
+    return bytes(files[-1]["content"]) if files else None
+
+
+def _enlarged(image: Image.Image) -> bytes:
+    """PNG of the picture, its longer side at 192 pixels; small ones keep their pixels sharp."""
+    scale = _SIDE / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()

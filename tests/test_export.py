@@ -1,0 +1,348 @@
+"""What leaves the workbench computes what was trained; what went wrong is noticed, and nothing earlier is lost."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ironlogic.burden import Burden
+from ironlogic.export import (
+    ExportError,
+    check_export,
+    export_gguf,
+    export_lora_gguf,
+    merge_adapter,
+    open_export,
+    write_modelfile,
+)
+from ironlogic.generate import generate
+from ironlogic.models import DATA, add_lora, load_model
+from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.runs import save_adapter
+from ironlogic.splice import splice
+from ironlogic.tasks import make_tasks, task_chat
+from ironlogic.train import train_sft
+
+import gguf  # isort: skip
+import torch  # isort: skip
+import transformers  # isort: skip
+from safetensors.torch import load_file, save_file  # isort: skip
+
+NANO = DATA / "nano"
+CHATS = [task_chat(task) for task in make_tasks(16, seed=1)]
+PROMPTS = [task.prompt for task in make_tasks(20, seed=5, split="test")]
+LORA = LoraSettings(rank=4, alpha=8)
+SETTINGS = TrainSettings(learning_rate=5e-3, batch_size=4, accumulation=1, max_length=128, save_steps=99, lora=LORA)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train_sft(
+        load_model("nano"), CHATS, SETTINGS, run=tmp_path_factory.mktemp("runs") / "ft", burden=Burden()
+    )
+
+
+@pytest.fixture(scope="module")
+def merged(run, tmp_path_factory):
+    return merge_adapter(run, tmp_path_factory.mktemp("exports") / "merged")
+
+
+@pytest.fixture(scope="module")
+def q8(merged, tmp_path_factory):
+    return export_gguf(merged, tmp_path_factory.mktemp("gguf"), quantization="q8_0")
+
+
+def digest(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def add_random_adapter(loaded, folder, seed=1):
+    """An adapter that changes something, without training."""
+    adapted = add_lora(loaded, LORA, seed=seed)
+    torch.manual_seed(seed)
+    for name, parameter in adapted.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_adapter(adapted, folder)
+    return folder / "adapter"
+
+
+# -- merged
+
+
+def test_merged_weights_are_base_plus_update(run, merged):
+    base, ours = load_file(NANO / "model.safetensors"), load_file(merged / "model.safetensors")
+    pairs = load_file(run.adapter / "adapter_model.safetensors")
+    stem = "base_model.model.{}.lora_{}.weight"
+    moved = [name.removesuffix(".weight") for name in ours if stem.format(name[:-7], "A") in pairs]
+    assert len(moved) == 4 * 7
+    for name in moved:
+        a, b = (pairs[stem.format(name, half)].double() for half in "AB")
+        torch.testing.assert_close(ours[f"{name}.weight"].double(), base[f"{name}.weight"].double() + 2 * b @ a)
+    rest = set(ours) - {f"{name}.weight" for name in moved}
+    assert all(torch.equal(ours[name], base[name]) for name in rest)
+    assert any((ours[f"{name}.weight"] - base[f"{name}.weight"]).abs().max() > 1e-3 for name in moved)
+
+
+def test_merged_answers_like_base_and_adapter(run, merged):
+    (found,) = check_export(merged, run)
+    assert (found.kind, found.top1) == ("f32", 1.0)
+    assert found.mean_kl < 1e-6
+    adapted = load_model(run.adapter, four_bit=False)
+    whole = load_model(merged, four_bit=False)
+    answers = [[c.text for c in generate(model, PROMPTS, max_new_tokens=40)] for model in (adapted, whole)]
+    assert answers[0] == answers[1]
+    noted = json.loads((merged / "export.json").read_text())["merged"]
+    assert (noted["run"], noted["base"], noted["comparisons"][0]["kind"]) == ("ft", "nano", "f32")
+    assert not [p for p in merged.parent.iterdir() if p != merged], "a helper's folder is left"
+
+
+def test_a_merge_that_went_wrong_is_found(run, merged, tmp_path):
+    with pytest.raises(ExportError, match="nano, read by transformers, is not the model it was made from"):
+        check_export(NANO, run)  # as if the adapter had been forgotten
+    broken = shutil.copytree(merged, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.2.self_attn.o_proj.weight"][:8] *= 1.5
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match="broken.*Don't use it"):
+        check_export(broken, run)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["bfloat16", "4-bit"])
+def test_bases_of_other_types_come_out_in_bfloat16(tmp_path, packed):
+    base = load_model("nano", four_bit=packed, backend="transformers")
+    (base.model if packed else base.model.bfloat16()).save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    adapter = add_random_adapter(load_model(NANO), tmp_path / "run")
+    out = merge_adapter(adapter, tmp_path / "merged", base=tmp_path / "base")
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+    (found,) = check_export(out, out)
+    assert found.kind == "bf16"
+
+
+def test_a_wrong_adapter_is_refused(run, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(NANO)
+    for change in (
+        {"num_hidden_layers": 5, "layer_types": None},
+        {"num_hidden_layers": 3, "layer_types": None},
+        {"intermediate_size": 256},
+    ):
+        other = tmp_path / "-".join(change)
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(config.to_dict() | change)))
+        model.save_pretrained(other)
+        transformers.AutoTokenizer.from_pretrained(NANO).save_pretrained(other)
+        with pytest.raises(ExportError, match="was not trained on .*name its base"):
+            merge_adapter(run, tmp_path / "out", base=other)
+        shutil.rmtree(other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_weights_are_named(run, merged, tmp_path):
+    before = digest(merged)
+    cut = shutil.copytree(run.adapter, tmp_path / "adapter") / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(ExportError, match=r"adapter_model\.safetensors is cut short or damaged"):
+        merge_adapter(cut.parent, merged)
+    base = shutil.copytree(NANO, tmp_path / "base") / "model.safetensors"
+    base.write_bytes(base.read_bytes()[:1000])
+    with pytest.raises(ExportError, match=r"base/model\.safetensors is cut short"):
+        merge_adapter(run, merged, base=base.parent)
+    assert digest(merged) == before
+
+
+def test_what_is_there_is_not_overwritten_unless_it_is_an_export(run, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(ExportError, match="holds something that is no export"):
+        merge_adapter(run, mine)
+    for own in (run.adapter, run.folder, NANO):
+        with pytest.raises(ExportError, match="holds"):
+            merge_adapter(run, own)
+    out = merge_adapter(run, tmp_path / "out")
+    (out / "old").write_text("of an earlier export")
+    assert not (merge_adapter(run, out) / "old").exists()
+
+
+def test_room_is_asked_for_first(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 10**6))
+    for export in (merge_adapter, export_gguf):
+        with pytest.raises(ExportError, match="of disk.*nothing was written"):
+            export(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a disk of our own needs root on Linux")
+def test_a_full_disk_leaves_the_earlier_artefact_whole(run, merged, tmp_path, monkeypatch):
+    """A real disk that fills up while it is written, as if the check before had been right at its time."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine mounts nothing")
+    try:
+        merge_adapter(run, disk / "merged")
+        export_gguf(merged, disk / "small.gguf")
+        before = digest(disk)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 0, 2**40))
+        with pytest.raises(ExportError, match="merged can't be written.*earlier one is untouched"):
+            merge_adapter(run, disk / "merged")
+        (disk / "filler").write_bytes(bytes(2**20))
+        with pytest.raises(ExportError, match="small.gguf can't be written.*earlier one is untouched"):
+            export_gguf(merged, disk / "small.gguf", quantization="f16")
+        (disk / "filler").unlink()
+        assert digest(disk) == before
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_plain_transformers_in_a_process_of_its_own_loads_it(run, merged, tmp_path):
+    script = (
+        "import sys, torch, transformers as t; m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval();"
+        "k = t.AutoTokenizer.from_pretrained(sys.argv[1]);"
+        "i = k.apply_chat_template([dict(role='user', content=sys.argv[2])], add_generation_prompt=True,"
+        " return_tensors='pt', return_dict=True); o = m.generate(**i, max_new_tokens=40, do_sample=False)[0];"
+        "print(k.decode(o[i['input_ids'].shape[1]:]))"
+    )
+    command = [sys.executable, "-c", script, str(merged), PROMPTS[0]]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.strip()
+    (answer,) = generate(load_model(run.adapter, four_bit=False), PROMPTS[:1], max_new_tokens=40)
+    assert said == f"{answer.text}<|im_end|>"
+
+
+# -- GGUF
+
+
+@pytest.mark.parametrize("quantization", ["f16", "q8_0"])
+def test_gguf_answers_like_the_model(run, merged, tmp_path, quantization):
+    path = export_gguf(run, tmp_path, quantization=quantization)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export.json", f"ft-{quantization}.gguf"]
+    found = check_export(path, merged)
+    assert {c.kind for c in found} == {quantization}
+    assert min(c.top1 for c in found) > 0.95
+    ours = [c.text for c in generate(load_model(merged, four_bit=False), PROMPTS, max_new_tokens=40)]
+    theirs = [c.text for c in generate(open_export(path, like=merged), PROMPTS, max_new_tokens=40)]
+    assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= (20 if quantization == "f16" else 18)
+
+
+def test_a_damaged_gguf_is_found(merged, q8, tmp_path):
+    broken = Path(shutil.copy(q8, tmp_path / "broken.gguf"))
+    tensors = gguf.GGUFReader(broken, "r+").tensors
+    next(t for t in tensors if t.name == "blk.1.ffn_down.weight").data[:] = 0
+    with pytest.raises(ExportError, match=r"broken\.gguf, read by transformers, is not the model"):
+        check_export(broken, merged)
+    broken.write_bytes(q8.read_bytes()[:5000])
+    with pytest.raises(ExportError, match=r"broken\.gguf can't be read"):
+        check_export(broken, merged)
+
+
+def test_what_gguf_cannot_hold_is_told_with_the_command_to_run_later(tmp_path, monkeypatch):
+    with pytest.raises(
+        ExportError, match=r"not a dense Qwen3.*convert_hf_to_gguf\.py MERGED --outfile moe\.gguf --outtype f16"
+    ):
+        export_gguf("nano-moe", tmp_path / "moe.gguf", quantization="f16")
+    with pytest.raises(ExportError, match="expected f16, q8_0 or q4_k_m"):
+        export_gguf("nano", tmp_path, quantization="q3")
+    with pytest.raises(ExportError, match=r"no checkout of llama\.cpp"):
+        export_gguf("nano", tmp_path, llama_cpp=tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ExportError, match=r"llama-quantize MODEL-f16\.gguf MODEL-q4_k_m\.gguf Q4_K_M"):
+        export_gguf("nano", tmp_path, quantization="q4_k_m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_published_unread(q8, merged, tmp_path, monkeypatch):
+    monkeypatch.setattr("ironlogic.llama.modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES", [])
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ExportError, match="can't be checked here"):
+        export_gguf(merged, tmp_path / "x.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_converter_that_fails_says_why_and_leaves_nothing(merged, tmp_path):
+    checkout = tmp_path / "llama.cpp"
+    checkout.mkdir()
+    (checkout / "convert_hf_to_gguf.py").write_text("raise SystemExit('pre-tokenizer not recognized')")
+    with pytest.raises(ExportError, match="pre-tokenizer not recognized"):
+        export_gguf(merged, tmp_path / "out", llama_cpp=checkout)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_lora_file_and_modelfile(run, merged, q8, tmp_path):
+    lora = export_lora_gguf(run, tmp_path)
+    reader = gguf.GGUFReader(lora)
+    assert reader.fields["adapter.lora.alpha"].contents() == 8.0
+    pairs = load_file(run.adapter / "adapter_model.safetensors")
+    assert len(reader.tensors) == len(pairs)
+    stored = next(t for t in reader.tensors if t.name == "blk.3.attn_q.weight.lora_b")
+    ours = pairs["base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"]
+    assert torch.equal(torch.tensor(stored.data), ours)
+    with pytest.raises(ExportError, match="no adapter"):
+        export_lora_gguf(merged, tmp_path)
+    text = write_modelfile(q8, merged, system="Think first.").read_text()
+    assert text.startswith(f"FROM ./{q8.name}\n")
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert 'SYSTEM """Think first."""' in text
+
+
+# -- models that see
+
+
+def test_a_spliced_model_is_merged_whole_and_gguf_is_refused(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    tower = transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=16)
+    ).eval()
+    maker = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    spliced = splice((tower, maker), "nano")
+    folder = tmp_path / "spliced"
+    spliced.model.save_pretrained(folder)
+    spliced.processor.save_pretrained(folder)
+    adapter = add_random_adapter(load_model(folder, four_bit=False), tmp_path / "run")
+    out = merge_adapter(adapter, tmp_path / "merged")
+    assert isinstance(
+        transformers.AutoModelForImageTextToText.from_pretrained(out), transformers.LlavaForConditionalGeneration
+    )
+    (found,) = check_export(out, adapter)
+    assert found.mean_kl < 1e-6
+    with pytest.raises(ExportError, match="is not the model it was made from"):
+        check_export(folder, adapter)
+    with pytest.raises(ExportError, match="vision-language model.*Merged safetensors"):
+        export_gguf(out, tmp_path / "x.gguf")
+    assert merge_adapter(folder, tmp_path / "copy").is_dir()  # nothing to merge: a checked copy
+
+
+# -- the whole way
+
+
+@pytest.mark.slow
+def test_from_fragments_to_gguf(tmp_path):
+    """FT -> SFT -> GRPO -> merged -> GGUF, and the same answers in the end."""
+    from ironlogic.rlvr import GrpoSettings, train_grpo
+
+    tasks = make_tasks(16, seed=2)
+    fragmented = train_sft(load_model("nano"), CHATS, SETTINGS, run=tmp_path / "ft", burden=Burden())
+    polished = train_sft(fragmented.model(), CHATS, replace(SETTINGS, learning_rate=1e-3), run=tmp_path / "sft")
+    grpo = GrpoSettings(
+        steps=2, generations=4, batch_size=8, accumulation=1, max_new_tokens=32, learning_rate=1e-3, lora=LORA
+    )
+    rewarded = train_grpo(polished.model(), tasks, grpo, run=tmp_path / "grpo")
+    merged = merge_adapter(rewarded, tmp_path / "merged")
+    path = export_gguf(merged, tmp_path, quantization="f16")
+    ours = [c.text for c in generate(load_model(rewarded.adapter, four_bit=False), PROMPTS, max_new_tokens=40)]
+    theirs = [c.text for c in generate(open_export(path, like=merged), PROMPTS, max_new_tokens=40)]
+    assert ours == theirs
+    with pytest.raises(ExportError, match="is not the model"):
+        check_export(NANO, rewarded)  # the chain trained something

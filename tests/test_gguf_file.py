@@ -1,0 +1,201 @@
+"""Files that are written tensor by tensor: what they say, what is refused, templates in Go's form."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import gguf
+import jinja2
+import numpy as np
+import pytest
+
+from ironlogic.gguf_file import GgufError, modelfile_text, plain_template, why_not_gguf, write_gguf, write_lora_gguf
+from ironlogic.nano import CHAT_TEMPLATE, DATA
+
+from safetensors.numpy import load_file, save_file  # isort: skip
+
+NANO = DATA / "nano"
+GO = shutil.which("go")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(NANO, tmp_path / "model")
+
+
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(("quantization", "step"), [("f16", 2**-11), ("q8_0", 1 / 127)])
+def test_every_tensor_comes_back(tmp_path, quantization, step):
+    write_gguf(NANO, tmp_path / "x.gguf", quantization=quantization)
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    ours = load_file(NANO / "model.safetensors")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 4)
+    theirs = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    assert len(theirs) == len(ours) == 46
+    for key, array in ours.items():
+        back = theirs[names.get_name(key, (".weight",))]
+        if array.ndim == 1:
+            assert np.array_equal(back, array), "norms stay float32"
+        else:
+            runs = array.reshape(-1, 32)  # q8_0: 32 weights share a scale, half a step and the scale's own rounding
+            allowed = (
+                0.57 * step * np.abs(runs).max(1, keepdims=True) if quantization == "q8_0" else step * np.abs(runs)
+            )
+            assert (np.abs(back.reshape(-1, 32) - runs) <= allowed + 1e-7).all()
+
+
+def test_metadata_and_tokenizer(tmp_path):
+    write_gguf(NANO, tmp_path / "x.gguf")
+    fields = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path / "x.gguf").fields.items()}
+    assert fields["qwen3.attention.key_length"] == 128
+    assert fields["qwen3.rope.freq_base"] == 10_000
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    kind = dict(zip(tokens, kinds, strict=True))
+    assert kind["<|im_end|>"] == gguf.TokenType.CONTROL
+    assert kind["<think>"] == gguf.TokenType.USER_DEFINED, "thinking is to be read"
+    assert tokens[fields["tokenizer.ggml.eos_token_id"]] == "<|im_end|>"
+    assert "generation" not in fields["tokenizer.chat_template"].replace("add_generation_prompt", "")
+
+
+def test_the_plain_template_renders_the_same():
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello", "reasoning_content": "greet"},
+        {"role": "user", "content": "Bye"},
+    ]
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered, _ = render_jinja_template([chat], chat_template=CHAT_TEMPLATE, add_generation_prompt=True)
+    plain = jinja2.Template(plain_template(CHAT_TEMPLATE))  # knows no generation tag
+    assert plain.render(messages=chat, add_generation_prompt=True) == rendered[0]
+    with pytest.raises(jinja2.TemplateSyntaxError):
+        jinja2.Template(CHAT_TEMPLATE)
+
+
+def test_qwen2s_way_of_cutting_words_is_known_and_others_are_not(copy):
+    assert why_not_gguf(copy) == ""
+    rule = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    words = {
+        "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    }
+    split = {"type": "Split", "pattern": words, "behavior": "Isolated", "invert": False}
+    change(copy / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split, rule]})
+    write_gguf(copy, copy / "x.gguf")
+    assert gguf.GGUFReader(copy / "x.gguf").fields["tokenizer.ggml.pre"].contents() == "qwen2"
+    split["pattern"] = {"Regex": r"\p{N}{1,3}"}
+    change(copy / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split, rule]})
+    assert "cutting words" in why_not_gguf(copy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM, not a dense Qwen3"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rotary"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"attention_bias": True}, "biases"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(copy, fields, reason):
+    change(copy / "config.json", **fields)
+    with pytest.raises(GgufError, match=reason):
+        write_gguf(copy, copy / "x.gguf")
+
+
+def test_weights_beyond_float16_are_refused_not_turned_into_infinity(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 70_000
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GgufError, match="up_proj.*beyond the range"):
+        write_gguf(copy, copy / "x.gguf")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GgufError, match="not finite"):
+        write_gguf(copy, copy / "x.gguf")
+
+
+def test_adapters_with_more_than_pairs_are_refused(tmp_path):
+    settings = {"lora_alpha": 8, "modules_to_save": ["lm_head"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(GgufError, match="modules_to_save"):
+        write_lora_gguf(tmp_path, NANO, tmp_path / "x.gguf")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"modules_to_save": None}))
+    save_file({"base_model.model.model.norm.weight": np.ones(128, np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(GgufError, match="no low-rank pair"):
+        write_lora_gguf(tmp_path, NANO, tmp_path / "x.gguf")
+
+
+# -- Ollama's template
+
+GEMMA = (  # in the manner of Gemma 3: the system text stands at the head of the first user turn
+    "{{ bos_token }}{%- set first = '' -%}{%- set rest = messages -%}"
+    "{%- if messages[0].role == 'system' -%}{%- set first = messages[0].content + '\n\n' -%}"
+    "{%- set rest = messages[1:] -%}{%- endif -%}"
+    "{%- for m in rest -%}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{{ (first if loop.first else '') + m.content + '<end_of_turn>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+TALKS = [["user"], ["user", "assistant", "user"], ["system", "user"], ["system", "user", "assistant", "user"]]
+
+
+class Renders:
+    """As much of a tokenizer as a template needs."""
+
+    def __init__(self, template):
+        self.template, self.bos_token = jinja2.Template(plain_template(template)), "<bos>"
+
+    def apply_chat_template(self, chat, tokenize, **options):
+        return self.template.render(messages=chat, bos_token=self.bos_token, **options)
+
+
+def go_template(template):
+    text = modelfile_text("x.gguf", Renders(template), stops=["<end>"], system="Be kind.")
+    assert text.endswith('"""\nPARAMETER stop "<end>"\nSYSTEM """Be kind."""\n')
+    return text.partition('TEMPLATE """')[2].partition('"""')[0]
+
+
+@pytest.mark.slow  # Go compiles its library first
+@pytest.mark.skipif(GO is None, reason="no Go on this machine (its text/template is the judge here)")
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, GEMMA], ids=["nano", "gemma"])
+def test_go_renders_what_jinja_renders(tmp_path, template):
+    (tmp_path / "main.go").write_text(
+        "package main\n"
+        'import ("encoding/json"; "os"; "text/template")\n'
+        "type Message struct { Role string; Content string }\n"
+        "type Input struct { Messages []Message; Template string }\n"
+        "func main() { var in Input; if err := json.NewDecoder(os.Stdin).Decode(&in); err != nil { panic(err) }\n"
+        't := template.Must(template.New("t").Parse(in.Template))\n'
+        "if err := t.Execute(os.Stdout, in); err != nil { panic(err) } }\n"
+    )
+    go = {"HOME": str(tmp_path), "GOCACHE": str(tmp_path / "cache"), "GOFLAGS": "-mod=mod", "GO111MODULE": "off"}
+    program = Path(tmp_path / "render")
+    subprocess.run([GO, "build", "-o", program, "main.go"], cwd=tmp_path, env=go, check=True)
+    for roles in TALKS:
+        chat = [{"role": role, "content": f"{role} {i}\nsecond line"} for i, role in enumerate(roles)]
+        asked = {
+            "Template": go_template(template),
+            "Messages": [{k.title(): v for k, v in m.items()} for m in chat],
+        }
+        done = subprocess.run([program], input=json.dumps(asked), capture_output=True, text=True, check=True)
+        wanted = Renders(template).apply_chat_template(chat, False, add_generation_prompt=True)
+        assert done.stdout == wanted.removeprefix("<bos>")
+
+
+def test_the_go_template_of_nano():
+    assert go_template(CHAT_TEMPLATE).endswith("{{ end }}{{ end }}<|im_start|>assistant\n")
+    assert "<|im_start|>user\n{{ $m.Content }}<|im_end|>\n" in go_template(CHAT_TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[-1].content }}", "{% for m in messages %}{{ m.role }}{% endfor %}"]
+)
+def test_templates_that_are_no_row_of_turns_are_refused(template):
+    with pytest.raises(GgufError, match="by hand"):
+        modelfile_text("x.gguf", Renders(template), stops=[])

@@ -1,0 +1,95 @@
+"""The card says what the run folder, the exports and the findings say, and nothing about what was not measured."""
+
+import json
+
+import pytest
+
+from ironlogic.claims import CLAIMS, Finding
+from ironlogic.model_card import model_card, write_model_card
+from ironlogic.runs import Run, RunError
+from ironlogic.statistics import Interval
+
+RECORD = {
+    "ironlogic": "0.1",
+    "stage": "ft",
+    "model": "google/gemma-3-12b-it",
+    "four_bit_share": 0.81,
+    "rows": 248,
+    "data_sha256": "ab" * 32,
+    "settings": {"learning_rate": 2e-4, "seed": 3407, "lora": {"rank": 8, "alpha": 16}},
+    "burden": {"ratio": 0.7, "unit": "word"},
+    "device": "cpu",
+    "versions": {"torch": "2.13.0", "unsloth": None},
+    "finished": True,
+    "trained_parameters": 34_000,
+    "steps": 93,
+    "seconds": 12.3,
+}
+COMPARISON = {
+    "artefact": "m-q8_0.gguf", "reader": "llama.cpp", "kind": "q8_0", "bytes": 2**20, "positions": 9,
+    "logit_difference": 0.31, "mean_kl": 2.7e-4, "max_kl": 1e-3, "top1": 0.99, "tolerance": 0.01,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "my-run"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps(RECORD))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 93, "loss": 0.75}\n')
+    return Run(folder, RECORD)
+
+
+def test_training_comes_from_the_run(run):
+    card = model_card(run)
+    assert card.startswith("---\nlicense: other")
+    assert "base_model: google/gemma-3-12b-it" in card
+    assert "- fragmented-training" in card
+    assert "70% of the words" in card
+    for fact in (
+        "2.500, 0.750 nats",
+        "248 (sha256 abababababababab…)",
+        "rank 8, alpha 16, 34,000 parameters",
+        "81% of",
+    ):
+        assert fact in card
+    assert "unsloth" not in card, "it was not there"
+    assert "Nothing was measured against a control" in card
+    for section in ("## Limits and safe use", "## Licence", "10.57967/hf/7592"):
+        assert section in card
+    assert model_card(run.folder) == card
+
+
+def test_what_was_measured_stands_with_interval_and_verdict(run, tmp_path):
+    (tmp_path / "export.json").write_text(
+        json.dumps({"m-q8_0.gguf": {"run": "my-run", "base": "nano", "comparisons": [COMPARISON]}})
+    )
+    claim = CLAIMS[0]
+    findings = [
+        Finding(claim, "fails", Interval(-0.02, -0.05, 0.01), repeats=5, items=170),
+        Finding(CLAIMS[1], "can't be told here", note="no answers that can be checked | here"),
+    ]
+    card = model_card(run, exports=tmp_path, findings=findings, report="report.html")
+    assert f"| {claim.said} |" in card
+    assert "| -0.02 [-0.05, +0.01] | 5 x 170 | fails |" in card
+    assert r"no answers that can be checked \| here" in card, "a bar would break the table"
+    assert "[report.html](report.html)" in card
+    assert "| `m-q8_0.gguf` | 1.0 | llama.cpp | 0.31 | 2.7e-04 (allowed 0.01) | 99.0% |" in card
+    assert "believe no claim" not in card
+
+
+def test_it_names_no_folder_of_the_machine(run):
+    run = Run(run.folder, RECORD | {"model": str(run.folder / "base"), "burden": None, "stage": "grpo"})
+    card = model_card(run)
+    assert str(run.folder.parent) not in card
+    assert "`base`" in card
+    assert "base_model" not in card, "the hub would look for it"
+    assert "verifiable rewards" in card
+
+
+def test_writing(run, tmp_path):
+    path = write_model_card(run, tmp_path)
+    assert path == tmp_path / "README.md"
+    assert path.read_text() == model_card(run)
+    with pytest.raises(RunError, match="no run here"):
+        model_card(tmp_path)

@@ -1,0 +1,77 @@
+"""Asking about a picture: picked or uploaded, known question or free, and what goes wrong is shown."""
+
+import io
+from datetime import UTC, datetime
+
+import pytest
+from PIL import Image
+
+from ironlogic.image_answers import answer_pictures
+from ironlogic.picture_widget import picture_explorer
+from ironlogic.scenes import KINDS, make_scenes, question_chat, save_scenes
+from ironlogic.splice import splice
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return splice("nano-vision", "nano", seed=1)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    scenes = make_scenes(3, seed=9, split="test")
+    paths = save_scenes(scenes, tmp_path_factory.mktemp("pictures"))
+    return [question_chat(scene, path, kind) for scene, path, kind in zip(scenes, paths, KINDS, strict=True)]
+
+
+@pytest.fixture
+def explorer(loaded, rows):
+    return picture_explorer(loaded, rows, max_new_tokens=4)
+
+
+def png(color: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (50, 40), color).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_the_answer_is_the_models(loaded, rows, explorer):
+    for i, row in enumerate(rows):
+        explorer.controls["picture"].value = i
+        explorer.controls["question"].value = row[0]["content"][1]["text"]
+        (answer,) = answer_pictures(loaded, [row], max_new_tokens=4)
+        assert f"<b>{answer or 'no answer'}</b>" in explorer.text.value
+        verdict = "right" if answer == row[1]["content"] else f"the truth: {row[1]['content']}"
+        assert verdict in explorer.text.value
+        assert explorer.text.value.count("<img") == 1
+
+
+def test_a_free_question_has_no_truth_and_no_question_no_answer(explorer):
+    explorer.controls["question"].value = "Is it <b>odd</b>?"
+    assert "truth" not in explorer.text.value
+    assert "right" not in explorer.text.value
+    assert "&lt;b&gt;odd" in explorer.text.value
+    explorer.controls["question"].value = "  "
+    assert "type a question" in explorer.text.value
+
+
+@pytest.mark.parametrize("version", [7, 8])
+def test_an_upload_goes_before_the_picked_picture(loaded, rows, version):
+    explorer = picture_explorer(loaded, rows, max_new_tokens=4)
+    before = explorer.text.value
+    file = {"name": "mine.png", "content": png("red") if version == 7 else memoryview(png("red"))}
+    values = {"picture": 0, "upload": {"mine.png": file} if version == 7 else (file,), "question": "What is it?"}
+    html, figure = explorer._show(**values)
+    assert figure is None
+    assert html.split("src=")[1].split(">")[0] != before.split("src=")[1].split(">")[0]
+    assert "truth" not in html
+    other = values | {"upload": ()}
+    assert explorer._show(**other)[0].split("src=")[1][:5000] != html.split("src=")[1][:5000]
+
+
+def test_a_damaged_upload_is_told_in_one_line(explorer):
+    damaged = {"name": "x.png", "type": "image/png", "size": 9, "content": memoryview(png("red")[:60])}
+    damaged["last_modified"] = datetime(2026, 1, 1, tzinfo=UTC)
+    explorer.controls["upload"].value = (damaged,)
+    assert "PictureError" in explorer.text.value
+    assert "Traceback" not in explorer.text.value

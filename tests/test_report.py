@@ -1,0 +1,125 @@
+"""The page and its pictures: self-contained, escaped, complete."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ironlogic.claims import CLAIMS, compare_recipes, find_all
+from ironlogic.evidence_plots import (
+    MEASURES,
+    finding_pictures,
+    plot_curves,
+    plot_findings,
+    plot_learning,
+)
+from ironlogic.evidence_widget import robustness_explorer
+from ironlogic.items import RATIOS, items_of_chats, made_items
+from ironlogic.report import findings_html, write_report
+
+ITEMS = made_items(68, seed=1)
+SIZES = (30, 248, 3000)
+
+
+def study(*, nasty: str = "FT mixed") -> dict:
+    rng, arms = np.random.default_rng(0), {}
+    for name in ("base", "SFT", "FT", nasty, "SFT 30 rows", "SFT 248 rows", "FT 30 rows", "FT 248 rows"):
+        arms[name] = {}
+        for seed in range(1 if name == "base" else 3):
+            columns = {
+                f"{m}@{r:g}": (rng.random(68) < 0.6).astype(float)
+                for m in ("correct", "think", "loop")
+                for r in RATIOS
+            }
+            columns |= {f"tokens@{r:g}": rng.integers(3, 40, 68).astype(float) for r in RATIOS}
+            columns |= {f"ceiling@{r:g}": np.ones(68) for r in RATIOS}
+            columns |= {"loss@0": rng.random(68), "loss@0.7": rng.random(68), "sure": rng.random(68)}
+            columns |= {"correct substituted": np.zeros(68), "mode@0": np.ones(68), "bleed excess": np.zeros(68)}
+            arms[name][seed] = columns
+    return arms
+
+
+def test_page_needs_nothing_beside_it_and_escapes_everything(tmp_path):
+    evil = "<script>alert(1)</script>"
+    arms = study(nasty=evil)
+    claims = [replace(CLAIMS[0], said=evil, measure=evil), *CLAIMS[1:]]
+    findings = find_all(arms, ITEMS, claims=claims, sizes=SIZES)
+    page = write_report(
+        tmp_path / "deep/report.html",
+        title=evil,
+        lines=[evil],
+        findings=findings,
+        recipes=compare_recipes(arms, ITEMS),
+        arms=arms,
+        items=ITEMS,
+        measures={evil: {evil: 1.0}, "b": {}},
+        sizes=SIZES,
+    ).read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 6
+    assert not re.findall(r"(?:src|href)=\"(?!data:image/png)", page)
+    assert "http" not in re.sub(r"base64,[\w+/=]+", "", page)
+    assert page.count("<details>") == len(claims)
+    assert page.count("data:image/png") == sum(finding.effect is not None for finding in findings) + 1
+    for finding in findings:
+        assert finding.claim.key in {claim.key for claim in claims}
+        assert finding.verdict.replace("'", "&#x27;") in page
+    assert not (tmp_path / "deep/report.part").exists()
+    told = json.loads((tmp_path / "deep/report.json").read_text(encoding="utf-8"))
+    assert [one["verdict"] for one in told] == [finding.verdict for finding in findings]
+    assert told[0]["claim"]["said"] == evil
+
+
+def test_row_says_rule_n_and_reason():
+    findings = find_all({"FT": study()["FT"]}, ITEMS)
+    html = findings_html(findings, {})
+    assert "holds from +0.03 on" in html
+    assert "a loss of 0.03 is ruled out" in html
+    assert "there is no run of SFT" in html
+    whole = findings_html(find_all(study(), ITEMS), {})
+    assert "3 x 40" in whole  # trainings x order-free items
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_curves_are_the_means_of_the_columns(measure):
+    arms = {arm: repeats for arm, repeats in study().items() if arm in ("base", "FT")}
+    (axes,) = plot_curves(arms, ITEMS, measure=measure, among="free").axes
+    drawn = {line.get_label(): line.get_ydata() for line in axes.lines if len(line.get_ydata()) == len(RATIOS)}
+    column = "correct" if measure == "of the ceiling" else measure
+    free = ITEMS.among("free")
+    for arm, repeats in arms.items():
+        expected = [np.mean([columns[f"{column}@{r:g}"][free] for columns in repeats.values()]) for r in RATIOS]
+        assert drawn[arm] == pytest.approx(expected)
+
+
+def test_figures_show_what_is_known_and_survive_what_is_not():
+    arms = study()
+    findings = find_all(arms, ITEMS, sizes=SIZES)
+    shown = [f for f in findings if f.effect is not None and f.claim.form != "worth"]
+    (axes,) = plot_findings(findings).axes
+    assert len(axes.get_yticks()) == len(shown)
+    assert len(plot_learning(arms, SIZES, column="loss@0", label="x").axes[0].get_legend().get_texts()) == 2
+    assert finding_pictures(find_all({}, ITEMS), {}, ITEMS) == {}
+    assert set(finding_pictures(findings, arms, ITEMS, sizes=SIZES)) == {f.claim.key for f in findings if f.effect}
+
+
+def test_explorer_offers_what_was_measured():
+    arms = study()
+    explorer = robustness_explorer(arms, ITEMS)
+    assert explorer.controls["arms"].value == ("base", "SFT", "FT")
+    assert "FT 30 rows" not in explorer.controls["arms"].options
+    assert "40 problems" in explorer.text.value
+    before = explorer.png
+    explorer.controls["measure"].value = "think"
+    explorer.controls["sort"].value = "bound"
+    assert "28 problems" in explorer.text.value
+    assert explorer.png not in (b"", before)
+    explorer.controls["arms"].value = ()
+    assert explorer.text.value == "<p>choose an arm</p>"
+    plain = {"base": {0: {f"tokens@{r:g}": np.ones(3) for r in RATIOS}}}
+    chats = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]] * 3
+    unchecked = robustness_explorer(plain, items_of_chats(chats))
+    assert list(unchecked.controls["measure"].options.values()) == ["tokens"]
+    assert list(unchecked.controls["sort"].options.values()) == ["all"]
