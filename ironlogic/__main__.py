@@ -13,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ironlogic import session
+try:
+    from ironlogic import session
+except ModuleNotFoundError as error:  # the wrong one of two Pythons, most often
+    sys.exit(f"error: {error.name} is missing from {sys.executable}. Use .venv/bin/python as README.md shows")
 
 __all__ = ["build_parser", "main"]
 

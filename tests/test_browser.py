@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from PIL import Image
 
 from ironlogic.notebooks import find_notebooks, read_notebook, set_parameters
 from ironlogic.session import ROOT
@@ -54,6 +55,12 @@ RAN = f"""() => {{
         outputs.some(output => output.output_type === 'error')));
 }}"""
 NEXT = ("Alt+ArrowDown", "ArrowDown", "Enter")  # of a drop-down: JupyterLab takes a bare arrow for itself
+SMALL = {  # what the notebooks train is shown by test_notebooks_run.py; here are hands on their widgets
+    "02": {"ROWS": 96, "SEEDS": 1},
+    "03": {"ROWS": 64, "SEEDS": 1},
+    "05": {"ROWS": 96, "SEEDS": 1},
+    "06": {"ROWS": 64, "STEPS": 2, "PROBLEMS": 8},
+}
 SCRIPTS = '<img src="data:," onerror="window.caught = 1"><script>window.caught = 1</script>'
 
 
@@ -66,10 +73,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     folder = tmp_path_factory.mktemp("lab")
     work, log = folder / "work", folder / "lab.log"
     shutil.copytree(ROOT, work, ignore=shutil.ignore_patterns(".*", "runs", "tests", "__pycache__"))
-    (small,) = find_notebooks(["02"], folder=work / "notebooks")
-    notebook = read_notebook(small)
-    set_parameters(notebook, {"ROWS": 96, "SEEDS": 1})
-    nbformat.write(notebook, small)
+    for number, parameters in SMALL.items():
+        (small,) = find_notebooks([number], folder=work / "notebooks")
+        notebook = read_notebook(small)
+        set_parameters(notebook, parameters)
+        nbformat.write(notebook, small)
     notices = folder / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     notices.parent.mkdir(parents=True)
     notices.write_text(SETTINGS)
@@ -182,6 +190,12 @@ def retype(box: "sync_api.Locator", text: str) -> None:
     expect(box).to_have_value(text)
 
 
+def upload(page: "sync_api.Page", button: str, file: Path) -> None:
+    with page.expect_file_chooser() as chooser:
+        press(page.locator(f".il-{button}"), "Enter")
+    chooser.value.set_files(file)
+
+
 # -- what a person does
 
 
@@ -290,6 +304,82 @@ def test_lens_widget_by_keyboard(lab, browser, shots):
         box.blur()
         expect(text).to_contain_text("<b>")
         shoot(page, shots / "04-my-prompt.png")
+
+
+def test_picture_widget_by_keyboard(lab, browser, shots, tmp_path):
+    with run_all("03", lab, browser, shots, seconds=600) as page:
+        text, _ = shown(page, "picture")
+        shoot(page, shots / "03-as-it-comes.png")
+        source = text.locator("img").get_attribute("src")
+        press(page.locator(".il-picture-picture select"), *NEXT)
+        expect(text.locator("img")).not_to_have_attribute("src", source)
+
+        retype(page.locator(".il-picture-question input"), f"what color {SCRIPTS}")
+        page.keyboard.press("Enter")
+        expect(text).to_contain_text("<script>")
+        assert page.evaluate("() => window.caught") is None
+
+        source, mine = text.locator("img").get_attribute("src"), tmp_path / "mine.png"
+        Image.new("RGB", (40, 20), "red").save(mine)
+        upload(page, "picture-upload", mine)
+        expect(text.locator("img")).not_to_have_attribute("src", source)
+        shoot(page, shots / "03-my-picture.png")
+        mine.write_bytes(b"no picture")
+        upload(page, "picture-upload", mine)
+        expect(text).to_contain_text("Error")
+        shoot(page, shots / "03-no-picture.png")
+
+
+def test_robustness_widget_by_keyboard(lab, browser, shots):
+    with run_all("05", lab, browser, shots, seconds=600) as page:
+        text, picture = shown(page, "robustness")
+        shoot(page, shots / "05-as-it-comes.png")
+        for control in ("sort", "measure"):
+            source = picture.get_attribute("src")
+            press(page.locator(f".il-robustness-{control} select"), *NEXT)
+            expect(picture).not_to_have_attribute("src", source)
+        arms = page.locator(".il-robustness-arms select")
+        press(arms, "Alt+Home", "Home")
+        expect(text).to_contain_text("trainings: base 1")
+        expect(text).not_to_contain_text("SFT")
+        shoot(page, shots / "05-base-alone.png")
+        row = page.locator("details:has(summary)").first
+        press(row.locator("summary"), "Enter")
+        expect(row).to_have_attribute("open", "")
+        shoot(page, shots / "05-a-claim.png")
+
+
+def test_samples_widget_by_keyboard(lab, browser, shots):
+    with run_all("06", lab, browser, shots, seconds=600) as page:
+        text, _ = shown(page, "samples")
+        expect(text.locator("th")).to_have_count(4)
+        expect(text.locator("tr")).to_have_count(9)
+        before = text.locator("p").first.inner_text()
+        press(page.locator(".il-samples-problem select"), *NEXT)
+        expect(text.locator("p").first).not_to_have_text(before)
+        shoot(page, shots / "06-samples.png")
+
+
+def test_chat_by_keyboard(lab, browser, shots):
+    with run_all("07", lab, browser, shots, seconds=600) as page:
+        shown(page, "chat")
+        talk = page.locator(".il-chat-talk .widget-html-content")
+        expect(talk).to_contain_text("tokens/s")
+        press(page.locator(".il-chat-new"), "Enter")
+        expect(talk).to_have_text("")
+        press(page.locator(".il-chat-ratio [role=slider]"), "Home")
+        retype(page.locator(".il-chat-text textarea"), f"What is the color of the fox? {SCRIPTS}")
+        press(page.locator(".il-chat-model select"), "Alt+ArrowDown", "Home", "Enter")
+        press(page.locator(".il-chat-ask"), "Enter")
+        expect(talk).to_contain_text("tokens/s")
+        expect(talk).to_contain_text("<script>")
+        expect(talk).to_contain_text("base")
+        assert page.evaluate("() => window.caught") is None
+        press(page.locator(".il-chat-model select"), "Alt+ArrowDown", "End", "Enter")
+        press(page.locator(".il-chat-ask"), "Enter")
+        expect(talk).to_contain_text("merged")
+        expect(page.locator(".il-chat-ask")).to_be_enabled()
+        shoot(page, shots / "07-chat.png")
 
 
 @pytest.mark.parametrize(

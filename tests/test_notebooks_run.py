@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -219,6 +220,20 @@ def test_bad_arguments_are_said_and_nothing_runs(tmp_path, make_notebook, capsys
         assert "[1/" not in printed.out
     with pytest.raises(NotebookError, match="unknown parameter RATOI; there are RATIO, SEED"):
         NotebookSession(path, parameters={"RATOI": 1})
+
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [
+        (["-S", "-m", "ironlogic"], r"error: \w+ is missing from .*python.*\. Use \.venv/bin/python"),
+        (["-c", "import sys; sys.version_info = (3, 10, 1); import ironlogic"], "needs Python 3.11 or newer"),
+    ],
+)
+def test_the_wrong_python_is_told_so(python, said):
+    done = subprocess.run([sys.executable, *python], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(said, done.stderr)
+    assert "Traceback" not in done.stderr
 
 
 def test_values_of_the_command_line(tmp_path, monkeypatch):
