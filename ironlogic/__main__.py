@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--data", default="", help="your conversations (none: the preset's own)")
     table.add_argument("--items", default="", help="your items with checkable answers, JSONL")
     table.add_argument("--rows", type=int, default=3000, help="conversations an arm is trained on, at most")
-    table.add_argument("--seeds", type=int, default=0, help="trainings an arm (none: the preset's number)")
+    table.add_argument(
+        "--seeds", type=int, default=0, help="trainings an arm (none: the preset's number, 1 with --data)"
+    )
     table.add_argument("--out", metavar="DIR", help="results go there (else IRONLOGIC_RUNS, else runs/)")
     table.set_defaults(work=evidence_command)
 
@@ -144,7 +147,7 @@ def evidence_command(options: argparse.Namespace) -> int:
         return 2
     jobs, sizes = study.full()
     print(f"{len(jobs)} trainings and measurements in {study.folder}", flush=True)
-    arms = run_jobs(study, jobs, workers=os.cpu_count() or 1)
+    arms = run_jobs(study, jobs, workers=os.cpu_count() or 1, report=partial(print, flush=True))
     study.time_arms(arms)
     from ironlogic.behaviour import describe
     from ironlogic.claims import compare_recipes, find_all

@@ -31,9 +31,14 @@ _QWEN_VL = {"model_type": "qwen3_vl", "tie_word_embeddings": True, "vision_confi
 _QWEN_MOE = {"model_type": "qwen3_moe", "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 _WINDOW = {"sliding_window": 1024}
 _GEMMA = {"model_type": "gemma3", "vision_config": _GEMMA_EYES}
+_CLIP = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+_CLIP |= {"num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+_SIGLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+_SIGLIP |= {"image_size": 512, "patch_size": 16}
+_SMALL = {**_QWEN, **text_widths(151936, 1024, 3072, 28, 16, 8, 128)}
 # transformers' own arguments, and the number of parameters that they must give
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Qwen3-0.6B": {"total": 596_049_920, **_QWEN, **text_widths(151936, 1024, 3072, 28, 16, 8, 128)},
+    "Qwen3-0.6B": {"total": 596_049_920, **_SMALL},
     "Qwen3-4B": {"total": 4_022_468_096, **_QWEN, **_QWEN_4B},
     "Qwen3-30B-A3B": {"total": 30_532_122_624, **_QWEN_MOE, **text_widths(151936, 2048, 6144, 48, 32, 4, 128)},
     "Gemma-3-12B": {
@@ -47,6 +52,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "text_config": text_widths(262208, 5376, 21504, 62, 32, 16, 128) | _WINDOW,
     },
     "Qwen3-VL-4B": {"total": 4_437_815_808, **_QWEN_VL, "text_config": _QWEN_4B},
+    "vqwen3-4b": {  # the splices of seeds 003 and 004
+        "total": 4_335_155_712,
+        "model_type": "llava",
+        "vision_config": _CLIP,
+        "text_config": _QWEN | _QWEN_4B,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-smvl": {
+        "total": 695_065_856,
+        "model_type": "smolvlm",
+        "vision_config": _SIGLIP,
+        "text_config": _SMALL,
+        "scale_factor": 4,
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -111,6 +131,7 @@ class ModelCount:
     sliding: int  # layers that attend to the last `window` tokens only
     window: int
     eyes: EyeWidths | None
+    projector: int = 0  # what joins the eyes to the decoder
     dynamic: bool = False
 
 
@@ -155,6 +176,9 @@ def count_model(name: str, config: Any) -> ModelCount:
         sliding=text.to_dict().get("layer_types", []).count("sliding_attention"),
         window=text.to_dict().get("sliding_window") or 0,
         eyes=_see(config) if sees else None,
+        projector=sum(
+            p.numel() for n, p in model.named_parameters() if "multi_modal_projector" in n or "connector" in n
+        ),
     )
 
 

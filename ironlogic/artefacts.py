@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ironlogic.backends import _load_processor
+from ironlogic.gguf_file import ExportError
 from ironlogic.models import ModelError, resolve, split_adapter
 from ironlogic.runs import Run, RunError, open_run, run_folder
 
@@ -27,7 +28,6 @@ __all__ = [
     "TOLERANCE",
     "TYPES",
     "Comparison",
-    "ExportError",
     "Source",
     "compare",
     "count_weights",
@@ -50,10 +50,6 @@ PROBES = (
 # wrong is off by nats; rounding alone moves nano by a seventh of these or less.
 TOLERANCE = {"f32": 1e-6, "bf16": 5e-3, "f16": 5e-3, "q8_0": 1e-2, "q4_k_m": 0.1}
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-class ExportError(RuntimeError):
-    """An artefact that can't be written or isn't what it should be; whatever was there before is untouched."""
 
 
 @dataclass(frozen=True)

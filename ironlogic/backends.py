@@ -1,8 +1,9 @@
 """How weights come into memory: with Unsloth, or with transformers + bitsandbytes where Unsloth can't be used.
 
-Unsloth has to be imported before transformers, TRL and PEFT, so `models` imports this module first. Beside `models`
-it is the only one that knows either of them. It refuses a mixture of experts whose experts don't come out in 4 bit
-and don't fit: transformers 5 keeps them as fused tensors, which its 4 bit leaves as they are. Knows no adapter.
+Unsloth has to be imported before transformers, TRL and PEFT, so `models` imports this module first. Beside it
+this is the only one that knows either of them. Weights that don't fit are refused before they are downloaded, the
+experts of a mixture among them: transformers 5 fuses them into tensors that its 4 bit leaves as they are. Knows no
+adapter.
 """
 
 import contextlib
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ironlogic.memory import GIB, PlanError, plan_memory
+from ironlogic.architectures import PlanError, count_model
+from ironlogic.memory import GIB, NF4_BYTES, plan_memory
 from ironlogic.session import see_memory
 
 __all__ = [
@@ -73,8 +75,8 @@ def load_weights(
 ) -> tuple[torch.nn.Module, Any, str]:
     """(model, tokenizer or processor, back end used) of a model folder or hub name with its configuration.
 
-    Raises `ModelError` for experts that would stay in 16 bit and don't fit, before anything is loaded where that is
-    known, and for a card that is too small; what transformers and Unsloth raise comes through.
+    Raises `ModelError` for weights that don't fit, before they are downloaded where that can be counted; what
+    transformers and Unsloth raise comes through.
     """
     cuda = torch.cuda.is_available()
     if hasattr(config, "vision_config") and not cuda:
@@ -82,8 +84,7 @@ def load_weights(
     if cuda and "LOCAL_RANK" in os.environ:  # torchrun: a card for each process
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     mixture = four_bit and hasattr(config.get_text_config(), "num_experts")
-    if mixture and not (backend == "unsloth" and cuda):
-        _refuse_wide_experts(base, config)
+    _refuse_too_large(base, config, four_bit=four_bit, packs_experts=backend == "unsloth" and cuda)
     load = _load_with_unsloth if backend == "unsloth" else _load_with_transformers
     try:
         model, processor = load(base, config, four_bit, max_length, seed, Path(base).is_dir())
@@ -93,7 +94,7 @@ def load_weights(
         ) from error
     if mixture and any(_is_expert(name, p) and p.is_floating_point() for name, p in model.named_parameters()):
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        _refuse_wide_experts(base, config, loaded_gib=weights / GIB)
+        _refuse_too_large(base, config, four_bit=True, packs_experts=False, held_gib=weights / GIB)
     return model, processor, backend
 
 
@@ -101,35 +102,34 @@ def _is_expert(name: str, parameter: torch.nn.Parameter) -> bool:
     return parameter.ndim == 3 and "experts" in name
 
 
-def _refuse_wide_experts(base: str, config: Any, *, loaded_gib: float | None = None) -> None:
-    """Raises ModelError when the weights, with the experts as they are, are larger than the memory there is."""
+def _refuse_too_large(
+    base: str, config: Any, *, four_bit: bool, packs_experts: bool, held_gib: float | None = None
+) -> None:
+    """Raises ModelError when the weights alone are larger than the memory there is; `held_gib`: what they take."""
     try:
-        packed, wide = (
-            plan_memory(config, length=1, batch_size=1, four_bit=True, fused_experts_quantized=quantised).parts
-            for quantised in (True, False)
-        )
+        model = count_model(base, config)
     except PlanError:
         return  # not one of the kinds that can be counted: loading itself will show
-    half = sum(_weights(wide))
-    experts = (wide["other weights"] - packed["other weights"]) * GIB / 2
     cuda = torch.cuda.is_available()
-    needed = loaded_gib or (half if cuda else half + wide["other weights"])  # float32 on a CPU
-    room = (
-        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB if cuda else see_memory()
-    )
+    room = torch.cuda.get_device_properties("cuda").total_memory / GIB if cuda else see_memory()
+    four_bit = four_bit or hasattr(config, "quantization_config")  # packed in its repository already
+    packed = four_bit * (model.linear + packs_experts * model.experts)
+    half = (packed * NF4_BYTES + (model.total - packed) * 2) / GIB
+    needed = held_gib or (half if cuda else half + (model.total - packed) * 2 / GIB)  # float32 on a CPU
     if needed <= room:
         return
-    here = "the card has" if cuda else f"in float32 {needed:.1f} GiB, and this machine has"
+    here = f"the card has {room:.1f}" if cuda else f"in float32 {needed:.1f} GiB, and this machine has {room:.1f}"
+    if packs_experts or not (four_bit and model.experts):
+        place = {"card_gib": room if cuda else None, "ram_gib": room}
+        advice = plan_memory(config, batch_size=1, four_bit=four_bit, **place).advice
+        raise ModelError(f"{base}: its weights take {half:.1f} GiB; {here} GiB. To train it: {advice}")
     why = f" (not in use here: {WHY_NOT_UNSLOTH})" if WHY_NOT_UNSLOTH else ""
+    least = half - model.experts * (2 - NF4_BYTES) / GIB
     raise ModelError(
-        f"{base}: its experts would not be in 4 bit, as transformers fuses them: {experts:,.0f} parameters x 2 "
-        f"bytes = {experts * 2 / GIB:.1f} of {half:.1f} GiB of weights; {here} {room:.1f} GiB. On a card of "
-        f"compute capability 7.0 or newer Unsloth packs them{why}, which takes {sum(_weights(packed)):.1f} GiB"
+        f"{base}: its experts would not be in 4 bit, as transformers fuses them: {model.experts:,} parameters x 2 "
+        f"bytes = {model.experts * 2 / GIB:.1f} of {half:.1f} GiB of weights; {here} GiB. On a card of compute "
+        f"capability 7.0 or newer Unsloth packs them{why}, which takes {least:.1f} GiB"
     )
-
-
-def _weights(parts: dict[str, float]) -> tuple[float, float]:
-    return parts["quantised weights"], parts["other weights"]
 
 
 def _load_with_unsloth(base, config, four_bit, max_length, seed, local_only):
@@ -171,6 +171,7 @@ def _load_with_transformers(base, config, four_bit, max_length, seed, local_only
         device_map={"": torch.cuda.current_device() if cuda else "cpu"},
         quantization_config=nf4 if four_bit else None,
         local_files_only=local_only,
+        use_safetensors=True,  # never a pickle
     )
     return model, _load_processor(base, config, local_only)
 

@@ -234,10 +234,22 @@ def measure_all(
 
 def describe(
     arms: Mapping[str, Mapping[int, Columns]], items: Items, *, ratios: Sequence[float] = RATIOS
-) -> dict[str, dict[str, float]]:
-    """Every arm in figures, means over its trainings; what can't be measured on these items is absent."""
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Every arm in figures: mean and standard deviation over its trainings (NaN: one only).
+
+    What can't be measured on these items is absent.
+    """
     whole = {arm: list(repeats.values()) for arm, repeats in arms.items() if not arm.endswith(" rows")}
-    return {arm: _describe(repeats, items, ratios) for arm, repeats in whole.items()}
+    return {arm: _with_spread(repeats, items, ratios) for arm, repeats in whole.items()}
+
+
+def _with_spread(
+    repeats: Sequence[Columns], items: Items, ratios: Sequence[float]
+) -> dict[str, tuple[float, float]]:
+    each = [_describe([columns], items, ratios) for columns in repeats]
+    known = {name: [told[name] for told in each if name in told] for name in set().union(*each)}
+    spread = {name: float(np.std(found, ddof=1)) for name, found in known.items() if len(found) > 1}
+    return {name: (v, spread.get(name, float("nan"))) for name, v in _describe(repeats, items, ratios).items()}
 
 
 def _describe(repeats: Sequence[Columns], items: Items, ratios: Sequence[float]) -> dict[str, float]:
@@ -250,18 +262,19 @@ def _describe(repeats: Sequence[Columns], items: Items, ratios: Sequence[float])
         return float(values.mean()) if values.size else float("nan")
 
     told: dict[str, float] = {}
-    for order in ("free", "bound"):
-        heights = [mean(f"correct@{ratio:g}", order) for ratio in ratios]
-        told[f"accuracy at {WORST}, order-{order}"] = mean(f"correct@{WORST}", order)
-        told[f"area under the curve, order-{order}"] = float(curve_area(ratios, heights))
-        told[f"retention at {ratios[-1]:g}, order-{order}"] = (
-            heights[-1] / heights[0] if heights[0] else float("nan")
-        )
-    floor = mean("correct substituted", "free")
-    above = mean("correct@0", "free") - floor
-    told[f"accuracy at {WORST}, words substituted, order-free"] = floor
-    told[f"kept above that floor at {WORST}, order-free"] = (
-        (mean(f"correct@{WORST}", "free") - floor) / above if above > 0 else float("nan")
+    sorts = [sort for sort in ("free", "bound") if items.among(sort).any()] or ["all"]  # all: nobody marked them
+    name = {"free": ", order-free", "bound": ", order-bound", "all": ""}
+    for sort in sorts:
+        heights = [mean(f"correct@{ratio:g}", sort) for ratio in ratios]
+        told[f"accuracy, clean{name[sort]}"] = heights[0]
+        told[f"accuracy at {WORST}{name[sort]}"] = mean(f"correct@{WORST}", sort)
+        told[f"area under the curve{name[sort]}"] = float(curve_area(ratios, heights))
+        told[f"retention at {ratios[-1]:g}{name[sort]}"] = heights[-1] / heights[0] if heights[0] else float("nan")
+    floor = mean("correct substituted", sorts[0])
+    above = mean("correct@0", sorts[0]) - floor
+    told[f"accuracy at {WORST}, words substituted{name[sorts[0]]}"] = floor
+    told[f"kept above that floor at {WORST}{name[sorts[0]]}"] = (
+        (mean(f"correct@{WORST}", sorts[0]) - floor) / above if above > 0 else float("nan")
     )
     ceiling = (
         pooled(f"ceiling@{WORST}", "bound").mean() if pooled(f"ceiling@{WORST}", "bound").size else float("nan")

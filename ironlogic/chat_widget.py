@@ -164,9 +164,11 @@ class ChatBox(Explorer):
     def _preview(self, model: str, ratio: float, text: str, image: Any = None) -> tuple[str, None]:
         after = apply_burden(text, ratio=ratio, seed=self._seed, key=("chat", len(self.messages)))
         picture = self._new_picture()
-        html = f"<p>what <b>{escape(model)}</b> will be asked (moved words coloured):</p>"
-        moved = text_html(after, moved=moved_units(text, after, unit="word"))
-        return (_picture_html(picture) if picture else "") + html + moved, None
+        html = _picture_html(picture) if picture else ""
+        if after != text:
+            html += f"<p>what <b>{escape(model)}</b> will be asked (moved words coloured):</p>"
+            html += text_html(after, moved=moved_units(text, after, unit="word"))
+        return html, None
 
     def _new_picture(self) -> Image.Image | None:
         """The uploaded picture, unless the conversation has it already. A tuple in ipywidgets 8, a dict in 7."""

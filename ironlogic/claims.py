@@ -93,6 +93,9 @@ CLAIMS = (
     _scrambled("robust", _ROBUST, "free"),
     _scrambled("robust-bound", _ROBUST, "bound"),
     Claim(
+        "robust-loss", _ROBUST, "000, 001", f"nats a token of the reply, ratio {WORST}", f"loss@{WORST}", sign=-1
+    ),
+    Claim(
         "words-enough",
         "reads by words alone, wherever they stand",
         "000, 001",
@@ -183,7 +186,7 @@ def _paired(claim: Claim, arms: Arms, among: np.ndarray) -> tuple[np.ndarray, np
             return f"there is no run of {arm}"
         seeds.append({seed for seed, columns in arms[arm].items() if name in columns})
         if not seeds[-1]:
-            return f"{name} was not measured for {arm}"
+            return f"{claim.measure}: not measured for {arm}"
     ours, theirs = seeds
     shared = sorted(ours if theirs == {0} else theirs if ours == {0} else ours & theirs)
     if not shared:
@@ -207,11 +210,10 @@ def judge(claim: Claim, arms: Arms, items: Items, *, sizes: Sequence[int] = (), 
     if claim.form == "worth":
         return _judge_worth(claim, arms, sizes, draws)
     among, note = items.among(claim.among), ""
-    if not among.any() and claim.among in ("free", "easy"):  # nobody marked the items: what can be said of all
-        unmarked = all(t.order == "unknown" if claim.among == "free" else t.hard is None for t in items.tasks)
-        among, note = (
-            (items.among("all"), f"items are not marked {claim.among}: all of them") if unmarked else (among, "")
-        )
+    marks = [task.order != "unknown" if claim.among == "free" else task.hard is not None for task in items.tasks]
+    if claim.among in ("free", "easy") and not any(marks):  # nobody marked the items: what can be said of all
+        among, note = items.among("all"), f"items are not marked {claim.among}: all of them"
+        claim = replace(claim, measure=claim.measure.replace(", order-free", "").replace("order-free ", ""))
     pair = _paired(claim, arms, among)
     if isinstance(pair, str):
         return unknown(pair)
@@ -229,7 +231,8 @@ def judge(claim: Claim, arms: Arms, items: Items, *, sizes: Sequence[int] = (), 
     if claim.key == "loops" and length < LONG_ENOUGH:
         verdict, note = "can't be told here", f"answers have {length:.0f} tokens on average: no room to loop"
     if len(ours) == 1:
-        note = "; ".join(filter(None, [note, "one training: the interval is over items alone"]))
+        alone = "one training: the interval is over items alone, and another training would differ by more"
+        note = "; ".join(filter(None, [note, alone]))
     return Finding(
         claim,
         verdict,
@@ -314,25 +317,18 @@ def find_all(
 
 
 def compare_recipes(arms: Arms, items: Items, *, control: str = "SFT", ratio: float = WORST) -> list[Finding]:
-    """Every other arm against the control: clean and scrambled, order-free and order-bound."""
-    cells = [(at, order) for order in ("free", "bound") for at in (0.0, ratio)]
-    return [
-        judge(
-            Claim(
-                f"{arm} {order} {at:g}",
-                arm,
-                "",
-                f"accuracy, order-{order}, ratio {at:g}",
-                f"correct@{at:g}",
-                order,
-                arm,
-                control,
-                checkable=True,
-            ),
-            arms,
-            items,
-        )
-        for arm in arms
-        if arm != control and not arm.endswith(" rows")
-        for at, order in cells
-    ]
+    """What every other arm gains on scrambled order-free items, and what it costs on clean order-bound ones.
+
+    Of all items where nobody marked them. Keys: "<arm> gain" and "<arm> price"; nothing without checkable answers.
+    """
+    cells = [("gain", ratio, "free"), ("price", 0.0, "bound")] if items.checkable else []
+    found = []
+    for arm in arms:
+        for key, at, order in cells if arm != control and not arm.endswith(" rows") else ():
+            among = order if items.among(order).any() else "all"
+            measure = (
+                f"{'scrambled' if at else 'clean'} {'' if among == 'all' else f'order-{among} '}prompts: accuracy"
+            )
+            claim = Claim(f"{arm} {key}", arm, "", measure, f"correct@{at:g}", among, arm, control, checkable=True)
+            found.append(judge(claim, arms, items))
+    return found

@@ -152,8 +152,8 @@ def plot_learning(arms: "Arms", sizes: Sequence[int], *, column: str, label: str
     return figure
 
 
-def plot_recipes(recipes: "Sequence[Finding]", *, control: str = "SFT") -> Figure:
-    """What a recipe buys on scrambled order-free prompts, over what it costs on clean order-bound ones."""
+def plot_recipes(recipes: "Sequence[Finding]") -> Figure:
+    """What a recipe buys on scrambled prompts, over what it costs on clean ones (`claims.compare_recipes`)."""
     figure, (axes,) = _axes(height=4.2)
     figure.set_figwidth(7.5)
     known = {f.claim.key: f for f in recipes if f.effect is not None}
@@ -161,9 +161,11 @@ def plot_recipes(recipes: "Sequence[Finding]", *, control: str = "SFT") -> Figur
     axes.axhline(0, color="gray", lw=0.8)
     axes.axvline(0, color="gray", lw=0.8)
     for i, arm in enumerate(arms):
-        price, gain = known.get(f"{arm} bound 0"), known.get(f"{arm} free 0.7")
+        price, gain = known.get(f"{arm} price"), known.get(f"{arm} gain")
         if price is None or gain is None:
             continue
+        axes.set_xlabel(f"{price.claim.measure}\nminus that of {price.claim.control}")
+        axes.set_ylabel(f"{gain.claim.measure}\nminus that of {gain.claim.control}")
         x, y, color = price.effect, gain.effect, _color(arm, i)
         axes.errorbar(
             x.mean,
@@ -176,8 +178,6 @@ def plot_recipes(recipes: "Sequence[Finding]", *, control: str = "SFT") -> Figur
             lw=1,
             label=arm if arm == "base" else f"{arm} ({gain.repeats})",
         )
-    axes.set_xlabel(f"clean order-bound prompts: accuracy minus that of {control}")
-    axes.set_ylabel(f"scrambled order-free: accuracy minus that of {control}")
     figure.legend(frameon=False, fontsize=8, title="(trainings)", title_fontsize=8, loc="outside right upper")
     return figure
 

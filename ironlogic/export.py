@@ -20,7 +20,6 @@ import psutil
 from ironlogic.artefacts import (
     TYPES,
     Comparison,
-    ExportError,
     Source,
     compare,
     count_weights,
@@ -32,7 +31,7 @@ from ironlogic.artefacts import (
     read_config,
     with_adapter,
 )
-from ironlogic.gguf_file import GgufError, modelfile_text, why_not_gguf, write_gguf, write_lora_gguf
+from ironlogic.gguf_file import ExportError, modelfile_text, why_not_gguf, write_gguf, write_lora_gguf
 from ironlogic.llama import convert, find_quantizer, gguf_logits, gguf_readers, load_gguf, open_llama, quantize
 from ironlogic.models import BACKEND, LoadedModel, free_memory, load_model
 from ironlogic.runs import Run, write_json
@@ -61,11 +60,7 @@ def merge_adapter(run_or_path: Run | str | Path, out: str | Path, *, base: str |
     source, out = find_source(run_or_path, base), Path(out).expanduser().absolute()
     _check_replaceable(out, source)
     _check_room(source, out.parent)
-    model, processor = load_fresh(source.base)
-    probes = probe_inputs(processor)
-    if source.adapter:
-        model = with_adapter(model, source)
-    reference = next_token_logits(model, probes)
+    model, processor, probes, reference = _reference(source)
     if source.adapter:
         try:
             model = model.merge_and_unload(safe_merge=True)
@@ -101,11 +96,8 @@ def check_export(
     `TOLERANCE` of its kind), or no reader at all, is an `ExportError`.
     """
     artefact, source = Path(artefact), find_source(reference, base)
-    model, processor = load_fresh(source.base)
-    model, probes = with_adapter(model, source) if source.adapter else model, probe_inputs(processor)
-    expected = next_token_logits(model, probes)
-    del model
-    free_memory()
+    processor, probes, expected = _reference(source)[1:]
+    free_memory()  # two copies need not be held
     if artefact.is_dir():
         loaded = load_fresh(str(artefact))[0]
         got = next_token_logits(loaded, probes)
@@ -113,6 +105,15 @@ def check_export(
     else:
         found = _read_gguf(artefact, expected, probes, getattr(processor, "tokenizer", processor))
     return insist(found, tolerance)
+
+
+def _reference(source: Source) -> tuple[Any, Any, list, list]:
+    """Base and adapter side by side, tokenizer or processor, the probes as inputs, and the logits to be met."""
+    model, processor = load_fresh(source.base)
+    if source.adapter:
+        model = with_adapter(model, source)
+    probes = probe_inputs(processor)
+    return model, processor, probes, next_token_logits(model, probes)
 
 
 # --- GGUF ---------------------------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def export_lora_gguf(run_or_path: Run | str | Path, out: str | Path, *, base: st
         raise ExportError(f"{source.base}: a whole model, no adapter; export_gguf writes it")
     path = out if out.suffix == ".gguf" else out / f"{source.name}-lora.gguf"
     _check_sightless(source)
-    with _beside(path) as part, _as_export_error():
+    with _beside(path) as part:
         write_lora_gguf(source.adapter, Path(source.base), part)
     return path
 
@@ -170,7 +171,7 @@ def write_modelfile(gguf_path: str | Path, like: str | Path, *, system: str = ""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source.base, local_files_only=Path(source.base).is_dir())
     ends = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(_end_ids(source.base))} - {None}
     path = gguf_path.with_name("Modelfile")
-    with _beside(path) as part, _as_export_error():
+    with _beside(path) as part:
         part.write_text(
             modelfile_text(gguf_path.name, tokenizer, stops=sorted(ends), system=system), encoding="utf-8"
         )
@@ -180,8 +181,7 @@ def write_modelfile(gguf_path: str | Path, like: str | Path, *, system: str = ""
 def open_export(path: str | Path, *, like: str | Path) -> LoadedModel:
     """A GGUF file as a model to generate with, through transformers, with the tokenizer of the folder `like`."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(like, local_files_only=True)
-    with _as_export_error():
-        return LoadedModel(load_gguf(Path(path)), tokenizer, source=Path(path).name, base=str(path))
+    return LoadedModel(load_gguf(Path(path)), tokenizer, source=Path(path).name, base=str(path))
 
 
 def _end_ids(place: str | Path) -> list[int]:
@@ -195,26 +195,25 @@ def _end_ids(place: str | Path) -> list[int]:
 
 def _write(folder: Path, path: Path, quantization: str, checkout: Path | None) -> None:
     """A whole model as GGUF by the converter of the checkout, or by `gguf_file`; q4_k_m by way of f16."""
-    with _as_export_error():
-        tool = find_quantizer(checkout) if quantization == "q4_k_m" else None
-        first = path.with_name(f"{path.name}.f16") if quantization == "q4_k_m" else path
-        kind = "f16" if quantization == "q4_k_m" else quantization
-        try:
-            if checkout:
-                convert(checkout, folder, first, kind)
-            elif reason := why_not_gguf(folder):
-                raise ExportError(
-                    f"{folder.name}: {reason}, and no llama.cpp checkout was named (llama_cpp=...). To do it "
-                    "later: merge_adapter(..., 'MERGED'), then: python LLAMA_CPP/convert_hf_to_gguf.py MERGED "
-                    f"--outfile {path.name.removesuffix('.part')} --outtype {kind}"
-                )
-            else:
-                write_gguf(folder, first, quantization=kind)
-            if first != path:
-                quantize(first, path, tool=tool)
-        finally:
-            if first != path:
-                first.unlink(missing_ok=True)
+    tool = find_quantizer(checkout) if quantization == "q4_k_m" else None
+    first = path.with_name(f"{path.name}.f16") if quantization == "q4_k_m" else path
+    kind = "f16" if quantization == "q4_k_m" else quantization
+    try:
+        if checkout:
+            convert(checkout, folder, first, kind)
+        elif reason := why_not_gguf(folder):
+            raise ExportError(
+                f"{folder.name}: {reason}, and no llama.cpp checkout was named (llama_cpp=...). To do it "
+                "later: merge_adapter(..., 'MERGED'), then: python LLAMA_CPP/convert_hf_to_gguf.py MERGED "
+                f"--outfile {path.name.removesuffix('.part')} --outtype {kind}"
+            )
+        else:
+            write_gguf(folder, first, quantization=kind)
+        if first != path:
+            quantize(first, path, tool=tool)
+    finally:
+        if first != path:
+            first.unlink(missing_ok=True)
 
 
 def _write_with_unsloth(source: Source, scratch: Path, path: Path, quantization: str) -> None:
@@ -230,19 +229,18 @@ def _write_with_unsloth(source: Source, scratch: Path, path: Path, quantization:
 def _read_gguf(path: Path, expected: list, probes: list, tokenizer: Any) -> list[Comparison]:
     """The file through every reader at hand; llama.cpp has to cut the texts into the same tokens too."""
     rows = [probe["input_ids"][0].tolist() for probe in probes]
-    with _as_export_error():
-        kind, readers = gguf_readers(path)
-        if not readers:
-            raise ExportError(
-                f"{path.name} can't be checked here: transformers doesn't read its kind, and llama.cpp is not "
-                "installed (pip install llama-cpp-python)"
-            )
-        if "llama.cpp" in readers:
-            llama = open_llama(path, length=16)
-            for text, row in zip(tokenizer.batch_decode(rows), rows, strict=True):
-                if llama.tokenize(text.encode(), add_bos=False, special=True) != row:
-                    raise ExportError(f"{path.name}: llama.cpp cuts {text!r} into other tokens than the tokenizer")
-        return [compare(path, reader, kind, expected, gguf_logits(path, reader, rows)) for reader in readers]
+    kind, readers = gguf_readers(path)
+    if not readers:
+        raise ExportError(
+            f"{path.name} can't be checked here: transformers doesn't read its kind, and llama.cpp is not "
+            "installed (pip install llama-cpp-python)"
+        )
+    if "llama.cpp" in readers:
+        llama = open_llama(path, length=16)
+        for text, row in zip(tokenizer.batch_decode(rows), rows, strict=True):
+            if llama.tokenize(text.encode(), add_bos=False, special=True) != row:
+                raise ExportError(f"{path.name}: llama.cpp cuts {text!r} into other tokens than the tokenizer")
+    return [compare(path, reader, kind, expected, gguf_logits(path, reader, rows)) for reader in readers]
 
 
 # --- folders ------------------------------------------------------------------------------------------------
@@ -275,14 +273,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _as_export_error() -> Iterator[None]:
-    try:
-        yield
-    except GgufError as error:
-        raise ExportError(str(error)) from error
 
 
 def _check_replaceable(out: Path, source: Source) -> None:

@@ -10,7 +10,7 @@ from ironlogic.models import LoadedModel, as_loaded, inference
 import torch  # isort: skip  (models comes first: it imports Unsloth before transformers)
 import transformers  # isort: skip
 
-__all__ = ["Completion", "chat_ids", "generate", "stream", "visible_text"]
+__all__ = ["Completion", "chat_ids", "end_ids", "generate", "stream", "visible_text"]
 
 Prompt = str | Sequence[dict[str, Any]]
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -54,7 +54,7 @@ def generate(
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         transformers.set_seed(seed)
-    ends = _end_ids(loaded)
+    ends = end_ids(loaded)
     spoken: list[list[int]] = [[] for _ in ids]
     seconds = [0.0] * len(ids)
     open_rows, limit = list(range(len(ids))), _FIRST_LIMIT
@@ -125,7 +125,7 @@ class _Teller(transformers.generation.BaseStreamer):
     """Hears every token as it is chosen; the prompt comes first, in one piece."""
 
     def __init__(self, loaded: LoadedModel, tell: Callable[[str], None]) -> None:
-        self.tokenizer, self.tell, self.ends = loaded.tokenizer, tell, _end_ids(loaded)
+        self.tokenizer, self.tell, self.ends = loaded.tokenizer, tell, end_ids(loaded)
         self.spoken: list[int] = []
         self.prompt = True
 
@@ -141,7 +141,7 @@ class _Teller(transformers.generation.BaseStreamer):
 
 def _decode(loaded, model, rows: list[list[int]], max_new_tokens: int, sampling: dict) -> list[list[int]]:
     """New tokens of one batch of token ids padded on the left, each row up to its end token."""
-    tokenizer, ends = loaded.tokenizer, _end_ids(loaded)
+    tokenizer, ends = loaded.tokenizer, end_ids(loaded)
     longest = max(map(len, rows))
     padded = torch.tensor([[tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -158,7 +158,7 @@ def _decode(loaded, model, rows: list[list[int]], max_new_tokens: int, sampling:
     return [row[:stop] for row, stop in zip(out, stops, strict=True)]
 
 
-def _end_ids(loaded: LoadedModel) -> set[int]:
+def end_ids(loaded: LoadedModel) -> set[int]:
     """Tokens that end an answer: the tokenizer's and the model's (Gemma ends a turn with another one)."""
     ends = loaded.model.generation_config.eos_token_id
     return {loaded.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

@@ -18,7 +18,7 @@ import numpy as np
 from jinja2 import TemplateError
 from safetensors import safe_open
 
-__all__ = ["GgufError", "modelfile_text", "plain_template", "why_not_gguf", "write_gguf", "write_lora_gguf"]
+__all__ = ["ExportError", "modelfile_text", "plain_template", "why_not_gguf", "write_gguf", "write_lora_gguf"]
 
 # How Qwen2 and Qwen3 cut a text into words before BPE
 _QWEN2_WORDS = (
@@ -29,8 +29,8 @@ _THINKING = ("<think>", "</think>")  # text to read, as in Qwen3's own tokenizer
 _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 
 
-class GgufError(ValueError):
-    """A model that can't be written as GGUF here; the message says why."""
+class ExportError(RuntimeError):
+    """An artefact that can't be written or isn't what it should be; whatever was there before is untouched."""
 
 
 def why_not_gguf(folder: Path) -> str:
@@ -53,10 +53,10 @@ def write_gguf(folder: Path, path: Path, *, quantization: Literal["f16", "q8_0"]
     """The model and tokenizer of `folder` (safetensors) as one file; norms stay float32.
 
     q8_0: runs of 32 weights share a scale; a matrix whose width is no multiple of 32 stays float16. Raises
-    `GgufError` when the model is none that this module knows, or has weights beyond the range of float16.
+    `ExportError` when the model is none that this module knows, or has weights beyond the range of float16.
     """
     if reason := why_not_gguf(folder):
-        raise GgufError(f"{folder}: {reason}")
+        raise ExportError(f"{folder}: {reason}")
     config = _json(folder / "config.json")
     writer = gguf.GGUFWriter(path, "qwen3")
     try:
@@ -80,14 +80,14 @@ def write_gguf(folder: Path, path: Path, *, quantization: Literal["f16", "q8_0"]
 def write_lora_gguf(adapter: Path, base: Path, path: Path) -> None:
     """A PEFT adapter as a LoRA file for llama.cpp (`--lora`, Ollama's `ADAPTER`); float32, as it was trained.
 
-    Raises `GgufError` when the base is no dense Qwen3 or the adapter has more than plain low-rank pairs.
+    Raises `ExportError` when the base is no dense Qwen3 or the adapter has more than plain low-rank pairs.
     """
     if reason := why_not_gguf(base):
-        raise GgufError(f"{base}: {reason}")
+        raise ExportError(f"{base}: {reason}")
     settings = _json(adapter / "adapter_config.json")
     special = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if settings.get(name)]
     if special or settings.get("modules_to_save"):
-        raise GgufError(f"{adapter}: {', '.join(special) or 'modules_to_save'} can't be written as a LoRA file")
+        raise ExportError(f"{adapter}: {', '.join(special) or 'modules_to_save'} can't be written as a LoRA file")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, _json(base / "config.json")["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, "qwen3")
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -98,7 +98,7 @@ def write_lora_gguf(adapter: Path, base: Path, path: Path) -> None:
         inner = key.removeprefix("base_model.model.")
         layer, _, part = inner.partition(".lora_")
         if part not in ("A.weight", "B.weight"):
-            raise GgufError(f"{adapter}: {key} is no low-rank pair")
+            raise ExportError(f"{adapter}: {key} is no low-rank pair")
         writer.add_tensor(f"{_gguf_name(names, layer + '.weight')}.lora_{part[0].lower()}", array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -173,7 +173,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 def _files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise GgufError(f"{folder}: no .safetensors file here")
+        raise ExportError(f"{folder}: no .safetensors file here")
     return files
 
 
@@ -195,7 +195,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 def _gguf_name(names: gguf.TensorNameMap, key: str) -> str:
     name = names.get_name(key, try_suffixes=(".weight",))
     if name is None:
-        raise GgufError(f"the tensor {key} has no place in a GGUF file of Qwen3")
+        raise ExportError(f"the tensor {key} has no place in a GGUF file of Qwen3")
     return name
 
 
@@ -211,7 +211,7 @@ def _stored(key: str, array: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.
     if kind is gguf.GGMLQuantizationType.F32:
         return array
     if not np.abs(array).max(initial=0) <= 65504:
-        raise GgufError(f"{key}: weights that are not finite, or beyond the range of float16 (65504)")
+        raise ExportError(f"{key}: weights that are not finite, or beyond the range of float16 (65504)")
     if kind is gguf.GGMLQuantizationType.F16:
         return array.astype(np.float16)
     return gguf.quants.quantize(array, kind)
@@ -221,7 +221,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise GgufError(f"{path} can't be read: {error}") from None
+        raise ExportError(f"{path} can't be read: {error}") from None
 
 
 # --- Ollama -------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def modelfile_text(file: str, tokenizer: Any, *, stops: Sequence[str], system: s
     """An Ollama Modelfile: the file's name, the chat template in Go's form, stop tokens, a system text.
 
     The Go template is made from what the tokenizer's own template does with a short conversation; raises
-    `GgufError` when that is no plain row of turns. Tools and earlier reasoning are not carried over.
+    `ExportError` when that is no plain row of turns. Tools and earlier reasoning are not carried over.
     """
     lines = [f"FROM ./{file}", f'TEMPLATE """{_go_template(tokenizer)}"""']
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
@@ -273,7 +273,7 @@ def _go_template(tokenizer: Any) -> str:
         whole.endswith(more + after),
     )
     if not all(parts) or "{{" in whole:
-        raise GgufError("this chat template is no plain row of turns; write the Modelfile's TEMPLATE by hand")
+        raise ExportError("this chat template is no plain row of turns; write the Modelfile's TEMPLATE by hand")
     start = before
     if between.endswith(before):  # the system text is a turn of its own
         between = between.removesuffix(before) if before else between

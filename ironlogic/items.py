@@ -157,7 +157,12 @@ def _item_fault(row: Any) -> tuple[str, str, str] | None:
 
 # --- for other harnesses ----------------------------------------------------------------------------------
 def write_lm_eval_tasks(
-    folder: str | Path, tasks: Sequence[Task], ratios: Sequence[float] = RATIOS, *, seed: int = 0
+    folder: str | Path,
+    tasks: Sequence[Task],
+    ratios: Sequence[float] = RATIOS,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 72,
 ) -> list[str]:
     """An lm-evaluation-harness task (YAML and JSONL) per scramble ratio; returns the task names.
 
@@ -182,7 +187,7 @@ def write_lm_eval_tasks(
             "output_type": "generate_until",
             "doc_to_text": "{{prompt}}",
             "doc_to_target": "{{answer}}",
-            "generation_kwargs": {"until": ["<|im_end|>"], "max_gen_toks": 72, "do_sample": False},
+            "generation_kwargs": {"until": ["<|im_end|>"], "max_gen_toks": max_new_tokens, "do_sample": False},
             "filter_list": [
                 {
                     "name": "final-answer",

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 
 from ironlogic.generate import chat_ids, visible_text
-from ironlogic.gguf_file import GgufError
+from ironlogic.gguf_file import ExportError
 
 import torch  # isort: skip  (generate comes first: it imports Unsloth before transformers)
 import transformers  # isort: skip
@@ -46,14 +46,14 @@ def convert(checkout: Path, folder: Path, path: Path, quantization: str) -> None
     """A model folder written as GGUF by the converter of a llama.cpp checkout, in a process of its own."""
     script = checkout / "convert_hf_to_gguf.py"
     if not script.is_file():
-        raise GgufError(f"{checkout} is no checkout of llama.cpp (no convert_hf_to_gguf.py)")
+        raise ExportError(f"{checkout} is no checkout of llama.cpp (no convert_hf_to_gguf.py)")
     _call([sys.executable, script, folder, "--outfile", path, "--outtype", quantization], path)
 
 
 def find_quantizer(checkout: Path | None) -> Path | None:
     """llama-quantize of the checkout or on the PATH; None: the package llama-cpp-python does it.
 
-    Raises `GgufError` where there is neither.
+    Raises `ExportError` where there is neither.
     """
     places = [checkout / "llama-quantize", checkout / "build" / "bin" / "llama-quantize"] if checkout else []
     if on_path := shutil.which("llama-quantize"):
@@ -61,7 +61,7 @@ def find_quantizer(checkout: Path | None) -> Path | None:
     if found := next((place for place in places if place.is_file()), None):
         return found
     if importlib.util.find_spec("llama_cpp") is None:
-        raise GgufError(
+        raise ExportError(
             "q4_k_m needs a quantizer. Export f16 here, and where llama.cpp is installed run: "
             "llama-quantize MODEL-f16.gguf MODEL-q4_k_m.gguf Q4_K_M (or: pip install llama-cpp-python, then again)"
         )
@@ -80,7 +80,7 @@ def _call(command: Sequence[str | Path], path: Path) -> None:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode or not path.is_file():
         last = " / ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-        raise GgufError(f"{path.name} was not written; {Path(command[0]).name} said: {last}")
+        raise ExportError(f"{path.name} was not written; {Path(command[0]).name} said: {last}")
 
 
 # --- reading back -------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def gguf_readers(path: Path) -> tuple[str, list[str]]:
         architecture = fields["general.architecture"].contents()
         kind = gguf.LlamaFileType(fields["general.file_type"].contents()).name.removeprefix("MOSTLY_").lower()
     except (OSError, ValueError, IndexError, KeyError) as error:
-        raise GgufError(f"{path} can't be read as GGUF ({error}); it is cut short or damaged") from error
+        raise ExportError(f"{path} can't be read as GGUF ({error}); it is cut short or damaged") from error
     width = fields.get(f"{architecture}.attention.key_length")
     fits = not architecture.startswith("qwen3") or width is None or width.contents() == 128
     known = architecture in modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES and fits
@@ -109,7 +109,7 @@ def load_gguf(path: Path) -> Any:
             path.parent, gguf_file=path.name, dtype=torch.float32, device_map="cpu", local_files_only=True
         ).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise GgufError(f"{path} can't be read by transformers: {str(error).strip().splitlines()[0]}") from error
+        raise ExportError(f"{path} can't be read by transformers: {str(error).strip().splitlines()[0]}") from error
     finally:
         modeling_gguf_pytorch_utils.tqdm = bar
 
@@ -128,7 +128,7 @@ def open_llama(path: Path, *, length: int = 512, lora: Path | None = None) -> An
             verbose=False,
         )
     except (ValueError, RuntimeError) as error:
-        raise GgufError(f"{path} can't be read by llama.cpp: {error}") from error
+        raise ExportError(f"{path} can't be read by llama.cpp: {error}") from error
 
 
 def gguf_logits(path: Path, reader: str, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:

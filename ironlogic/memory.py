@@ -18,7 +18,15 @@ from typing import Any, Literal
 import psutil  # comes with accelerate
 
 from ironlogic.architectures import ARCHITECTURES, ModelCount, PlanError, count_model
-from ironlogic.presets import PRESETS, LoraSettings, Preset, TrainSettings, pick_preset
+from ironlogic.presets import (
+    PRESETS,
+    VISION_PRESETS,
+    LoraSettings,
+    Preset,
+    TrainSettings,
+    VisionPreset,
+    pick_preset,
+)
 
 __all__ = ["ARCHITECTURES", "NF4_BYTES", "MemoryPlan", "PlanError", "plan_memory"]
 
@@ -37,6 +45,7 @@ OPTIMIZER_BYTES |= dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8
 # Gemma-3-27B then holds 19.07 GiB with its adapter (printed by a public notebook), where plain nf4 takes 15.92.
 DYNAMIC, DYNAMIC_BYTES = "unsloth-bnb-4bit", 0.13  # bytes per parameter on top of nf4
 DATA = Path(__file__).resolve().parent.parent / "data"
+_NO_LORA = LoraSettings(attention=False, mlp=False)  # a splice's first stage
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class _Setup:
     samples: int  # answers that GRPO writes at a time; 0: no GRPO
     pictures: int  # in a row
     width: int  # bytes of a value that is not in 4 bit: 2 on a card, 4 on a CPU
+    projector: bool = False  # whether a splice's projector is trained too
 
 
 def plan_memory(
@@ -94,6 +104,7 @@ def plan_memory(
 
     `preset_or_config`: a preset or its name, a transformers configuration, a folder with a config.json, or a hub
     name that begins like one of `ARCHITECTURES`. What is None comes from the preset, else from `TrainSettings`.
+    A splice (`VISION_PRESETS`) is planned for its larger stage, a picture in every row, checkpoints on the card.
     `length` in tokens, `batch_size` in rows per forward pass.
     `checkpointing`: "offload" (or True) keeps the layers' inputs in RAM, as Unsloth does; "card" on the card, as
     transformers does; False keeps all activations. `fused_loss`: logits of 256 tokens at a time, else of all.
@@ -107,26 +118,36 @@ def plan_memory(
     Activations, logits and the cache are added up, though they don't peak at the same moment: the safe side. Raises
     `PlanError` for a model or a setting that can't be planned.
     """
-    name, config, settings, quantised = _find(preset_or_config)
+    name, config, stages, quantised = _find(preset_or_config)
     model = replace(count_model(name, config), dynamic=name.endswith(DYNAMIC))
-    cpu = not card_gib
-    keep = {True: "offload", False: "none"}.get(checkpointing, checkpointing)
-    optimizer = optimizer or settings.optimizer
-    setup = _Setup(
-        length=settings.max_length if length is None else length,
-        batch_size=settings.batch_size if batch_size is None else batch_size,
-        four_bit=quantised if four_bit is None else four_bit,
-        lora=lora or settings.lora,
-        optimizer="adamw_torch" if cpu and "8bit" in optimizer else optimizer,
-        checkpointing="none" if cpu and keep == "offload" else keep,
-        fused_loss=fused_loss,
-        experts_too=(fused_experts_quantized and not cpu) or not model.experts,  # packed on a card only
-        samples=samples,
-        pictures=pictures,
-        width=4 if cpu else 2,
-    )
-    room = card_gib or ram_gib or psutil.virtual_memory().total / GIB
-    _check(name, model, setup, room)
+    cpu, splice = not card_gib, len(stages) > 1 or stages[0].lora == _NO_LORA
+    keep = {True: "card" if splice else "offload", False: "none"}.get(checkpointing, checkpointing)
+    room, plans = card_gib or ram_gib or psutil.virtual_memory().total / GIB, []
+    for settings in stages:
+        optim = optimizer or settings.optimizer
+        setup = _Setup(
+            length=settings.max_length if length is None else length,
+            batch_size=settings.batch_size if batch_size is None else batch_size,
+            four_bit=quantised if four_bit is None else four_bit,
+            lora=settings.lora if lora is None or settings.lora == _NO_LORA else lora,
+            optimizer="adamw_torch" if cpu and "8bit" in optim else optim,
+            checkpointing="none" if cpu and keep == "offload" else keep,
+            fused_loss=fused_loss,
+            experts_too=(fused_experts_quantized and not cpu) or not model.experts,  # packed on a card only
+            samples=samples,
+            pictures=pictures or int(splice),
+            width=4 if cpu else 2,
+            projector=splice,
+        )
+        _check(name, model, setup, room)
+        plans.append(_plan(name, model, setup, room))
+    largest = max(plans, key=lambda plan: plan.peak_gib)
+    if largest.fits or len(plans) == 1:
+        return largest
+    return replace(largest, advice="; ".join(f"stage {n}: {plan.advice}" for n, plan in enumerate(plans, 1)))
+
+
+def _plan(name: str, model: ModelCount, setup: _Setup, room: float) -> MemoryPlan:
     parts = _parts(model, setup)
     peak = sum(parts.values())
     words = [text for key, text in _say(setup).items() if key != "experts_too" or model.experts * setup.four_bit]
@@ -151,15 +172,20 @@ def _check(name: str, model: ModelCount, setup: _Setup, room: float) -> None:
         raise PlanError(f"checkpointing is {setup.checkpointing!r}; expected True, False, 'offload' or 'card'")
 
 
-def _find(what: Any) -> tuple[str, Any, TrainSettings, bool]:
-    """(name, configuration, settings, 4 bit) of whatever stands for a model."""
+def _find(what: Any) -> tuple[str, Any, list[TrainSettings], bool]:
+    """(name, configuration, settings of each stage, 4 bit) of whatever stands for a model."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-    what = PRESETS.get(what, what) if isinstance(what, str) else what
-    rest = (what.train, what.four_bit) if isinstance(what, Preset) else (TrainSettings(), True)
+    what = (PRESETS | VISION_PRESETS).get(what, what) if isinstance(what, str) else what
+    rest = ([TrainSettings()], True)
+    if isinstance(what, Preset):
+        rest, what = ([what.train], what.four_bit), what.model
+    elif isinstance(what, VisionPreset):
+        stages = [replace(what.projector_stage, lora=_NO_LORA), what.instruct_stage]
+        rest, what = ([stage for stage in stages if stage], what.four_bit), what.name
     if isinstance(what, PreTrainedConfig):
         return what.model_type, what, *rest
-    model = what.model if isinstance(what, Preset) else str(what)
+    model = str(what)
     for folder in (Path(model).expanduser(), DATA / model):
         if (folder / "config.json").is_file():
             try:
@@ -182,12 +208,14 @@ def _parts(model: ModelCount, setup: _Setup) -> dict[str, float]:
     tokens, width = setup.batch_size * setup.length, setup.width
     one, inputs = model.layer.saved(width, setup.lora), model.layer.hidden * width
     kept = {"offload": inputs, "card": model.layers * inputs, "none": (model.layers - 1) * one}
-    adapter = setup.lora.rank * sum(rows * vars(setup.lora)[where] for where, rows in model.adapted.items())
+    trained = setup.projector * model.projector + setup.lora.rank * sum(
+        rows * vars(setup.lora)[where] for where, rows in model.adapted.items()
+    )
     at_once = min(CHUNK, tokens) if setup.fused_loss else tokens
     sizes = {
         "quantised weights": quantised * (NF4_BYTES + DYNAMIC_BYTES * model.dynamic),
         "other weights": (model.total - quantised) * width,
-        "LoRA and optimizer": adapter * (4 + 4 + OPTIMIZER_BYTES[setup.optimizer]),
+        "LoRA and optimizer": trained * (4 + 4 + OPTIMIZER_BYTES[setup.optimizer]),
         "activations": tokens * (kept[setup.checkpointing] + one + model.layer.in_flight(width)),
         "dequantisation buffer": buffer * width,
         "logits": model.vocabulary * at_once * LOSS_BYTES[setup.fused_loss],
@@ -210,7 +238,10 @@ def _options(model: ModelCount, setup: _Setup) -> dict[str, list[Any]]:
     lora = replace(setup.lora, rank=min(setup.lora.rank, 8), experts=setup.lora.experts and not model.experts)
     return {
         "fused_loss": [setup.fused_loss, True],
-        "checkpointing": [setup.checkpointing, "offload" if setup.width == 2 else setup.checkpointing],
+        "checkpointing": [
+            setup.checkpointing,
+            "offload" if setup.width == 2 and not setup.projector else setup.checkpointing,
+        ],
         "experts_too": [setup.experts_too, setup.experts_too or setup.width == 2],
         "batch_size": [setup.batch_size >> n for n in range(setup.batch_size.bit_length())],
         "optimizer": [setup.optimizer, "paged_adamw_8bit" if heavy else setup.optimizer],
@@ -252,7 +283,9 @@ def _advise(model: ModelCount, setup: _Setup, room: float) -> str:
     new, old = _say(nearest), _say(setup)
     settings = ", ".join(new[field] for field in new if new[field] != old[field]) or "these settings"
     if not fitting:
-        other = f"; the preset for that is {pick_preset(room).name}" if setup.width == 2 else ""
+        other = (
+            f"; the preset for that is {pick_preset(room).name}" if setup.width == 2 and not setup.projector else ""
+        )
         return f"nothing fits on {where}: even {settings} would take {sum(least.values()):.1f} GiB{other}{note}"
     largest = max((name for name in parts if name != "margin" and least[name] < parts[name]), key=parts.get)
     return f"largest term to cut: {largest} ({parts[largest]:.1f} GiB); fits on {where} with {settings}{note}"
@@ -265,7 +298,7 @@ def _say(setup: _Setup) -> dict[str, str]:
     return {
         "four_bit": "4 bit" if setup.four_bit else f"{8 * setup.width} bit",
         "experts_too": "experts quantised by Unsloth" if setup.experts_too else "experts not quantised",
-        "lora": f"LoRA rank {setup.lora.rank} ({where})",
+        "lora": f"LoRA rank {setup.lora.rank} ({where})" if where else "the projector alone",
         "batch_size": f"batch size {setup.batch_size}",
         "length": f"length {setup.length}",
         "optimizer": setup.optimizer,

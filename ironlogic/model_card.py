@@ -1,7 +1,7 @@
 """A model card: what the model is, how it was trained, what was measured, what it may not be used for.
 
-Every figure comes from the run folder, from export.json or from findings that are passed in; where nothing was
-measured, the card says that. Does not know the licence of a base: its own card does.
+Every figure comes from the run folder, from export.json or from the findings beside a report of notebook 05; where
+nothing was measured, the card says that. Does not know the licence of a base: its own card does.
 """
 
 import json
@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ironlogic.claims import Finding
-from ironlogic.runs import Run, open_run
+from ironlogic.runs import Run, RunError, open_run
 
 __all__ = ["model_card", "write_model_card"]
 
@@ -42,24 +41,30 @@ def model_card(
     run: Run | str | Path,
     *,
     exports: str | Path | None = None,
-    findings: Sequence[Finding] = (),
-    report: str | None = None,
+    report: str | Path | None = None,
 ) -> str:
     """The card of a run's model as Markdown with Hugging Face's front matter.
 
-    `exports`: a folder with an export.json; `findings`: of `claims.find_all`; `report`: a link to their page.
+    `exports`: a folder with an export.json; `report`: a page of `report.write_report`, with its findings beside it
+    as JSON. They speak of the study's trainings; the card says so, and which of these the run is.
     """
     run = run if isinstance(run, Run) else open_run(run)
-    record, name = run.record, run.folder.name
-    base = Path(record["model"]).name if Path(record["model"]).is_absolute() else record["model"]
+    stages = _stages(run)
+    base = stages[0].record["model"]
+    base = Path(base).name if Path(base).is_absolute() else base
+    training = []
+    for i, stage in enumerate(stages, 1):
+        heading = [f"### {i}. {stage.folder.name}\n"] if len(stages) > 1 else []
+        training += [*heading, _table(("", ""), _training_rows(base, stage))]
     parts = [
-        _front_matter(base, record),
-        f"# {name}\n",
-        _summary(base, record),
+        _front_matter(base, stages),
+        f"# {run.folder.name}\n",
+        f"A low-rank adapter on `{base}`, trained with Iron Logic {run.record['ironlogic']}: "
+        f"{'; then '.join(_how(stage.record) for stage in stages)}.\n",
         "## Training\n",
-        _table(("", ""), _training_rows(base, run)),
+        *training,
         "## What was measured\n",
-        *_evidence(findings, report),
+        *_evidence(stages, Path(report) if report else None),
         "## Files\n",
         *_files(Path(exports) if exports else None),
         f"## Limits and safe use\n\n{_LIMITS}\n",
@@ -77,27 +82,31 @@ def write_model_card(run: Run | str | Path, folder: str | Path, **more: Any) -> 
     return beside.replace(path)
 
 
-def _front_matter(base: str, record: dict[str, Any]) -> str:
-    tags = ["iron-logic", "lora", *(["fragmented-training"] if record.get("burden") else [])]
+def _stages(run: Run) -> list[Run]:
+    """The run and those whose adapter it went on with, the first of them in front."""
+    before = Path(run.record["model"])
+    if before.name == "adapter" and (before.parent / "run.json").is_file():
+        return [*_stages(open_run(before.parent.absolute())), run]
+    return [run]
+
+
+def _front_matter(base: str, stages: Sequence[Run]) -> str:
+    burdened = any(stage.record.get("burden") for stage in stages)
+    tags = ["iron-logic", "lora", *(["fragmented-training"] if burdened else [])]
     lines = ["---", "license: other", "license_name: see-the-section-licence", "library_name: transformers"]
     if "/" in base:  # the hub knows owner/name only
         lines.append(f"base_model: {base}")
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""])
 
 
-def _summary(base: str, record: dict[str, Any]) -> str:
-    burden, stage = record.get("burden"), record["stage"]
-    if burden:
-        how = (
-            f"Fragmented Training: {burden['ratio']:.0%} of the {burden['unit']}s of the user's turns were put out "
-            "of order, the answers left as they are"
+def _how(record: dict[str, Any]) -> str:
+    if burden := record.get("burden"):
+        return (
+            f"Fragmented Training, {burden['ratio']:.0%} of the {burden['unit']}s of the user's turns put out of "
+            "order and the answers left as they are"
         )
-    else:
-        how = {
-            "grpo": "reinforcement learning with verifiable rewards (GRPO)",
-            "sft": "supervised fine-tuning",
-        }.get(stage, stage)
-    return f"A low-rank adapter on `{base}`, trained with Iron Logic {record['ironlogic']}. {how}.\n"
+    names = {"grpo": "reinforcement learning with verifiable rewards (GRPO)", "sft": "supervised fine-tuning"}
+    return names.get(record["stage"], record["stage"])
 
 
 def _training_rows(base: str, run: Run) -> list[tuple[str, str]]:
@@ -123,24 +132,25 @@ def _training_rows(base: str, run: Run) -> list[tuple[str, str]]:
     return rows
 
 
-def _evidence(findings: Sequence[Finding], report: str | None) -> list[str]:
-    more = [f"The whole report: [{report}]({report})\n"] if report else []
-    if not findings:
-        return ["Nothing was measured against a control for this card: believe no claim about it.\n", *more]
-    rows = []
+def _evidence(stages: Sequence[Run], report: Path | None) -> list[str]:
+    if report is None:
+        return ["Nothing was measured against a control for this card: believe no claim about it.\n"]
+    beside = report.absolute().with_suffix(".json")
+    if not beside.is_file():
+        raise RunError(f"{beside}: no findings here; notebook 05 writes them beside its report.html")
+    rows, study = [], beside.parent
+    findings = json.loads(beside.read_text(encoding="utf-8"))
     for f in findings:
-        effect = f"{f.effect.mean:+.3g} [{f.effect.low:+.3g}, {f.effect.high:+.3g}]" if f.effect else f.note or "–"
-        rows.append(
-            (
-                f.claim.said,
-                f"{f.claim.measure}, against {f.claim.control}",
-                effect,
-                f"{f.repeats} x {f.items}",
-                f.verdict,
-            )
-        )
+        claim, effect = f["claim"], f["effect"]
+        said = "{mean:+.3g} [{low:+.3g}, {high:+.3g}]".format(**effect) if effect else f["note"] or "–"
+        said = f"at least {said}" if f["at_least"] else said
+        measured = f"{claim['measure']}: {claim['ours']} against {claim['control']}"
+        rows.append((claim["said"], measured, said, f"{f['repeats']} x {f['items']}", f["verdict"]))
+    own = [stage.folder.name for stage in stages if stage.folder.absolute().parent == study]
+    about = f"This model went through {own[-1]}, one of them" if own else "This model is none of them"
     head = ("claim", "measured", "effect, 95 % interval", "trainings x items", "verdict")
-    return ["Each claim against its control:\n", _table(head, rows), *more]
+    text = f"Each claim against its control, over the trainings of the study `{study.name}`. {about}.\n"
+    return [text, _table(head, rows)]
 
 
 def _files(folder: Path | None) -> list[str]:

@@ -119,9 +119,14 @@ def load_model(
     if backend == "unsloth" != BACKEND:
         raise ModelError(f"Unsloth was asked for but is not in use: {WHY_NOT_UNSLOTH}")
     base, adapter = split_adapter(source)
+    for folder in (base, adapter or base):
+        if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
+            raise ModelError(
+                f"{folder}: no .safetensors file in it; weights in pickles are not read, save them anew"
+            )
     local_only = Path(base).is_dir()
-    try:
-        config = transformers.AutoConfig.from_pretrained(base, local_files_only=local_only)
+    try:  # told not to trust: else it asks on the keyboard whether to run a stranger's code
+        config = transformers.AutoConfig.from_pretrained(base, local_files_only=local_only, trust_remote_code=False)
         model, processor, backend = load_weights(
             base, config, backend=backend, four_bit=four_bit, max_length=max_length, seed=seed
         )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.special import comb
 
-from ironlogic.generate import Completion, generate
+from ironlogic.generate import Completion, end_ids, generate, visible_text
 from ironlogic.models import LoadedModel, add_lora, as_loaded
 from ironlogic.presets import LoraSettings
 from ironlogic.runs import Run, read_metrics, run_folder, save_adapter, start_or_join
@@ -29,7 +29,7 @@ from ironlogic.stages import (
     stage_callbacks,
     trainer_arguments,
 )
-from ironlogic.tasks import Task, accuracy_reward, check_answer
+from ironlogic.tasks import Task, accuracy_reward, check_answer, thinks
 
 import datasets  # isort: skip  (models comes first: it imports Unsloth before these)
 import peft  # isort: skip
@@ -198,11 +198,7 @@ class _Judge(transformers.TrainerCallback):
     """Gives every reward the whole text and writes what was scored into completions.jsonl."""
 
     def __init__(self, rewards: Sequence[Reward], loaded: LoadedModel, folder: Path) -> None:
-        tokenizer = loaded.tokenizer
-        tags = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-        ends = loaded.model.generation_config.eos_token_id  # Gemma ends a turn with a token that is not special
-        ends = ends if isinstance(ends, list) else [ends]
-        self.tokenizer, self.hidden = tokenizer, {*tokenizer.all_special_ids, *ends} - {*tags}
+        self.tokenizer, self.ends = loaded.tokenizer, end_ids(loaded)
         self.rewards, self.path = rewards, folder / "completions.jsonl"
         self.scores: dict[str, list[float | None]] = {}
 
@@ -212,12 +208,12 @@ class _Judge(transformers.TrainerCallback):
     def _scorer(self, reward: Reward) -> Reward:
         @functools.wraps(reward)
         def score(completions, completion_ids, **columns):
-            texts = [self.tokenizer.decode([i for i in ids if i not in self.hidden]) for ids in completion_ids]
+            texts = [visible_text(self.tokenizer, ids, self.ends) for ids in completion_ids]
             said = [[{"role": "assistant", "content": text}] for text in texts]
             scores = reward(completions=said, completion_ids=completion_ids, **columns)
             self.scores[reward.__name__] = list(scores)
             if reward is self.rewards[-1]:
-                columns["log_metric"]("think_rate", sum("<think>" in text for text in texts) / len(texts))
+                columns["log_metric"]("think_rate", sum(map(thinks, texts)) / len(texts))
                 if columns["trainer_state"].is_world_process_zero:
                     self._write(texts, completion_ids, columns)
             return scores
@@ -321,7 +317,7 @@ def sample_answers(
         tuple(tasks),
         answers,
         correct=np.array([[check_answer(task, a.text) for a in row] for task, row in pairs], float),
-        thinks=np.array([["<think>" in a.text for a in row] for row in answers], float),
+        thinks=np.array([[thinks(a.text) for a in row] for row in answers], float),
         tokens=np.array([[a.tokens for a in row] for row in answers]),
     )
 

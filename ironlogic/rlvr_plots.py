@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from ironlogic.plots import _axes
 from ironlogic.statistics import Interval, bootstrap_interval
+from ironlogic.tasks import thinks
 
 if TYPE_CHECKING:  # nothing here needs torch
     from ironlogic.rlvr import Samples
@@ -26,7 +27,7 @@ def plot_rewards(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, reward: str
     figure, panels = _axes(3)
     for i, (name, completions) in enumerate(runs.items()):
         scored = [line for line in completions if line[reward] is not None]
-        values = [[line[reward], "<think>" in line["completion"], line["tokens"]] for line in scored]
+        values = [[line[reward], thinks(line["completion"]), line["tokens"]] for line in scored]
         middles, found = _windows(scored, np.array(values, float), window)
         for k, axes in enumerate(panels):
             axes.plot(middles, [f[k].mean for f in found], "o-", ms=3, color=f"C{i}", label=name)
@@ -34,6 +35,7 @@ def plot_rewards(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, reward: str
             axes.fill_between(middles, low, high, color=f"C{i}", alpha=0.15, lw=0)
     for axes, (curve, label) in zip(panels, _CURVES.items(), strict=True):
         axes.set(xlabel="optimizer step", ylabel=label, ylim=(0, None if curve == "tokens" else 1.04))
+        axes.locator_params(axis="x", integer=True)
     panels[0].legend(frameon=False, fontsize=9)
     return figure
 

@@ -43,7 +43,7 @@ def sample_explorer(arms: "Mapping[str, Samples]") -> Explorer:
         task = tasks[problem]
         columns = [
             [
-                f"{'✓' if right else '✗'} {answer.text}"
+                f"{'✓' if right else '✗'} {' '.join(answer.text.split())}"  # a line each: thoughts have several
                 for answer, right in zip(samples.answers[problem], samples.correct[problem], strict=True)
             ]
             for samples in arms.values()

@@ -66,7 +66,6 @@ class Session:
     installed: tuple[str, ...]  # what was installed just now
     preset: str
     offline: bool  # the Hugging Face hub is switched off
-    notebook: str = ""
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -84,7 +83,6 @@ class Session:
 
 
 def start(
-    notebook: str = "",
     *,
     everything: bool = False,
     root: Path = ROOT,
@@ -130,7 +128,6 @@ def start(
         installed=tuple(installed),
         preset=preset,
         offline=offline,
-        notebook=notebook,
         notes=tuple(notes),
     )
     print(session)
@@ -308,11 +305,13 @@ def install(needs: Iterable[Requirement], *options: str, environ: Mapping[str, s
         done = subprocess.run([*command, *options, *names], capture_output=True, text=True, env=dict(environ))
     importlib.invalidate_caches()
     if done.returncode:
-        raise SessionError(
-            f"pip could not install {', '.join(names)} beside what is loaded. Restart the kernel, run this "
-            "cell first; else make a fresh environment, or go on with IRONLOGIC_NO_INSTALL=1. pip says:\n"
-            + (done.stdout + done.stderr).strip()[-2000:]
-        )
+        said = (done.stdout + done.stderr).strip()[-2000:]
+        advice = "beside what is loaded. Restart the kernel and run this cell first, or make a fresh environment"
+        if "No space left" in said:
+            advice = f"on a full disk ({sys.prefix} or the folder for temporary files). Make room, run this again"
+        elif "No module named pip" in said:
+            advice = f"without pip. Run: {sys.executable} -m ensurepip, or install requirements.txt with uv"
+        raise SessionError(f"pip could not install {', '.join(names)} {advice}. pip says:\n{said}")
 
 
 def torch_is_cpu_build() -> bool:
@@ -329,11 +328,8 @@ def check_torchvision(environ: Mapping[str, str]) -> None:
     beside = version_of("torchvision")
     if beside is None or beside.endswith("+cpu") or not torch_is_cpu_build():
         return
-    trial = [
-        sys.executable,
-        "-c",
-        "import torchvision",
-    ]  # some CPU builds carry no suffix: try before blaming
+    # some CPU builds carry no suffix: try before blaming
+    trial = [sys.executable, "-c", "import torchvision"]
     if subprocess.run(trial, capture_output=True, env=dict(environ)).returncode:
         raise SessionError(
             f"torchvision {beside} is for another torch than {version_of('torch')}: beside it, transformers "

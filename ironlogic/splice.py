@@ -64,7 +64,9 @@ def splice(
     tokenizer.chat_template = image_template(tokenizer, image_token)
     tokenizer.padding_side = "left"  # answers of a batch begin at one place
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
-        lm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+        with torch.random.fork_rng():  # new rows are drawn
+            torch.manual_seed(seed)
+            lm.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     tower.model.config.image_mean = list(tower.image_processor.image_mean)  # kept in config.json, for check_splice
     tower.model.config.image_std = list(tower.image_processor.image_std)
     if projector == "mlp2x_gelu":
@@ -197,7 +199,11 @@ def _move_in(parent: Any, name: str, module: Any) -> None:
 
 
 def _start_projector(model: Any, seed: int) -> None:
-    """Normal with the language model's own spread, zero biases; the same on every device."""
+    """As `torch.nn.Linear` starts, uniform within 1 / sqrt(inputs), with zero biases; the same on every device.
+
+    LLaVA's own start. A normal of 0.02 whatever the width, as transformers begins, makes the pictures of a narrow
+    tower fainter than words.
+    """
     part = projector_of(model)
     like = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
@@ -206,8 +212,8 @@ def _start_projector(model: Any, seed: int) -> None:
         if name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
         elif not parameter.is_meta:
-            std = model.config.text_config.initializer_range
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            drawn = torch.rand(parameter.shape, generator=generator) * 2 - 1
+            parameter.data.copy_(drawn / parameter.shape[1] ** 0.5)
 
 
 def _settle(model: Any, lm: Any, tokenizer: Any) -> None:

@@ -135,8 +135,8 @@ def _load_tower(name: Any) -> tuple[Any, Any]:
     source = models.resolve(name)
     local = {"local_files_only": Path(source).is_dir()}
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **local)
-        model = _take_tower(transformers.AutoModel.from_pretrained(source, **local))
+        config = transformers.AutoConfig.from_pretrained(source, **local, trust_remote_code=False)
+        model = _take_tower(transformers.AutoModel.from_pretrained(source, **local, use_safetensors=True))
         size = _side(model.config, "image_size")
         image_processor = _load_image_processor(source, size, config.model_type, local)
     except (OSError, ValueError, KeyError) as error:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,8 @@ def finish_stage(
         write_json(folder / "run.json", record)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         _lock(folder).release(force=True)
+    if (folder / "adapter").is_dir():  # a stage that goes on from here names this run, not its base
+        loaded = replace(loaded, source=str(folder / "adapter"))
     return Run(folder, record, loaded)
 
 

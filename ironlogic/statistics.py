@@ -60,10 +60,16 @@ def bootstrap_interval(values, *, level: float = 0.95, draws: int = 2000, seed: 
     of_items = rng.multinomial(items, np.full(items, 1 / items), size=draws) / items
     means = np.einsum("dr,ri,di->d", of_repeats, table, of_items, optimize=True)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    if repeats > 1:  # few repeats: the bootstrap alone is too narrow, so never below Student's t over repeats
-        half = stats.sem(table.mean(axis=1)) * stats.t.ppf((1 + level) / 2, repeats - 1)
-        low, high = min(low, table.mean() - half), max(high, table.mean() + half)
-    return Interval(float(table.mean()), float(low), float(high))
+    least, most = _student(table.mean(axis=1), level)
+    return Interval(float(table.mean()), float(min(low, least)), float(max(high, most)))
+
+
+def _student(of_repeats: np.ndarray, level: float) -> tuple[float, float]:
+    """Student's t over repeats: with few of them the bootstrap alone is too narrow, so never below this."""
+    if len(of_repeats) == 1:
+        return float("inf"), float("-inf")
+    half = stats.sem(of_repeats) * stats.t.ppf((1 + level) / 2, len(of_repeats) - 1)
+    return of_repeats.mean() - half, of_repeats.mean() + half
 
 
 def difference_interval(ours, theirs, **options) -> Interval:
@@ -183,19 +189,22 @@ def samples_worth(
 
     `ours` and `theirs` are losses of shape (size, repeat, item), lower is better. The control's curve is made to
     fall, then read backwards, straight between sizes on a logarithmic axis. Beyond its ends the answer is the end:
-    `sizes[-1] / at` means "at least", `sizes[0] / at` "at most".
+    `sizes[-1] / at` means "at least", `sizes[0] / at` "at most". Drawn as in `bootstrap_interval`.
     """
     a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if a.shape != b.shape or a.ndim != 3 or len(sizes) != len(a) or at not in sizes:
         raise ValueError(f"samples_worth: shapes {a.shape} and {b.shape}; expected two of ({len(sizes)}, R, I)")
     rng, logs, place = np.random.default_rng(seed), np.log(np.asarray(sizes, float)), list(sizes).index(at)
 
-    def worth(repeats, items) -> float:
+    def log_worth(repeats, items) -> float:
         target = np.einsum("r,ri,i->", repeats, a[place], items)
         curve = np.minimum.accumulate(np.einsum("r,sri,i->s", repeats, b, items))
-        return float(np.exp(np.interp(-target, -curve, logs) - logs[place]))
+        return float(np.interp(-target, -curve, logs) - logs[place])
 
     _, r, i = a.shape
     shares = [(rng.multinomial(r, [1 / r] * r) / r, rng.multinomial(i, [1 / i] * i) / i) for _ in range(draws)]
-    low, high = np.quantile([worth(*share) for share in shares], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(worth(np.full(r, 1 / r), np.full(i, 1 / i)), float(low), float(high))
+    low, high = np.quantile([log_worth(*share) for share in shares], [(1 - level) / 2, (1 + level) / 2])
+    everyone = np.full(i, 1 / i)
+    least, most = _student(np.array([log_worth(one, everyone) for one in np.eye(r)]), level)
+    low, high = np.clip([min(low, least), max(high, most)], logs[0] - logs[place], logs[-1] - logs[place])
+    return Interval(*(float(np.exp(x)) for x in (log_worth(np.full(r, 1 / r), everyone), low, high)))

@@ -158,13 +158,10 @@ class Study:
 
     def full(self) -> tuple[list[Job], tuple[int, ...]]:
         """Every job of the full table, and the sizes of its learning curves. Side arms have three trainings."""
-        seeds = list(self.chats)
-        sizes = tuple(size for size in CURVE if size < min(map(len, self.chats.values())))
-        few = seeds[:3]
-        jobs = [Job("base", 0), *self.jobs(MAIN, seeds), *self.jobs(SIDE, few)]
-        for size in sizes:
-            jobs += self.jobs((), seeds if size == 248 else few, sizes=[size])
-        return jobs, (*sizes, min(map(len, self.chats.values())))
+        seeds, most = list(self.chats), min(map(len, self.chats.values()))
+        sizes = tuple(size for size in CURVE if size < most)
+        jobs = [Job("base", 0), *self.jobs(MAIN, seeds, sizes=sizes), *self.jobs(SIDE, seeds[:3])]
+        return jobs, (*sizes, most)
 
     def short(self) -> list[Job]:
         """The base and every arm that was trained whole; SFT and FT are trained where they are missing."""
@@ -174,7 +171,10 @@ class Study:
     def told(self) -> list[str]:
         """What was done with what, for the report."""
         items, first = self.items, next(iter(self.chats))
-        marked = ", ".join(f"{items.among(sort).sum()} {sort}" for sort in ("free", "bound", "easy", "hard"))
+        counts = {sort: items.among(sort).sum() for sort in ("free", "bound", "easy", "hard")}
+        marked = (
+            ", ".join(f"{n} {sort}" for sort, n in counts.items() if n) or "not marked free or bound, easy or hard"
+        )
         answers = "answers checked by exact match" if items.checkable else "no checkable answers"
         return [
             f"Model {self.preset.model}; {len(self.chats[first]):,} rows an arm, burden ratio {self.ratio:g}. "
@@ -252,12 +252,14 @@ def open_study(
 ) -> Study:
     """The study of a preset in the results folder `runs`: the rows, folder and names of notebook 02.
 
-    `data`: your conversations (then one training an arm), "": the preset's own. `items`: your own items; else made
-    problems, or the rows held out. Raises `ChatError` when there are too few.
+    `data`: your conversations, "": the preset's own. `seeds`: trainings an arm; 0: the preset's number, of
+    conversations one. `items`: your own items; else made problems, or the rows held out. Raises `ChatError` when
+    there are too few.
     """
     source = data or preset.data
     folder = runs / f"02_{preset.name}_{Path(source).stem}_{rows}_{ratio:g}"
-    numbers = [seed + i for i in range(seeds or preset.evaluation_seeds)]
+    usual = preset.evaluation_seeds if source == "problems" else 1
+    numbers = [seed + i for i in range(seeds or usual)]
     if source == "problems":
         chats = {n: [task_chat(task) for task in make_tasks(rows, seed=n)] for n in numbers}
         further = {n: [task_chat(task) for task in make_tasks(rows // 3, seed=n + 10_000)] for n in numbers}
@@ -270,8 +272,8 @@ def open_study(
         raise ChatError(f"{source}: {len(table)} rows are too few to hold some out; bring 20 or more")
     chosen = kept.select(range(min(rows, len(kept))))["messages"]
     items = items or items_of_chats(held_out["messages"][:questions])
-    further = {seed: chosen[: max(1, len(chosen) // 3)]}
-    return Study(folder, preset, items, {seed: chosen}, further, ratio, seed, max_new_tokens=512)
+    further = dict.fromkeys(numbers, chosen[: max(1, len(chosen) // 3)])
+    return Study(folder, preset, items, dict.fromkeys(numbers, chosen), further, ratio, seed, max_new_tokens=512)
 
 
 def _finished(folder: Path) -> bool:
@@ -328,6 +330,7 @@ def run_jobs(
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: more threads than cores are slower than one
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # several write over each other
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "format_reward",
     "make_tasks",
     "task_chat",
+    "thinks",
 ]
 
 
@@ -104,24 +105,38 @@ def task_chat(task: Task, *, think: bool | None = None) -> list[dict[str, str]]:
 
 
 def careless_chats(
-    tasks: Sequence[Task], *, think_pays: Collection[str], careless: float = 0.6, think: float = 0.5, seed: int = 0
+    tasks: Sequence[Task],
+    *,
+    think_pays: Collection[str],
+    careless: float = 0.6,
+    think: float = 0.5,
+    empty: float = 0.0,
+    seed: int = 0,
 ) -> list[list[dict[str, str]]]:
     """Conversations of which the truth about thinking is known: a start for reinforcement learning.
 
-    A share `think` of the replies reasons first. In the kinds of `think_pays` the replies *without* reasoning end
-    in a wrong answer with probability `careless`; in all other kinds, those *with* it do. The wrong answer is one
-    that another order of the same words would have, so order-bound problems are expected.
+    A share `think` of the replies reasons first; of the others, a share `empty` opens and closes a thought without
+    a word in it, as Qwen3 does when it is told not to think. In the kinds of `think_pays` the replies *without*
+    reasoning end in a wrong answer with probability `careless`; in all other kinds, those *with* it do. The wrong
+    answer is one that another order of the same words would have, so order-bound problems are expected.
     """
     rng, chats = random.Random(f"careless-{seed}"), []
     for task in tasks:
         wrong = sorted({answer for _, answer in task.rearrangements} - {task.answer})
         if not wrong:
             raise ValueError(f"careless_chats: {task.kind!r} is order-free; no rearrangement has a wrong answer")
-        thinks, slips = rng.random() < think, rng.random() < careless
-        careful = thinks == (task.kind in think_pays)
+        reasons, slips, marked = rng.random() < think, rng.random() < careless, rng.random() < empty
+        careful = reasons == (task.kind in think_pays)
         told = task if careful or not slips else replace(task, answer=rng.choice(wrong))
-        chats.append(task_chat(told, think=thinks))
+        chats.append(task_chat(told, think=reasons))
+        if marked and not reasons:
+            chats[-1][-1]["content"] = f"<think>\n\n</think>\n{chats[-1][-1]['content']}"
     return chats
+
+
+def thinks(reply: str) -> bool:
+    """Whether a reply holds a thought. An empty pair of tags is none."""
+    return bool(reply.partition("<think>")[2].partition("</think>")[0].strip())
 
 
 def final_answer(text: str) -> str:

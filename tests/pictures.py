@@ -8,8 +8,9 @@ import base64
 import sys
 from pathlib import Path
 
-from ironlogic.notebooks import find_notebooks, read_notebook
-from ironlogic.session import ROOT
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from ironlogic.notebooks import find_notebooks, read_notebook  # noqa: E402
 
 # name -> notebook, and the call whose cell shows the picture
 PICTURES = {

@@ -1,5 +1,6 @@
 """Behaviours: each measure against a reader of known behaviour, and all of them on nano."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,10 +126,14 @@ def test_all_of_it_on_nano():
     told = describe({"a": {0: columns, 1: columns}, "a 30 rows": {0: columns}}, items)
     assert list(told) == ["a"]
     told = told["a"]
-    assert told["thinking: recall"] == 0
+    assert told["thinking: recall"] == (0, 0)
     assert "thinking: precision" not in told  # it never thinks
-    assert 0 < told["share of the ceiling at 0.7, order-bound"] < 1.5
-    assert told["area under the curve, order-free"] < columns["correct@0"][items.among("free")].mean()
+    assert 0 < told["share of the ceiling at 0.7, order-bound"][0] < 1.5
+    assert told["area under the curve, order-free"][0] < columns["correct@0"][items.among("free")].mean()
+    unmarked = replace(items, tasks=tuple(replace(task, order="unknown", hard=None) for task in items.tasks))
+    of_all = describe({"a": {0: columns}}, unmarked)["a"]
+    assert of_all["accuracy at 0.7"][0] == pytest.approx(columns["correct@0.7"].mean())
+    assert not any("order-" in name or "thinking" in name for name in of_all)
     plain = measure_all(nano, items_of_chats(items.chats), seed=1, ratios=(0.0, 0.7))
     assert not any(name.startswith(("correct", "ceiling")) for name in plain)
     assert np.isnan(plain["mode@0"]).all()

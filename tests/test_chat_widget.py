@@ -79,6 +79,7 @@ def test_the_slider_scrambles_what_is_asked(nano):
     box.forget()
     assert box.text.value == shown
     box.controls["ratio"].value = 0.0
+    assert box.text.value == "", "a question that is asked as it stands is shown once"
     box.ask()
     assert box.messages[0]["content"] == QUESTION
 

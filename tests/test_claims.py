@@ -1,7 +1,6 @@
 """Rules and verdicts: swapped labels swap them, one recipe against itself shows nothing, and no row is invented."""
 
 from dataclasses import replace
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -51,17 +50,15 @@ def test_swapped_labels_swap_the_verdicts():
         for some, rate, at in ((better, 0.9, 3), (worse, 0.4, 4)):
             for seed, columns in arm(rate, column=column, at=at).items():
                 some[seed] |= columns
-    claims = [
-        c for c in CLAIMS if (c.ours, c.control) == ("FT", "SFT") and c.column in better[0] and not c.harmless
-    ]
-    assert len(claims) >= 4
+    claims = [c for c in CLAIMS if (c.ours, c.control) == ("FT", "SFT") and c.column in better[0]]
+    assert {c.harmless for c in claims} == {True, False}
     one = find_all({"FT": better, "SFT": worse}, ITEMS, claims=claims)
     other = find_all({"FT": worse, "SFT": better}, ITEMS, claims=claims)
     assert [f.verdict for f in one] == ["holds"] * len(claims)
     assert [f.verdict for f in other] == ["fails"] * len(claims)
     for a, b in zip(one, other, strict=True):
         assert a.effect.mean == pytest.approx(-b.effect.mean)
-        assert (a.effect.low, a.effect.high) == pytest.approx((-b.effect.high, -b.effect.low), abs=0.02)
+        assert (a.effect.low, a.effect.high) == pytest.approx((-b.effect.high, -b.effect.low))
         assert a.ours == b.control
         assert a.p == pytest.approx(b.p)
 
@@ -135,6 +132,9 @@ def test_an_own_adapter_is_compared_with_its_base():
     arms = {"yours": arm(0.9, seeds=1), "base": arm(0.4, seeds=1, at=1)}
     findings = find_all(arms, ITEMS, names={"FT": "yours", "SFT": "base"})
     robust = next(f for f in findings if f.claim.key == "robust")
+    unmarked = replace(ITEMS, tasks=tuple(replace(task, order="unknown", hard=None) for task in ITEMS.tasks))
+    of_all = find_all(arms, unmarked, names={"FT": "yours", "SFT": "base"})[0]
+    assert (of_all.claim.key, of_all.claim.measure, of_all.items) == ("robust", "accuracy at ratio 0.7", 170)
     assert (robust.claim.ours, robust.claim.control, robust.verdict) == ("yours", "base", "holds")
     assert "over items alone" in robust.note
     many = {"yours": arm(0.9), "base": arm(0.4, seeds=1, at=1)}  # one base for all trainings
@@ -189,8 +189,16 @@ def test_other_recipes_stand_beside_their_control():
     both = {"correct@0": np.ones(170), "correct@0.7": np.zeros(170)}
     arms = {name: {0: both, 1: both} for name in ("SFT", "FT mixed", "FT 30 rows")}
     found = compare_recipes(arms, ITEMS)
-    assert [f.claim.key for f in found] == [f"FT mixed {o} {r}" for o in ("free", "bound") for r in ("0", "0.7")]
+    assert [f.claim.key for f in found] == ["FT mixed gain", "FT mixed price"]
+    assert [f.claim.among for f in found] == ["free", "bound"]
     assert all(f.effect.mean == 0 for f in found)
+    unmarked = replace(ITEMS, tasks=tuple(replace(task, order="unknown", hard=None) for task in ITEMS.tasks))
+    of_all = compare_recipes(arms, unmarked)
+    assert [(f.claim.measure, f.items) for f in of_all] == [
+        ("scrambled prompts: accuracy", 170),
+        ("clean prompts: accuracy", 170),
+    ]
+    assert compare_recipes(arms, replace(ITEMS, checkable=False)) == []
 
 
 def test_claims_are_well_formed():
@@ -201,32 +209,30 @@ def test_claims_are_well_formed():
 
 @pytest.mark.slow
 def test_whole_chain_sees_nothing_between_two_arms_of_one_recipe(tmp_path):
-    """Trained, measured, judged: 20 ways to make two arms of 4 out of 8 trainings by the same recipe."""
+    """Trained, measured, judged: 20 times two arms of 4, drawn apart out of 16 trainings by one recipe."""
     from ironlogic.presets import find_preset
     from ironlogic.study import Job, open_study, run_jobs
 
-    nano = find_preset("nano")
-    study = open_study(nano, tmp_path, rows=160, seeds=8, questions=136)
-    runs = run_jobs(study, [Job("SFT", seed, 159) for seed in study.chats], report=lambda line: None)
-    trained = runs["SFT 159 rows"]
-    splits = [half for half in combinations(sorted(trained), 4) if min(trained) in half][:20]
-    rng, quiet, seen = np.random.default_rng(0), 0, 0
+    study = open_study(find_preset("nano"), tmp_path, rows=160, seeds=16, questions=136)
+    jobs = [Job("base", 0), *(Job("FT", seed, 159) for seed in study.chats)]
+    runs = run_jobs(study, jobs, report=lambda line: None)
+    pool = list(runs["FT 159 rows"].values())
+    assert np.std([columns["correct@0.7"].mean() for columns in pool]) > 0.005  # one recipe, not one model
     claims = [
         replace(ACCURACY, column=f"correct@{ratio}", among=order)
-        for ratio in ("0", "0.7")
+        for ratio in ("0.7", "0")
         for order in ("free", "bound")
     ]
-    for half in splits:
-        other = rng.permutation([seed for seed in trained if seed not in half])
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(20):
+        drawn = rng.permutation(len(pool))
         arms = {
-            "FT": {k: trained[s] for k, s in enumerate(half)},
-            "SFT": {k: trained[s] for k, s in enumerate(other)},
+            arm: {k: pool[i] for k, i in enumerate(some)} for arm, some in (("FT", drawn[:4]), ("SFT", drawn[4:8]))
         }
         found = find_all(arms, study.items, claims=claims)
-        differ = [f for f in found if not f.effect.low <= 0 <= f.effect.high]
-        quiet += not [
-            f for f in found if f.claim.column == "correct@0.7" and f.claim.among == "free" and f in differ
-        ]
-        seen += len(differ)
-    assert quiet >= 18
-    assert seen <= 8  # of 80
+        seen.append([not f.effect.low <= 0 <= f.effect.high for f in found])
+    assert sum(first for first, *_ in seen) <= 2  # robustness: no difference in 90 % of 20
+    assert sum(map(sum, seen)) <= 8  # all four: of 80
+    loss = replace(ACCURACY, column="loss@0", among="all", sign=-1, control="base")
+    learned = judge(loss, {"FT": dict(enumerate(pool[:4])), "base": runs["base"]}, study.items)
+    assert learned.verdict in ("holds", "holds in part"), "blind: not even the training is seen"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ironlogic import models  # first: it brings Unsloth in before the others
+from ironlogic.backends import WHY_NOT_UNSLOTH
 from ironlogic.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,10 +122,6 @@ def passed_to(callee):
     return found
 
 
-unsloth_only = pytest.mark.skipif(find_spec("unsloth") is None, reason="Unsloth is not installed")
-
-
-@unsloth_only
 @pytest.mark.parametrize("owner", ["FastLanguageModel", "FastModel"])
 def test_unsloth_loads_with_the_arguments_that_we_pass(owner):
     known = unsloth_parameters("models/loader.py", owner, "from_pretrained")
@@ -133,7 +130,6 @@ def test_unsloth_loads_with_the_arguments_that_we_pass(owner):
     assert "local_files_only" in (folder / "models/loader.py").read_text(encoding="utf-8")
 
 
-@unsloth_only
 @pytest.mark.parametrize(
     ("file", "owner"), [("models/llama.py", "FastLlamaModel"), ("models/vision.py", "FastBaseModel")]
 )
@@ -145,14 +141,12 @@ def test_unsloth_adds_lora_with_the_arguments_that_we_pass(file, owner):
     assert "target_parameters" in unsloth_parameters("models/vision.py", "FastBaseModel", "get_peft_model")
 
 
-@unsloth_only
 @pytest.mark.parametrize("name", ["for_inference", "for_training"])
 def test_unsloth_switches_between_modes(name):
     for file, owner in (("models/llama.py", "FastLlamaModel"), ("models/vision.py", "FastBaseModel")):
         assert "model" in unsloth_parameters(file, owner, name)
 
 
-@unsloth_only
 def test_pins_are_what_unsloth_admits():
     from importlib.metadata import requires, version
 
@@ -252,7 +246,6 @@ def python(code, folder, *arguments, **environ):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(models.BACKEND != "unsloth", reason="the seed's script needs Unsloth")
 def test_the_seeds_script_runs_and_our_preset_reaches_its_losses(tmp_path):
     import torch
     from test_systems import gemma3
@@ -267,6 +260,7 @@ def test_the_seeds_script_runs_and_our_preset_reaches_its_losses(tmp_path):
     model.save_pretrained(tmp_path / "models" / "gemma-3-27b-it")
     processor.save_pretrained(tmp_path / "models" / "gemma-3-27b-it")
     names = ["Ann", "Bob", "Leo", "Kim", "Eve", "Tom", "Zoe", "Max", "Amy", "Ian", "Sue", "Joe"]
+    assert models.BACKEND == "unsloth", WHY_NOT_UNSLOTH
     chats = [  # three words: too few for the seed's shuffle; equally long: any order is possible
         [{"role": "user", "content": f"Who is {name}?"}, {"role": "assistant", "content": f"It is {name}."}]
         for name in names

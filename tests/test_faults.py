@@ -1,8 +1,9 @@
-"""What breaks a run from outside: it is killed again and again, its model folder is incomplete.
+"""What breaks a run from outside: it is killed again and again, its model folder is incomplete or hostile.
 
 Each fault ends in the bytes of an undisturbed run, or in one clear message.
 """
 
+import json
 import os
 import random
 import shutil
@@ -13,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from jinja2.exceptions import SecurityError
 
 from ironlogic.burden import Burden
 from ironlogic.models import ModelError, load_model
@@ -103,3 +106,63 @@ def test_model_folder_that_lacks_a_file_is_one_message(tmp_path, missing):
         load_model(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A copy of nano to be made hostile, and the file that its code would leave."""
+    shutil.copytree(DATA / "nano", tmp_path / "model")
+    return tmp_path / "model", tmp_path / "ran"
+
+
+def test_weights_in_a_pickle_are_not_read(stranger):
+    folder, ran = stranger
+
+    class Command:
+        def __reduce__(self):
+            return os.system, (f"touch {ran}",)
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Command()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"no \.safetensors file in it; weights in pickles are not read"):
+        load_model(folder)
+    adapter = folder.parent / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "nano"}))
+    torch.save({"x": Command()}, adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match="adapter: no .safetensors file"):
+        load_model(adapter)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "unheard_of"])
+def test_code_in_a_model_folder_does_not_run_and_nobody_is_asked(stranger, monkeypatch, kind):
+    folder, ran = stranger
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": classes}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks on the keyboard"))
+    if kind == "qwen3":
+        assert type(load_model(folder).model).__module__.startswith("transformers.")
+    else:
+        with pytest.raises(ModelError, match="custom code"):
+            load_model(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ cycler.__init__.__globals__.os.popen('touch RAN').read() }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(messages[0]) }}",
+    ],
+)
+def test_a_hostile_chat_template_is_stopped(stranger, template):
+    folder, ran = stranger
+    (folder / "chat_template.jinja").write_text(template.replace("RAN", str(ran)))
+    tokenizer = load_model(folder).tokenizer
+    with pytest.raises(SecurityError):
+        tokenizer.apply_chat_template(CHATS[0], tokenize=False)
+    assert not ran.exists()

@@ -10,7 +10,14 @@ import jinja2
 import numpy as np
 import pytest
 
-from ironlogic.gguf_file import GgufError, modelfile_text, plain_template, why_not_gguf, write_gguf, write_lora_gguf
+from ironlogic.gguf_file import (
+    ExportError,
+    modelfile_text,
+    plain_template,
+    why_not_gguf,
+    write_gguf,
+    write_lora_gguf,
+)
 from ironlogic.nano import CHAT_TEMPLATE, DATA
 
 from safetensors.numpy import load_file, save_file  # isort: skip
@@ -105,7 +112,7 @@ def test_qwen2s_way_of_cutting_words_is_known_and_others_are_not(copy):
 )
 def test_what_it_does_not_know_is_refused(copy, fields, reason):
     change(copy / "config.json", **fields)
-    with pytest.raises(GgufError, match=reason):
+    with pytest.raises(ExportError, match=reason):
         write_gguf(copy, copy / "x.gguf")
 
 
@@ -113,22 +120,22 @@ def test_weights_beyond_float16_are_refused_not_turned_into_infinity(copy):
     weights = load_file(copy / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 70_000
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(GgufError, match="up_proj.*beyond the range"):
+    with pytest.raises(ExportError, match="up_proj.*beyond the range"):
         write_gguf(copy, copy / "x.gguf")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(GgufError, match="not finite"):
+    with pytest.raises(ExportError, match="not finite"):
         write_gguf(copy, copy / "x.gguf")
 
 
 def test_adapters_with_more_than_pairs_are_refused(tmp_path):
     settings = {"lora_alpha": 8, "modules_to_save": ["lm_head"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(GgufError, match="modules_to_save"):
+    with pytest.raises(ExportError, match="modules_to_save"):
         write_lora_gguf(tmp_path, NANO, tmp_path / "x.gguf")
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"modules_to_save": None}))
     save_file({"base_model.model.model.norm.weight": np.ones(128, np.float32)}, tmp_path / "a.safetensors")
-    with pytest.raises(GgufError, match="no low-rank pair"):
+    with pytest.raises(ExportError, match="no low-rank pair"):
         write_lora_gguf(tmp_path, NANO, tmp_path / "x.gguf")
 
 
@@ -197,5 +204,5 @@ def test_the_go_template_of_nano():
     "template", ["{{ messages[-1].content }}", "{% for m in messages %}{{ m.role }}{% endfor %}"]
 )
 def test_templates_that_are_no_row_of_turns_are_refused(template):
-    with pytest.raises(GgufError, match="by hand"):
+    with pytest.raises(ExportError, match="by hand"):
         modelfile_text("x.gguf", Renders(template), stops=[])

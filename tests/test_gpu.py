@@ -28,6 +28,14 @@ def test_the_script_itself_runs_without_a_card(tmp_path):
     assert all(float(row[5]) > 0 for row in rows), rows
 
 
+@pytest.mark.slow
+def test_splices_are_measured_too(tmp_path):
+    out = tmp_path / "table.md"
+    measure("vqwen3-4b", "qwen3-smvl", "--tiny", "--cap", "0", "--length", "128", "--steps", "3", "--out", out)
+    assert [row[0] for row in cells(out)] == ["vqwen3-4b", "qwen3-smvl"]
+    assert all(float(row[5]) > 0 for row in cells(out)), cells(out)
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_peaks_on_a_card_are_what_was_planned(tmp_path):

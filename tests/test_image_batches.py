@@ -15,12 +15,14 @@ from ironlogic.image_batches import (
     order_by_length,
     read_picture_chats,
 )
-from ironlogic.image_features import Features, Pictures, cached_tower, look_at, tower_key
+from ironlogic.image_features import Features, Pictures, _too_many, cached_tower, look_at, tower_key
 from ironlogic.masking import IGNORED
+from ironlogic.runs import RunError
 from ironlogic.splice import splice
 
 import torch  # isort: skip
 import transformers  # isort: skip
+from safetensors import SafetensorError  # isort: skip
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # isort: skip
 
 RNG = np.random.default_rng(0)
@@ -215,11 +217,26 @@ def test_files_of_features_that_are_not_whole_are_never_read(tmp_path):
     assert "a" not in Features(tmp_path)
 
 
-def test_no_room_for_features(loaded, tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 1000})
+def test_no_room_for_features_is_told(loaded, tmp_path, monkeypatch, capsys):
+    usage = type("Usage", (), {"free": 2**20})
     monkeypatch.setattr("ironlogic.image_features.shutil.disk_usage", lambda path: usage)
-    pictures = Pictures()
+    assert not _too_many(torch.zeros(1024), 128, tmp_path)  # 512 KiB, half of it
+    assert _too_many(torch.zeros(1024), 129, tmp_path)
+    assert "features of 129 pictures" in capsys.readouterr().out
+    usage.free, pictures = 1000, Pictures()
     assert look_at(loaded, pictures, [pictures.add(picture())], tmp_path) is None
+    assert "the tower runs at every step" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full_while_features_are_written(tmp_path, monkeypatch):
+    def full(tensors, file):
+        file.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("ironlogic.image_features.save_file", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        Features(tmp_path / "features").add({"a": torch.ones(2, 3)})
+    assert not list((tmp_path / "features").iterdir())
 
 
 # --- loss

@@ -6,7 +6,6 @@ import pytest
 
 from ironlogic.export import ExportError, check_export, export_gguf, export_lora_gguf, merge_adapter
 from ironlogic.generate import generate
-from ironlogic.gguf_file import GgufError
 from ironlogic.llama import convert, find_quantizer, gguf_readers, llama_answers
 from ironlogic.models import DATA, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
@@ -79,12 +78,12 @@ def test_readers_of_a_file(tmp_path, monkeypatch):
     reader.data.flush()
     assert "transformers" not in gguf_readers(path)[1], "its reader would take 128 for granted"
     path.write_bytes(b"GGUF")
-    with pytest.raises(GgufError, match="cut short or damaged"):
+    with pytest.raises(ExportError, match="cut short or damaged"):
         gguf_readers(path)
 
 
 def test_tools_of_a_checkout(tmp_path, monkeypatch):
-    with pytest.raises(GgufError, match="is no checkout"):
+    with pytest.raises(ExportError, match="is no checkout"):
         convert(tmp_path, NANO, tmp_path / "x.gguf", "f16")
     tool = tmp_path / "build" / "bin" / "llama-quantize"
     tool.parent.mkdir(parents=True)

@@ -1,6 +1,7 @@
 """The card says what the run folder, the exports and the findings say, and nothing about what was not measured."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -68,14 +69,24 @@ def test_what_was_measured_stands_with_interval_and_verdict(run, tmp_path):
     findings = [
         Finding(claim, "fails", Interval(-0.02, -0.05, 0.01), repeats=5, items=170),
         Finding(CLAIMS[1], "can't be told here", note="no answers that can be checked | here"),
+        Finding(CLAIMS[2], "holds", Interval(1.5, 1, 2), repeats=5, items=170, at_least=True),
     ]
-    card = model_card(run, exports=tmp_path, findings=findings, report="report.html")
-    assert f"| {claim.said} |" in card
+    study = tmp_path / "02_study"
+    study.mkdir()
+    page = study / "report.html"
+    page.with_suffix(".json").write_text(json.dumps([asdict(finding) for finding in findings]))
+    card = model_card(run, exports=tmp_path, report=page)
+    assert f"| {claim.said} | {claim.measure}: FT against SFT |" in card
     assert "| -0.02 [-0.05, +0.01] | 5 x 170 | fails |" in card
     assert r"no answers that can be checked \| here" in card, "a bar would break the table"
-    assert "[report.html](report.html)" in card
+    assert "| at least +1.5 [+1, +2] |" in card
+    assert "study `02_study`. This model is none of them." in card
     assert "| `m-q8_0.gguf` | 1.0 | llama.cpp | 0.31 | 2.7e-04 (allowed 0.01) | 99.0% |" in card
     assert "believe no claim" not in card
+    own = Run(study / "FT-1", RECORD)
+    assert "This model went through FT-1, one of them." in model_card(own, report=page)
+    with pytest.raises(RunError, match="no findings here; notebook 05 writes them"):
+        model_card(run, report=tmp_path / "report.html")
 
 
 def test_it_names_no_folder_of_the_machine(run):
@@ -85,6 +96,19 @@ def test_it_names_no_folder_of_the_machine(run):
     assert "`base`" in card
     assert "base_model" not in card, "the hub would look for it"
     assert "verifiable rewards" in card
+
+
+def test_a_chain_of_stages_is_told_from_its_base_on(run, tmp_path):
+    later = tmp_path / "polished"
+    record = RECORD | {"model": str(run.folder / "adapter"), "burden": None, "stage": "sft", "steps": 7}
+    card = model_card(Run(later, record))
+    assert "on `google/gemma-3-12b-it`" in card
+    assert "base_model: google/gemma-3-12b-it" in card
+    assert "- fragmented-training" in card
+    assert "Fragmented Training, 70% of the words of the user's turns put out of order" in card
+    assert card.index("### 1. my-run") < card.index("### 2. polished")
+    assert "| optimizer steps | 93 |" in card
+    assert "| optimizer steps | 7 |" in card
 
 
 def test_writing(run, tmp_path):

@@ -118,6 +118,7 @@ def test_hub_name_without_network_is_one_message():
 
 def test_broken_config(tmp_path):
     (tmp_path / "config.json").write_text("{not json")
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(ModelError, match="can't be loaded"):
         load_model(tmp_path)
 

@@ -17,7 +17,7 @@ from ironlogic.evidence_plots import (
 )
 from ironlogic.evidence_widget import robustness_explorer
 from ironlogic.items import RATIOS, items_of_chats, made_items
-from ironlogic.report import findings_html, write_report
+from ironlogic.report import findings_html, measures_html, write_report
 
 ITEMS = made_items(68, seed=1)
 SIZES = (30, 248, 3000)
@@ -54,7 +54,7 @@ def test_page_needs_nothing_beside_it_and_escapes_everything(tmp_path):
         recipes=compare_recipes(arms, ITEMS),
         arms=arms,
         items=ITEMS,
-        measures={evil: {evil: 1.0}, "b": {}},
+        measures={evil: {evil: (1.0, 0.1)}, "b": {"x": (2.0, float("nan"))}},
         sizes=SIZES,
     ).read_text(encoding="utf-8")
     assert "<script" not in page
@@ -70,6 +70,14 @@ def test_page_needs_nothing_beside_it_and_escapes_everything(tmp_path):
     told = json.loads((tmp_path / "deep/report.json").read_text(encoding="utf-8"))
     assert [one["verdict"] for one in told] == [finding.verdict for finding in findings]
     assert told[0]["claim"]["said"] == evil
+
+
+def test_spread_stands_beside_the_mean_of_several_trainings():
+    html = measures_html(
+        {"a": {"m": (0.61803, 0.0213)}, "b": {"m": (0.5, float("nan"))}, "c": {"other": (12.0, 0.0)}}
+    )
+    assert "<td>0.618 <small>±0.021</small></td><td>0.5</td><td>–</td>" in html
+    assert "<td>12</td>" in html
 
 
 def test_row_says_rule_n_and_reason():

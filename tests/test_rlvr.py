@@ -25,7 +25,7 @@ from ironlogic.rlvr import (
     train_grpo,
 )
 from ironlogic.runs import RunError, open_run
-from ironlogic.tasks import accuracy_reward, check_answer, format_reward, make_tasks
+from ironlogic.tasks import accuracy_reward, check_answer, format_reward, make_tasks, thinks
 
 import torch  # isort: skip
 from safetensors.torch import load_file  # isort: skip
@@ -176,7 +176,7 @@ def test_a_run_writes_down_what_was_rewarded(finished):
         assert np.isclose(metric["rewards/accuracy_reward/mean"], np.mean([m["accuracy_reward"] for m in mine]))
         assert np.isclose(metric["reward"], np.mean([m["accuracy_reward"] + m["format_reward"] for m in mine]))
         assert np.isclose(metric["completions/mean_length"], np.mean([m["tokens"] for m in mine]))
-        assert np.isclose(metric["think_rate"], np.mean(["<think>" in m["completion"] for m in mine]))
+        assert np.isclose(metric["think_rate"], np.mean([thinks(m["completion"]) for m in mine]))
     assert finished.record["stage"] == "grpo"
     assert finished.record["settings"]["rewards"] == ["accuracy_reward", "format_reward"]
     assert finished.record["data"] == "6 prompts"

@@ -50,8 +50,8 @@ def laptop(tmp_path):
 
 def test_start_on_this_machine(tmp_path, laptop, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "huggingface_hub", raising=False)  # another test may have loaded it
-    found = start("02", environ=laptop, system=tmp_path)
-    assert (found.place, found.root, found.runs, found.notebook) == ("local", ROOT, tmp_path / "runs", "02")
+    found = start(environ=laptop, system=tmp_path)
+    assert (found.place, found.root, found.runs) == ("local", ROOT, tmp_path / "runs")
     assert (found.card, found.card_gib, found.preset, found.installed) == (None, None, "nano", ())
     assert found.versions["torch"].startswith("2.13.0")
     assert found.python == ".".join(map(str, sys.version_info[:3]))
@@ -63,7 +63,7 @@ def test_start_on_this_machine(tmp_path, laptop, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed == f"{found}\n"
     assert len(printed.splitlines()) <= 6
-    again = start("02", environ=laptop, system=tmp_path)  # safe to run again
+    again = start(environ=laptop, system=tmp_path)  # safe to run again
     assert replace(again, disk_free_gib=found.disk_free_gib) == found  # something else may have written meanwhile
 
 
@@ -429,6 +429,23 @@ def test_install_adds_what_is_missing_and_never_swaps_what_is_loaded(fresh):
     assert "The user requested (constraint) ilprobe==1.0" in refused  # pip's own words
     assert refused.splitlines()[-1] == "NOW 1.0 None"
     assert fresh(INSTALL.replace("NEED", "'ilneedy'")).splitlines()[-1] == "NOW 2.0 1.0"  # not loaded: free to move
+
+
+def test_a_python_without_pip_and_a_full_disk_are_named(tmp_path, monkeypatch):
+    venv.create(tmp_path / "bare", symlinks=True)  # no pip in it
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare/bin/python"))
+    with pytest.raises(SessionError, match=r"install ilprobe without pip\. Run: .*bare/bin/python -m ensurepip"):
+        session.install([Requirement("ilprobe")], environ=os.environ)
+    full = tmp_path / "full"
+    full.write_text(
+        "#!/bin/sh\necho 'ERROR: Could not install packages: [Errno 28] No space left on device'\nexit 1\n"
+    )
+    full.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(full))
+    with pytest.raises(
+        SessionError, match=r"install ilprobe on a full disk \(.*Make room, run this again\. pip says:\nERROR"
+    ):
+        session.install([Requirement("ilprobe")], environ=os.environ)
 
 
 def test_start_installs_what_a_repository_asks_for(fresh, tmp_path):

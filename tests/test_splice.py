@@ -302,6 +302,17 @@ def test_a_new_image_token_makes_the_embedding_larger(tokenizer):
     assert "<image>" not in words.get_vocab()
 
 
+def test_the_rows_of_a_new_image_token_follow_the_seed(tokenizer):
+    rows = []
+    for state, seed in ((1, 7), (2, 7), (2, 8)):
+        model, words = language_model(tokenizer)
+        torch.manual_seed(state)
+        loaded = splice(tower(), (model, words), image_token="<image>", seed=seed)
+        rows.append(loaded.model.get_input_embeddings().weight[1024:])
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[1], rows[2])
+
+
 # --- where the parts come from
 
 
@@ -370,6 +381,16 @@ def test_the_projector_follows_its_seed_and_nothing_else_moves(tokenizer):
     assert {name.split(".")[1] for name, p in one.model.named_parameters() if p.requires_grad} == {
         "multi_modal_projector"
     }
+
+
+def test_the_projector_starts_as_linear_layers_do(tokenizer):
+    """Uniform within 1 / sqrt(inputs), whose deviation is that over sqrt(3)."""
+    part = splice(tower(), language_model(tokenizer)).model.model.multi_modal_projector
+    for layer in (part.linear_1, part.linear_2):
+        bound = layer.in_features**-0.5
+        assert layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert not layer.bias.any()
 
 
 # --- what is refused

@@ -29,16 +29,19 @@ def test_one_repeat_agrees_with_the_normal_interval():
     assert found.high == pytest.approx(high, abs=0.02)
 
 
-def test_interval_covers_the_truth_over_repeats_and_items():
-    """Repeat effects as large as item effects: an interval over items alone would cover far less."""
+@pytest.mark.parametrize("of_repeat", [0.05, 0.3])
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+def test_interval_covers_the_truth_over_repeats_and_items(repeats, of_repeat):
+    """However few the trainings, whether they or the items vary more; an interval over items alone covers less."""
     rng, hits, items_only = np.random.default_rng(2), 0, 0
     for trial in range(200):
-        table = rng.normal(0, 0.3, (5, 1)) + rng.normal(0, 0.3, (1, 60)) + rng.normal(0, 0.5, (5, 60))
-        found = bootstrap_interval(table, draws=400, seed=trial)
+        table = rng.normal(0, of_repeat, (repeats, 1)) + rng.normal(0, 0.4, (1, 60))
+        table += rng.normal(0, 0.4, (repeats, 60))
+        found = bootstrap_interval(table, draws=200, seed=trial)
         hits += found.low <= 0 <= found.high
-        alone = bootstrap_interval(table.mean(axis=0), draws=400, seed=trial)
+        alone = bootstrap_interval(table[0], draws=200, seed=trial)
         items_only += alone.low <= 0 <= alone.high
-    assert hits >= 184  # 95 % of 200 is 190; 184 is two standard deviations below
+    assert hits >= 182  # 95 % of 200 is 190; 182 is 2.6 standard deviations below
     assert items_only < hits
 
 
@@ -170,5 +173,8 @@ def test_a_known_multiplier_is_found():
     assert samples_worth(sizes, theirs, theirs, at=30).mean == pytest.approx(1)
     assert samples_worth(sizes, theirs - 9, theirs, at=30).low == pytest.approx(1000 / 30)  # "at least"
     assert samples_worth(sizes, theirs + 9, theirs, at=30).high == pytest.approx(10 / 30)  # "at most"
+    apart = ours - np.log([1, 2, 4, 1, 2]).reshape(1, 5, 1) * 0.3  # trainings that differ: Student's t over five
+    found = samples_worth(sizes, apart, theirs, at=30)
+    assert found.high / found.low > 3
     with pytest.raises(ValueError, match=r"\(5, R, I\)"):
         samples_worth(sizes, ours[:3], theirs[:3], at=30)

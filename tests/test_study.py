@@ -70,7 +70,7 @@ def test_every_claim_has_its_runs_in_the_full_plan(tmp_path):
     assert {arm for claim in CLAIMS for arm in (claim.ours, claim.control)} <= names
     assert sizes == (*CURVE, 3000)
     assert len(jobs) == len(set(jobs))
-    for arm in ("FT", "SFT", "FT then SFT", "FT 248 rows"):
+    for arm in ("FT", "SFT", "FT then SFT", "FT 30 rows", "FT 248 rows", "SFT 1000 rows"):
         assert sum(job.name == arm for job in jobs) == 5
     assert open_study(NANO, tmp_path, seeds=1, rows=100).full()[1] == (30, 100)
     assert not seen_before(study)
@@ -165,6 +165,7 @@ def test_own_adapter_own_items_and_own_chats(tmp_path):
     assert "yours" in findings_html(findings, finding_pictures(findings, arms, items))
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in made.chats[3407]))
+    assert list(open_study(NANO, tmp_path, data=str(chats), seeds=2).chats) == [3407, 3408]
     plain = replace(open_study(NANO, tmp_path, data=str(chats), rows=30), max_new_tokens=24)
     found = {f.claim.key: f for f in find_all(run_jobs(plain, plain.jobs(("SFT", "FT"), plain.chats)), plain.items)}
     assert "answers can be checked" in found["robust"].note

@@ -175,7 +175,9 @@ def test_pictures_reach_the_loss_and_the_adapter(system):
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]},
         {"role": "assistant", "content": "A lion."},
     ]
-    inputs = look(loaded, messages)
+    shuffled = burden_messages(messages, preset.burden, seed=0, row=0)
+    assert shuffled != messages
+    inputs = look(loaded, shuffled)
     other = copy.copy(inputs) | {"pixel_values": torch.zeros_like(inputs["pixel_values"])}
     model = loaded.model.train()
     loss = model(**inputs, labels=inputs["input_ids"]).loss
@@ -183,6 +185,9 @@ def test_pictures_reach_the_loss_and_the_adapter(system):
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert moved
     assert not [name for name in moved if "vis" in name or "projector" in name]
+    torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2).step()
+    with torch.no_grad():
+        assert model(**inputs, labels=inputs["input_ids"]).loss < loss
     with torch.no_grad():
         assert not torch.equal(model.eval()(**inputs).logits, model(**other).logits)
     said = []

@@ -20,6 +20,7 @@ from ironlogic.tasks import (
     format_reward,
     make_tasks,
     task_chat,
+    thinks,
 )
 from ironlogic.world import KINDS
 
@@ -211,6 +212,22 @@ def test_a_reward_per_completion_or_an_error():
         accuracy_reward(["Answer: 7"], answer=["7", "8"])
 
 
+@pytest.mark.parametrize(
+    ("reply", "thought"),
+    [
+        ("<think>\nSo 7.\n</think>\nAnswer: 7", True),
+        ("<think>cut at the lim", True),
+        ("Answer: 7", False),
+        ("<think>\n\n</think>\nAnswer: 7", False),
+        ("<think></think></think>", False),
+        ("Answer: 7</think>", False),
+        ("", False),
+    ],
+)
+def test_a_thought_has_words_in_it(reply, thought):
+    assert thinks(reply) is thought
+
+
 def test_careless_chats_are_wrong_where_they_should_be():
     tasks = make_tasks(2000, seed=4, kinds=["parent", "give"])
     chats = careless_chats(tasks, think_pays=["parent"], careless=0.6, think=0.3, seed=1)
@@ -225,5 +242,10 @@ def test_careless_chats_are_wrong_where_they_should_be():
     share = sum(len(marks) for (_, thinks), marks in right.items() if thinks) / 2000
     assert abs(share - 0.3) < 4 * (0.21 / 2000) ** 0.5
     assert careless_chats(tasks, think_pays=["parent"], careless=0.6, think=0.3, seed=1) == chats
+    marked = careless_chats(tasks, think_pays=["parent"], careless=0.6, think=0.3, empty=0.5, seed=1)
+    pairs = [(old[1]["content"], new[1]["content"]) for old, new in zip(chats, marked, strict=True)]
+    changed = [(old, new) for old, new in pairs if old != new]
+    assert all(new == f"<think>\n\n</think>\n{old}" and not thinks(new) for old, new in changed)
+    assert abs(len(changed) / (2000 * (1 - share)) - 0.5) < 4 * (0.25 / 1400) ** 0.5
     with pytest.raises(ValueError, match="'color' is order-free"):
         careless_chats(make_tasks(1, kinds=["color"]), think_pays=["color"])

@@ -260,6 +260,29 @@ def test_a_broken_splice_is_not_trained(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_the_smolvlm_class_goes_through_both_stages_and_reloads(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.SiglipVisionConfig(**sizes, image_size=32, patch_size=8, vision_use_head=False)
+    look = transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    eye = (transformers.SiglipVisionModel(config).eval(), look)
+    loaded = splice(eye, "nano", projector="pixel_shuffle", shuffle_factor=2, max_length=128)
+    before = {name: tensors(part) for name, part in (("eye", tower_of(loaded.model)), ("text", text(loaded)))}
+    one = train_projector(loaded, CHATS, SETTINGS, run=tmp_path / "one", cache=tmp_path / "features")
+    assert one.record["trained_parameters"] == 4 * 32 * 128
+    assert same(tensors(text(one.loaded)), before["text"])
+    two = train_instruct(one.loaded, make_chats(2), SETTINGS, run=tmp_path / "two", cache=tmp_path / "features")
+    assert same(tensors(tower_of(two.loaded.model)), before["eye"])
+    again = load_model(save_spliced(two, tmp_path / "whole"), four_bit=False)
+    assert type(again.model).__name__ == "SmolVLMForConditionalGeneration"
+    said, told = (answer_pictures(one, CHATS[:3], max_new_tokens=3) for one in (two.loaded, again))
+    assert said == told
+
+
+def text(loaded):
+    return loaded.model.model.text_model
+
+
 @pytest.mark.slow
 def test_both_stages_over_a_4_bit_base_merge_into_its_16_bit_weights(tmp_path):
     base = save_spliced(tiny(), tmp_path / "base")

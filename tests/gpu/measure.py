@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-SYSTEMS = ("qwen3-vl-4b", "gemma-3-27b", "qwen3-30b-a3b")
+SPLICES = ("vqwen3-4b", "qwen3-smvl")
+SYSTEMS = ("qwen3-vl-4b", "gemma-3-27b", "qwen3-30b-a3b", *SPLICES)
 SHRUNK = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHRUNK |= {"num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1088}
 EYES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_heads": 4, "depth": 2}
@@ -32,13 +33,13 @@ MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 # --- a model to measure ---------------------------------------------------------------------------------------
 def config_of(system: str, *, tiny: bool):
-    """The published configuration of a preset's model; `tiny`: the same architecture, nano-sized."""
+    """The published configuration of a preset's (language) model; `tiny`: the same architecture, nano-sized."""
     from transformers import CONFIG_MAPPING
 
     from ironlogic.memory import ARCHITECTURES
-    from ironlogic.presets import PRESETS
+    from ironlogic.presets import PRESETS, VISION_PRESETS
 
-    model = PRESETS[system].model.lower()
+    model = (VISION_PRESETS[system].language_model if system in SPLICES else PRESETS[system].model).lower()
     name = next(name for name in ARCHITECTURES if name.lower() in model)
     known = {key: value for key, value in ARCHITECTURES[name].items() if key != "total"}
     if tiny:
@@ -73,6 +74,8 @@ def build(system: str, folder: Path, *, tiny: bool) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = auto.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    if tiny:
+        (folder / "tiny").touch()
     if sees:  # the text is what is trained here; a processor only has to be there
         write_processor(config, tokenizer, folder)
     else:
@@ -116,7 +119,7 @@ def measure(what: str, system: str, folder: Path, *, cap: float, length: int, st
     if cap and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(cap / total, 1.0))
-    run = {"ours": our_stage, "seed": seed_script, "lens": lens}[what]
+    run = {"ours": our_splice if system in SPLICES else our_stage, "seed": seed_script, "lens": lens}[what]
     speed = run(system, folder, length, steps)
     peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
     return {"peak_gib": peak, "tokens_per_second": speed, "backend": models.BACKEND}
@@ -133,6 +136,56 @@ def our_stage(system: str, folder: Path, length: int, steps: int) -> float:
     run = train_sft(loaded, rows_of(length, steps), settings, run=folder / "run", burden=preset.burden)
     first, last = run.metrics[0]["seconds"], run.metrics[-1]["seconds"]
     return length * (len(run.metrics) - 1) / (last - first)
+
+
+def stage_of(system: str, length: int):
+    """A splice's second stage, as the preset has it but for its accumulation, rows of at most `length` tokens."""
+    from ironlogic.presets import VISION_PRESETS
+
+    stage = VISION_PRESETS[system].instruct_stage
+    return replace(stage, accumulation=1, max_length=min(length, stage.max_length), log_steps=1)
+
+
+def tower_of(system: str, *, tiny: bool):
+    """(vision tower with random weights, its image processor)."""
+    import transformers
+    from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+    from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
+
+    from ironlogic.memory import ARCHITECTURES
+
+    shape = {key: value for key, value in ARCHITECTURES[system]["vision_config"].items() if key != "model_type"}
+    if tiny:
+        shape |= {key: EYES[key] for key in shape.keys() & EYES.keys()} | {"image_size": 4 * shape["patch_size"]}
+    if system == "vqwen3-4b":
+        tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**shape))
+    else:
+        tower = SmolVLMVisionTransformer(SmolVLMVisionConfig(**shape))
+    size = {"height": shape["image_size"], "width": shape["image_size"]}
+    return tower, transformers.SiglipImageProcessorPil(size=size)
+
+
+def our_splice(system: str, folder: Path, length: int, steps: int) -> float:
+    """Stage 2: projector and LoRA, a picture in every row, as many rows a pass as the preset has."""
+    from ironlogic.presets import VISION_PRESETS
+    from ironlogic.splice import splice, train_instruct
+
+    from PIL import Image  # isort: skip  (splice comes first: it brings Unsloth in)
+
+    preset = VISION_PRESETS[system]
+    settings = stage_of(system, length)
+    length, tiny = settings.max_length, (folder / "tiny").exists()
+    loaded = splice(
+        tower_of(system, tiny=tiny), folder, projector=preset.projector, four_bit=preset.four_bit, max_length=length
+    )
+    picture = {"type": "image", "image": Image.effect_noise((336, 336), 64).convert("RGB")}
+    rows = rows_of(length, steps * settings.batch_size)
+    for user, _ in rows:
+        words = user["content"].split()
+        user["content"] = [picture, {"type": "text", "text": " ".join(words[: len(words) // 4])}]
+    run = train_instruct(loaded, rows, settings, run=folder / "run", cache=None)
+    first, last = run.metrics[0]["seconds"], run.metrics[-1]["seconds"]
+    return settings.batch_size * length * (len(run.metrics) - 1) / (last - first)
 
 
 def seed_script(system: str, folder: Path, length: int, steps: int) -> float:
@@ -239,7 +292,6 @@ def row(system: str, cap: float, what: str, found: dict, planned: str) -> str:
 def table(chosen: argparse.Namespace) -> str:
     from ironlogic.memory import plan_memory
     from ironlogic.models import BACKEND
-    from ironlogic.presets import PRESETS
 
     import torch  # isort: skip  (models comes first)
 
@@ -250,18 +302,18 @@ def table(chosen: argparse.Namespace) -> str:
     ]
     lines += ["| system | cap GiB | what | planned GiB | peak GiB | tokens/s |", "|---|---|---|---|---|---|"]
     for system in chosen.systems:
-        plan = plan_memory(PRESETS[system], card_gib=80, length=chosen.length)
+        length = stage_of(system, chosen.length).max_length if system in SPLICES else chosen.length
+        peak = "" if chosen.tiny else f"{plan_memory(system, card_gib=80, length=length).peak_gib:.2f}"
         with tempfile.TemporaryDirectory(dir=chosen.scratch) as scratch:
             folder = Path(scratch) / "model"
             common = [system, "--folder", str(folder), "--length", str(chosen.length), "--steps", str(chosen.steps)]
             common += ["--tiny"] * chosen.tiny
             built = in_its_own_process(["--only", "build", *common])
             for cap in chosen.cap if "failed" not in built else ():
-                for what in ("ours", "seed", "lens"):
+                for what in ("ours",) if system in SPLICES else ("ours", "seed", "lens"):
                     shutil.rmtree(folder / "run", ignore_errors=True)
                     found = in_its_own_process(["--only", what, "--cap", str(cap), *common])
-                    planned = f"{plan.peak_gib:.2f}" if what == "ours" and not chosen.tiny else ""
-                    lines.append(row(system, cap, what, found, planned))
+                    lines.append(row(system, cap, what, found, peak if what == "ours" else ""))
                     print(lines[-1], file=sys.stderr, flush=True)
             if "failed" in built:
                 lines.append(f"| {system} | | not built | | {built['failed']} | |")
