@@ -131,24 +131,30 @@ def run_command(options: argparse.Namespace) -> int:
 def evidence_command(options: argparse.Namespace) -> int:
     environ = {**os.environ, **({"IRONLOGIC_RUNS": options.out} if options.out else {})}
     runs, began = session.results_folder(session.see_place(environ), environ=environ), time.monotonic()
-    from ironlogic.chats import ChatError
     from ironlogic.presets import PresetError, find_preset
 
     try:
         preset = find_preset(options.preset)
-        from ironlogic.items import load_items
-        from ironlogic.study import open_study, run_jobs
+    except PresetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from ironlogic.chats import ChatError
+    from ironlogic.items import load_items
+    from ironlogic.models import ModelError
+    from ironlogic.runs import RunError
+    from ironlogic.study import open_study, run_jobs
 
+    try:
         items, rejected = load_items(options.items) if options.items else (None, [])
         print(*rejected, sep="\n", end="\n" if rejected else "")
         study = open_study(preset, runs, data=options.data, rows=options.rows, seeds=options.seeds, items=items)
-    except (PresetError, ChatError) as error:
+        jobs, sizes = study.full()
+        print(f"{len(jobs)} trainings and measurements in {study.folder}", flush=True)
+        arms = run_jobs(study, jobs, workers=os.cpu_count() or 1, report=partial(print, flush=True))
+        study.time_arms(arms)
+    except (ChatError, ModelError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    jobs, sizes = study.full()
-    print(f"{len(jobs)} trainings and measurements in {study.folder}", flush=True)
-    arms = run_jobs(study, jobs, workers=os.cpu_count() or 1, report=partial(print, flush=True))
-    study.time_arms(arms)
     from ironlogic.behaviour import describe
     from ironlogic.claims import compare_recipes, find_all
     from ironlogic.report import write_report

@@ -152,7 +152,12 @@ def count_weights(source: Source) -> tuple[int, int]:
 
 
 def read_config(place: str | Path) -> Any:
-    return transformers.AutoConfig.from_pretrained(place, local_files_only=Path(place).is_dir())
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            place, local_files_only=Path(place).is_dir(), trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{place}: its config.json can't be had ({str(error).splitlines()[0]})") from error
 
 
 # --- comparing ----------------------------------------------------------------------------------------------

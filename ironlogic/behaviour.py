@@ -4,6 +4,7 @@ One function a measure; each returns numbers per item, so that arms are compared
 them all on one model and returns the columns that `claims` compares. Knows no claim and trains nothing.
 """
 
+import itertools
 import re
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from ironlogic.generate import Completion, generate
 from ironlogic.items import WORST, Columns, Items, substitute_words
 from ironlogic.models import LoadedModel, as_loaded, inference, use_adapter, with_adapters
 from ironlogic.statistics import Interval, adjusted_effect, calibration_error, curve_area
-from ironlogic.tasks import check_answer
+from ironlogic.tasks import check_answer, thinks
 
 __all__ = [
     "Bleeding",
@@ -32,16 +33,10 @@ __all__ = [
     "mode_switching",
     "repetition",
     "substituted",
-    "thinks",
 ]
 
 
 # --- thinking ---------------------------------------------------------------------------------------------
-def thinks(text: str) -> bool:
-    """Whether a reply opens a `<think>` block."""
-    return "<think>" in text
-
-
 @dataclass(frozen=True)
 class ModeSwitching:
     """Thinking on hard items and not on easy ones, as a detector of hard items."""
@@ -143,28 +138,29 @@ def substituted(
 
 # --- speed ------------------------------------------------------------------------------------------------
 def decoding_speed(
-    loaded: LoadedModel, adapters: Mapping[str, Path], prompts: Sequence[str], *, tokens: int = 24, repeats: int = 2
+    loaded: LoadedModel, adapters: Mapping[str, Path], prompts: Sequence[str], *, tokens: int = 24, repeats: int = 4
 ) -> dict[str, np.ndarray]:
     """Seconds a token at a forced length, by arm ("base" is the model without adapter); arrays of shape (prompt,).
 
-    All arms answer a prompt in turn, in an order that rotates, so that whatever else the machine does hits all
-    alike; the median over `repeats` is kept. The length is forced, or an arm that says less would look quicker.
+    All arms answer a prompt in turn, in every order, the repeats far apart in time, so that whatever else the
+    machine does hits all alike; the median over `repeats` is kept. The length is forced, or an arm that says less
+    would look quicker.
     """
     loaded = with_adapters(loaded, adapters)
     arms = [None, *adapters]
+    orders = list(itertools.permutations(range(len(arms))))
     seconds = np.zeros((len(arms), repeats, len(prompts)))
     with inference(loaded) as model:
-        for p in range(-1, len(prompts)):  # -1: warm up
-            text = loaded.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompts[max(p, 0)]}], tokenize=False, add_generation_prompt=True
-            )
-            inputs = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(loaded.device)
-            for repeat in range(repeats):
-                for k in range(len(arms)):
-                    arm = (k + repeat + p) % len(arms)
+        for repeat in range(-1, repeats):  # -1: warm up
+            for p, prompt in enumerate(prompts if repeat >= 0 else prompts[:1]):
+                text = loaded.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                )
+                inputs = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(loaded.device)
+                for arm in orders[(p + repeat) % len(orders)]:
                     with use_adapter(loaded, arms[arm]):
                         spent = _forced(model, inputs, tokens, loaded.tokenizer.pad_token_id)
-                    if p >= 0:
+                    if repeat >= 0:
                         seconds[arm, repeat, p] = spent / tokens
     return {arm or "base": np.median(seconds[k], axis=0) for k, arm in enumerate(arms)}
 
@@ -290,8 +286,10 @@ def _describe(repeats: Sequence[Columns], items: Items, ratios: Sequence[float])
     if sure.size and sure.size == right.size:
         told["calibration error, clean"] = calibration_error(sure[np.isfinite(sure)], right[np.isfinite(sure)])
     if items.among("easy").any() and items.among("hard").any():
-        asked = [task.prompt for task in items.tasks]
-        modes = [mode_switching(columns["think@0"], items.among("hard"), asked) for columns in repeats]
+        marked = items.among("hard") | items.among("easy")
+        asked = [task.prompt for task, m in zip(items.tasks, marked, strict=True) if m]
+        hard = items.among("hard")[marked]
+        modes = [mode_switching(columns["think@0"][marked], hard, asked) for columns in repeats]
         told["thinking: precision"] = float(np.mean([mode.precision for mode in modes]))
         told["thinking: recall"] = float(np.mean([mode.recall for mode in modes]))
         told["thinking: F1"] = float(np.mean([mode.f1 for mode in modes]))

@@ -89,7 +89,7 @@ class ChatBox(Explorer):
             with self._model(name) as loaded:
                 answer = self._answer(loaded, name, asked, picture)
             self.messages.append({"role": "assistant", "content": answer})
-        except Exception as error:  # a callback's traceback is invisible in most front ends: show it here
+        except (Exception, KeyboardInterrupt) as error:  # a callback's traceback is invisible in most front ends
             del self.messages[before:]
             self._said.append(f"<pre style='color:#b00020'>{escape(f'{type(error).__name__}: {error}')}</pre>")
             self._show_talk()

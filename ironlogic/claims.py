@@ -35,6 +35,7 @@ EMERGES = 0.20  # how much oftener it has to think than its control, to say that
 SEEDS_ROWS = 248  # the size of the seeds' dataset
 LONG_ENOUGH = 64  # tokens an answer on average: shorter ones have no room to loop
 FEWEST = 8  # items
+ABLE = 0.10  # right on clean prompts: below that there is no accuracy to gain or to lose
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Claim:
     """One sentence of the seeds, and when it counts as true.
 
     effect = `sign` x (ours - control), in the claimed direction. The verdict follows from its 95 % interval alone:
-    wholly at `size` or above: holds; wholly above no effect: holds in part; wholly below `size`: fails; else it
-    can't be told. `harmless` claims are about no loss: they hold when a loss of MARGIN is ruled out (90 % interval:
-    one of the two one-sided tests of equivalence; a gain does no harm), and never in part. A claim of the form
-    "worth" is judged at the seeds' 248 rows.
+    wholly at `size` or above: holds; wholly above no effect (a saving: above MARGIN): holds in part; wholly below
+    `size`: fails; else it can't be told. `harmless` claims are about no loss: they hold when a loss of MARGIN is
+    ruled out (90 % interval: one of the two one-sided tests of equivalence; a gain does no harm), and never in part.
+    A claim of the form "worth" is judged at the seeds' 248 rows.
     """
 
     key: str
@@ -218,18 +219,28 @@ def judge(claim: Claim, arms: Arms, items: Items, *, sizes: Sequence[int] = (), 
     if isinstance(pair, str):
         return unknown(pair)
     ours, control = pair
+    known = [
+        c["correct@0"][among] for arm in (claim.ours, claim.control) for c in arms[arm].values() if "correct@0" in c
+    ]
+    best = max((float(right.mean()) for right in known), default=1.0)
+    if claim.checkable and best < ABLE:
+        return unknown(f"at most {best:.0%} of clean prompts answered right: does a reply end in `Answer: ...`?")
     level = 0.90 if claim.harmless else 0.95
     effect = bootstrap_interval(claim.sign * (ours - control), level=level, draws=draws)
     detectable = smallest_detectable(effect, level=level)
     each = claim.sign * (ours - control).mean(axis=1)
     if claim.form == "saved":
         effect, each, detectable = _saved(effect), 1 - np.exp(-each), 1 - float(np.exp(-detectable))
-    verdict = decide(effect, size=claim.size, nothing=np.inf if claim.harmless else 0.0)
+    verdict = decide(
+        effect, size=claim.size, nothing=np.inf if claim.harmless else MARGIN if claim.form == "saved" else 0.0
+    )
     length = np.mean(
         [columns["tokens@0"].mean() for columns in arms[claim.ours].values() if "tokens@0" in columns] or 0
     )
     if claim.key == "loops" and length < LONG_ENOUGH:
         verdict, note = "can't be told here", f"answers have {length:.0f} tokens on average: no room to loop"
+    if claim.column == "sure" and max(ours.mean(), control.mean()) < MARGIN:
+        verdict, note = "can't be told here", "replies are so long that no whole one is probable, in either arm"
     if len(ours) == 1:
         alone = "one training: the interval is over items alone, and another training would differ by more"
         note = "; ".join(filter(None, [note, alone]))

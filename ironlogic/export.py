@@ -286,9 +286,9 @@ def _check_replaceable(out: Path, source: Source) -> None:
 def _check_sightless(source: Source) -> None:
     if hasattr(read_config(source.base), "vision_config"):
         raise ExportError(
-            f"{source.name} is a vision-language model: llama.cpp's converter has no place for this pair of tower "
-            "and language model in GGUF. Merged safetensors (merge_adapter) are the way out: plain transformers "
-            "loads them, eyes and all"
+            f"{source.name} is a vision-language model, of which no GGUF is written here: llama.cpp has no place "
+            "for a splice, and its convert_hf_to_gguf.py takes Gemma 3 and Qwen3-VL from the merged folder. Merged "
+            "safetensors (merge_adapter) are the way out: plain transformers loads them, eyes and all"
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ironlogic.models import LoadedModel, as_loaded, inference
+from ironlogic.models import LoadedModel, as_loaded, free_memory, inference
 
 import torch  # isort: skip  (models comes first: it imports Unsloth before transformers)
 import transformers  # isort: skip
@@ -67,7 +67,7 @@ def generate(
                 rows = open_rows[begin : begin + batch_size]
                 began = time.perf_counter()
                 so_far = [ids[i] + spoken[i] for i in rows]
-                more = _decode(loaded, model, so_far, limit - len(spoken[rows[0]]), sampling)
+                more = _fitting(loaded, model, so_far, limit - len(spoken[rows[0]]), sampling)
                 for i, tokens in zip(rows, more, strict=True):
                     spoken[i] += tokens
                     seconds[i] += (time.perf_counter() - began) / len(rows)
@@ -137,6 +137,19 @@ class _Teller(transformers.generation.BaseStreamer):
 
     def end(self) -> None:
         pass
+
+
+def _fitting(loaded, model, rows: list[list[int]], max_new_tokens: int, sampling: dict) -> list[list[int]]:
+    """`_decode`, in halves where the card is too small for all of them."""
+    try:
+        return _decode(loaded, model, rows, max_new_tokens, sampling)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    free_memory()  # out of the except block: the error holds the tensors
+    half = len(rows) // 2
+    first = _fitting(loaded, model, rows[:half], max_new_tokens, sampling)
+    return first + _fitting(loaded, model, rows[half:], max_new_tokens, sampling)
 
 
 def _decode(loaded, model, rows: list[list[int]], max_new_tokens: int, sampling: dict) -> list[list[int]]:

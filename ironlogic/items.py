@@ -118,7 +118,7 @@ def load_items(path: str | Path) -> tuple[Items, list[Rejected]]:
     """
     tasks, chats, rejected = [], [], []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ChatError(f"{path}: can't be read ({error}); expected a text file, one JSON object a line") from error
     for number, line in enumerate(lines, 1):
@@ -133,7 +133,8 @@ def load_items(path: str | Path) -> tuple[Items, list[Rejected]]:
             rejected.append(Rejected(str(path), number, *fault))
             continue
         answer, reply = str(row["answer"]).strip(), row.get("reply") or f"Answer: {row['answer']}"
-        tasks.append(Task("item", row.get("order") or "unknown", row.get("hard"), row["prompt"], answer, "", ()))
+        hard = None if row.get("hard") is None else bool(row["hard"])
+        tasks.append(Task("item", row.get("order") or "unknown", hard, row["prompt"], answer, "", ()))
         chats.append([{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": reply}])
     if not tasks:
         raise ChatError(f"{path}: no usable item. {describe_rejected(rejected)}")

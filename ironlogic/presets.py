@@ -236,13 +236,15 @@ _SMVL = TrainSettings(
 )
 _NANO_VISION = TrainSettings(
     learning_rate=1e-2,
-    batch_size=32,
+    batch_size=8,
     accumulation=1,
     weight_decay=0.0,
     max_length=128,
     save_steps=200,
     log_steps=5,
-    lora=LoraSettings(rank=16, alpha=32),
+)
+_NANO_INSTRUCT = replace(
+    _NANO_VISION, learning_rate=4e-3, projector_learning_rate=8e-3, lora=LoraSettings(rank=16, alpha=32)
 )
 
 _CLIP, _SMOL = "openai/clip-vit-large-patch14-336", "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
@@ -258,7 +260,7 @@ VISION_PRESETS = {
             projector="mlp2x_gelu",
             card_gib=0,
             projector_stage=_NANO_VISION,
-            instruct_stage=_NANO_VISION,
+            instruct_stage=_NANO_INSTRUCT,
             note="shipped in data/, runs on any laptop",
         ),
         VisionPreset(  # recommended: as many rows a step as the seed, but what one consumer card holds at a time

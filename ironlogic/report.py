@@ -90,7 +90,7 @@ def _details(finding: "Finding") -> str:
     claim = finding.claim
     rule = {
         "worth": f"holds from {claim.size:g} x on, in part above 1 x",
-        "saved": f"holds from {claim.size:.0%} saved on, in part above 0",
+        "saved": f"holds from {claim.size:.0%} saved on, in part above 3 %",
         "difference": f"holds if a loss of {-claim.size:g} is ruled out (90 % interval)"
         if claim.harmless
         else f"holds from {claim.size:+g} on, in part above 0",

@@ -128,7 +128,7 @@ def train_grpo(
 def read_completions(run: Run | str | Path) -> list[dict[str, Any]]:
     """Every completion of a run: step, prompt, completion, tokens, a number per reward, the rows' columns."""
     folder = run.folder if isinstance(run, Run) else run_folder(run)
-    lines = (folder / "completions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "completions.jsonl").read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 

@@ -60,12 +60,12 @@ def bootstrap_interval(values, *, level: float = 0.95, draws: int = 2000, seed: 
     of_items = rng.multinomial(items, np.full(items, 1 / items), size=draws) / items
     means = np.einsum("dr,ri,di->d", of_repeats, table, of_items, optimize=True)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    least, most = _student(table.mean(axis=1), level)
+    least, most = _student(table.mean(axis=1) if repeats > 1 else table[0], level)
     return Interval(float(table.mean()), float(min(low, least)), float(max(high, most)))
 
 
 def _student(of_repeats: np.ndarray, level: float) -> tuple[float, float]:
-    """Student's t over repeats: with few of them the bootstrap alone is too narrow, so never below this."""
+    """Student's t over repeats (of one: over items): with few of them the bootstrap alone is too narrow."""
     if len(of_repeats) == 1:
         return float("inf"), float("-inf")
     half = stats.sem(of_repeats) * stats.t.ppf((1 + level) / 2, len(of_repeats) - 1)

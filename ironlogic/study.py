@@ -1,7 +1,8 @@
 """The arms of a study: trains what is missing, measures what was not measured, reads what is there.
 
 An arm is one recipe, trained once a seed; SFT is the control twin of all others. Runs lie where notebook 02 puts
-them, so those are read, not made again. What was measured lies beside each run (`evidence.json`). Knows no claim.
+them, so those are read, not made again. What was measured lies beside each run (`evidence-*.json`).
+Knows no claim.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ironlogic.behaviour import decoding_speed, measure_all
 from ironlogic.burden import Burden
 from ironlogic.chats import ChatError, describe_rejected, load_chats, split_chats
 from ironlogic.items import Columns, Items, delete_words, items_of_chats, made_items
-from ironlogic.models import LoadedModel, free_memory, load_model
+from ironlogic.models import LoadedModel, free_memory, load_model, resolve, split_adapter
 from ironlogic.presets import Preset, TrainSettings
 from ironlogic.runs import RunError, open_run, write_json
 from ironlogic.stages import content_hash
@@ -99,6 +101,10 @@ class Study:
     def folder_of(self, job: Job) -> Path:
         """Where the job's measurements lie."""
         return self.folder / "base" if job.arm == "base" else self.run(job)
+
+    def was_measured(self, job: Job) -> bool:
+        file = _measured(self.items, self.seed, self.max_new_tokens, bool(job.rows))
+        return (self.folder_of(job) / file).exists()
 
     def jobs(self, arms: Iterable[str], seeds: Iterable[int], *, sizes: Iterable[int] = ()) -> list[Job]:
         seeds = list(seeds)
@@ -214,27 +220,36 @@ def add_speed(
 def measure_adapters(
     adapters: Mapping[str, str | Path],
     items: Items,
+    folder: Path,
     *,
     four_bit: bool = True,
     max_length: int = 2048,
     seed: int = 0,
     max_new_tokens: int = 512,
 ) -> dict[str, dict[int, Columns]]:
-    """Your own adapters by name, and the base of the first one; all measured on the same items."""
-    arms, base = {}, ""
-    for name, source in adapters.items():
-        loaded = load_model(source, four_bit=four_bit, max_length=max_length)
-        base = base or loaded.base
-        if loaded.base != base:
-            raise RunError(
-                f"{name} is an adapter of {loaded.base}, the first one of {base}; compare twins of one base"
-            )
-        arms[name] = {0: measure_all(loaded, items, seed=seed, max_new_tokens=max_new_tokens)}
-        del loaded
+    """Your own adapters by name, and the base of the first one; all measured on the same items.
+
+    What was measured lies in `folder`, by adapter. Raises `RunError`, before anything is measured, for a folder
+    that holds no adapter and for adapters of several bases.
+    """
+    places = {name: Path(resolve(source)) for name, source in adapters.items()}
+    bases = {name: split_adapter(str(place)) for name, place in places.items()}
+    if plain := [name for name, (_, adapter) in bases.items() if adapter is None]:
+        raise RunError(f"{plain[0]}: {places[plain[0]]} holds no adapter (adapter_config.json)")
+    base = next(iter(bases.values()))[0]
+    if other := [name for name, (found, _) in bases.items() if found != base]:
+        raise RunError(
+            f"{other[0]} is an adapter of {bases[other[0]][0]}, not of {base}; compare twins of one base"
+        )
+    arms, options = {}, {"seed": seed, "max_new_tokens": max_new_tokens}
+    for name, source in {**places, "base": base}.items():
+        weights = source / "adapter_model.safetensors" if name != "base" else None
+        content = weights.read_bytes() if weights else base.encode()
+        mark = hashlib.sha256(content + bytes([four_bit])).hexdigest()[:12]
+        load = partial(load_model, source, four_bit=four_bit, max_length=max_length)
+        arms[name] = {0: measure_once(load, items, folder / mark, **options)}
         free_memory()
-    loaded = load_model(base, four_bit=four_bit, max_length=max_length)
-    arms["base"] = {0: measure_all(loaded, items, seed=seed, max_new_tokens=max_new_tokens)}
-    add_speed(arms, loaded, {name: Path(source) for name, source in adapters.items()}, items)
+    add_speed(arms, load_model(base, four_bit=four_bit, max_length=max_length), places, items)
     return arms
 
 
@@ -293,16 +308,19 @@ def measure_once(
     max_new_tokens: int,
     brief: bool = False,
 ) -> Columns:
-    """`measure_all`, or what it gave for the same model folder and items before (`evidence.json`)."""
-    asked = [[asdict(task) for task in items.tasks], items.chats, seed, max_new_tokens, brief, _VERSION]
-    key, file = hashlib.sha256(json.dumps(asked).encode()).hexdigest(), folder / "evidence.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if known.get("asked") != key:
+    """`measure_all`, or what it gave for the same model folder and items before; a file for each set of items."""
+    file = folder / _measured(items, seed, max_new_tokens, brief)
+    if not file.exists():
         columns = measure_all(load(), items, seed=seed, max_new_tokens=max_new_tokens, brief=brief)
         folder.mkdir(parents=True, exist_ok=True)
-        known = {"asked": key, "columns": {name: values.tolist() for name, values in columns.items()}}
-        write_json(file, known)
-    return {name: np.array(values, float) for name, values in known["columns"].items()}
+        write_json(file, {name: values.tolist() for name, values in columns.items()})
+    known = json.loads(file.read_text(encoding="utf-8"))
+    return {name: np.array(values, float) for name, values in known.items()}
+
+
+def _measured(items: Items, seed: int, max_new_tokens: int, brief: bool) -> str:
+    asked = [[asdict(task) for task in items.tasks], items.chats, seed, max_new_tokens, brief, _VERSION]
+    return f"evidence-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]}.json"
 
 
 def run_jobs(
@@ -315,7 +333,7 @@ def run_jobs(
     arms: dict[str, dict[int, Columns]] = {job.name: {} for job in jobs}
     for after in (False, True):
         wave = [job for job in jobs if (" then " in job.arm) == after]
-        new = [job for job in wave if not (study.folder_of(job) / "evidence.json").exists()]
+        new = [job for job in wave if not study.was_measured(job)]
         several = 1 if torch.cuda.is_available() else min(workers, len(new))
         with _pool(several) if several > 1 else contextlib.nullcontext() as pool:
             done = pool.map(study.do, new) if pool else map(study.do, new)
@@ -329,7 +347,6 @@ def run_jobs(
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: more threads than cores are slower than one
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # several write over each other
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 

@@ -79,6 +79,8 @@ def train_sft(
     """
     loaded, folder = as_loaded(loaded), run_folder(run)
     chats = _as_dataset(chats)
+    if not len(chats):
+        raise RunError(f"{folder}: there are no conversations to train on")
     stage = _stage(loaded.source, loaded.four_bit_share > 0, chats, settings, burden)
     wanted = describe_stage(
         stage["stage"],
@@ -147,9 +149,14 @@ def train_prepared(folder: Path, *, watch: Watch | None = None) -> Run:
 
 # --- the folder -------------------------------------------------------------------------------------------
 def _as_dataset(chats: datasets.Dataset | Sequence[Sequence[dict[str, Any]]]) -> datasets.Dataset:
-    if isinstance(chats, datasets.Dataset):
-        return chats
-    return datasets.Dataset.from_list([{"messages": list(messages)} for messages in chats])
+    known = isinstance(chats, datasets.Dataset)
+    for row, messages in enumerate(chats["messages"] if known else chats):
+        parts = [part for turn in messages if not isinstance(turn["content"], str) for part in turn["content"]]
+        if any(part["type"] == "image" for part in parts):
+            raise RunError(
+                f"row {row} holds a picture, which this stage would not see; vision_train has those that do"
+            )
+    return chats if known else datasets.Dataset.from_list([{"messages": list(chat)} for chat in chats])
 
 
 def _stage(

@@ -16,13 +16,13 @@ from ironlogic.behaviour import (
     mode_switching,
     repetition,
     substituted,
-    thinks,
 )
 from ironlogic.evidence import reply_scores
 from ironlogic.generate import Completion
 from ironlogic.items import Items, items_of_chats, made_items
 from ironlogic.models import add_lora, load_model
 from ironlogic.presets import LoraSettings
+from ironlogic.tasks import thinks
 
 import torch  # isort: skip
 

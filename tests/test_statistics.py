@@ -54,7 +54,7 @@ def test_paired_difference_removes_what_both_share():
 
 
 def test_same_seed_same_interval():
-    values = np.random.default_rng(4).random(20)
+    values = np.random.default_rng(4).random((5, 20))
     assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
     assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
 

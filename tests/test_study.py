@@ -153,7 +153,7 @@ def test_own_adapter_own_items_and_own_chats(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     items, rejected = load_items(path)
     assert not rejected
-    arms = measure_adapters({"yours": adapter}, items, max_new_tokens=72, seed=made.seed)
+    arms = measure_adapters({"yours": adapter}, items, tmp_path / "own", max_new_tokens=72, seed=made.seed)
     own = made.do(Job("FT", 3407))[1]
     assert np.array_equal(arms["yours"][0]["correct@0.7"], own["correct@0.7"])
     findings = find_all(arms, items, names={"FT": "yours", "SFT": "base"})

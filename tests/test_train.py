@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import datasets
 import pytest
 
 from ironlogic.burden import Burden
@@ -317,6 +318,17 @@ def test_training_twice_inside_one_model_is_refused(tmp_path):
     train_sft(loaded, CHATS[:4], SETTINGS, run=tmp_path / "one")
     with pytest.raises(ModelError, match="load it again"):
         train_sft(loaded, CHATS[:4], SETTINGS, run=tmp_path / "two")
+
+
+def test_pictures_are_refused_and_not_trained_as_text(tmp_path):
+    parts = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what is it"}]
+    seen = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
+    ]
+    for chats in ([CHATS[0], seen], datasets.Dataset.from_list([{"messages": seen}])):
+        with pytest.raises(RunError, match=r"row \d holds a picture, which this stage would not see; vision_train"):
+            train_sft(load_model("nano"), chats, SETTINGS, run=tmp_path / "run")
 
 
 def test_short_run_logs_too(tmp_path):
