@@ -45,7 +45,7 @@ class Claim:
     effect = `sign` x (ours - control), in the claimed direction. The verdict follows from its 95 % interval alone:
     wholly at `size` or above: holds; wholly above no effect (a saving: above MARGIN): holds in part; wholly below
     `size`: fails; else it can't be told. `harmless` claims are about no loss: they hold when a loss of MARGIN is
-    ruled out (90 % interval: one of the two one-sided tests of equivalence; a gain does no harm), and never in part.
+    ruled out (90 % interval: one of the two one-sided tests of equivalence; a gain does no harm), never in part.
     A claim of the form "worth" is judged at the seeds' 248 rows.
     """
 
