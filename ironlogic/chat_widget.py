@@ -15,7 +15,8 @@ import ipywidgets
 from PIL import Image
 
 from ironlogic.burden import apply_burden, moved_units
-from ironlogic.explorer import Explorer, picture_html, ratio_slider, text_html
+from ironlogic.explorer import Explorer, picture_html, ratio_slider, text_html, uploaded
+from ironlogic.pictures import read_picture
 
 if TYPE_CHECKING:
     from ironlogic.models import LoadedModel
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["ChatBox", "answer_html", "chat_box"]
 
 _EVERY = 0.1  # seconds between two pictures of an answer in the making
-_MOST_PIXELS = 40_000_000
 
 
 def chat_box(
@@ -171,18 +171,11 @@ class ChatBox(Explorer):
         return html, None
 
     def _new_picture(self) -> Image.Image | None:
-        """The uploaded picture, unless the conversation has it already. A tuple in ipywidgets 8, a dict in 7."""
-        value = self.controls["image"].value if "image" in self.controls else ()
-        files = list(value.values()) if isinstance(value, dict) else list(value)
-        if not files:
+        """The uploaded picture, unless the conversation has it already."""
+        content = uploaded(self.controls["image"].value) if "image" in self.controls else None
+        if content is None:
             return None
-        try:
-            picture = Image.open(io.BytesIO(bytes(files[-1]["content"])))
-            if picture.width * picture.height > _MOST_PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
-            picture = picture.convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"the uploaded file is no picture that can be read: {error}") from error
+        picture = read_picture(content)
         return None if any(picture.tobytes() == old.tobytes() for old in self._pictures) else picture
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import ipywidgets
 from matplotlib.figure import Figure
 
-__all__ = ["Explorer", "picture_html", "png_bytes", "ratio_slider", "text_html"]
+__all__ = ["Explorer", "picture_html", "png_bytes", "ratio_slider", "text_html", "uploaded"]
 
 _MOVED = "background:#ffe08a;border-radius:3px;color:#111"
 
@@ -100,3 +100,9 @@ def text_html(text: str, *, moved: Sequence[tuple[str, bool]] | None = None) -> 
         "padding:8px;max-height:16em;overflow:auto"
     )
     return f'<div dir="auto" style="{style}">{body}</div>'
+
+
+def uploaded(value: Any) -> bytes | None:
+    """The bytes of a FileUpload, None when it is empty: ipywidgets 7 holds a dict of files by name, 8 a tuple."""
+    files = list(value.values()) if isinstance(value, dict) else list(value)
+    return bytes(files[-1]["content"]) if files else None

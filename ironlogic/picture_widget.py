@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 from PIL import Image
 
-from ironlogic.explorer import Explorer, picture_html
+from ironlogic.explorer import Explorer, picture_html, uploaded
 from ironlogic.pictures import read_picture
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def picture_explorer(
 ) -> Explorer:
     """The pictures of `rows`, each a conversation of one picture, one question and its answer; or an upload.
 
-    An uploaded picture goes before the picked one. The questions of `rows` are offered, any other may be typed.
+    An uploaded picture goes before the picked one, until another is picked. The questions of `rows` are offered, any
+    other may be typed.
     """
     from ironlogic.image_answers import answer_pictures
 
@@ -35,7 +36,7 @@ def picture_explorer(
     questions = list(dict.fromkeys(_asked(row) for row in rows))
 
     def show(picture: int, upload: Any, question: str) -> tuple[str, None]:
-        mine = _uploaded(upload)
+        mine = uploaded(upload)
         image = read_picture(mine if mine is not None else _shown(rows[picture]))
         if not question.strip():
             return picture_html(_enlarged(image), "the picture") + "<p>type a question</p>", None
@@ -47,13 +48,17 @@ def picture_explorer(
         return picture_html(_enlarged(image), "the picture") + said, None
 
     wide = ipywidgets.Layout(width="95%")
+    numbers = [(f"held-out picture {i + 1}", i) for i in range(len(rows))]
+    pick = ipywidgets.Dropdown(options=numbers, value=0, description="picture")
+    upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="or your own")
+    pick.observe(
+        lambda _: setattr(upload, "value", type(upload.value)()), names="value"
+    )  # before the explorer does
     return Explorer(
         "picture",
         {
-            "picture": ipywidgets.Dropdown(
-                options=[(f"held-out picture {i + 1}", i) for i in range(len(rows))], value=0, description="picture"
-            ),
-            "upload": ipywidgets.FileUpload(accept="image/*", multiple=False, description="or your own"),
+            "picture": pick,
+            "upload": upload,
             "question": ipywidgets.Combobox(
                 value=questions[0], options=questions, description="question", continuous_update=False, layout=wide
             ),
@@ -68,12 +73,6 @@ def _asked(row: Sequence[dict[str, Any]]) -> str:
 
 def _shown(row: Sequence[dict[str, Any]]) -> Any:
     return next(part["image"] for part in row[0]["content"] if part["type"] == "image")
-
-
-def _uploaded(value: Any) -> bytes | None:
-    """The bytes of a FileUpload: ipywidgets 7 holds a mapping of files by name, 8 a tuple of files."""
-    files = list(value.values()) if isinstance(value, dict) else list(value)
-    return bytes(files[-1]["content"]) if files else None
 
 
 def _enlarged(image: Image.Image) -> bytes:

@@ -75,3 +75,12 @@ def test_a_damaged_upload_is_told_in_one_line(explorer):
     explorer.controls["upload"].value = (damaged,)
     assert "PictureError" in explorer.text.value
     assert "Traceback" not in explorer.text.value
+
+
+def test_picking_another_picture_puts_the_upload_away(explorer):
+    mine = {"name": "x.png", "type": "image/png", "size": 9, "content": memoryview(png("red"))}
+    explorer.controls["upload"].value = ({**mine, "last_modified": datetime(2026, 1, 1, tzinfo=UTC)},)
+    shown = explorer.text.value
+    explorer.controls["picture"].value = 1
+    assert explorer.controls["upload"].value == ()
+    assert explorer.text.value.split("src=")[1] != shown.split("src=")[1]
