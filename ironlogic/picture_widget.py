@@ -27,8 +27,8 @@ def picture_explorer(
 ) -> Explorer:
     """The pictures of `rows`, each a conversation of one picture, one question and its answer; or an upload.
 
-    An uploaded picture goes before the picked one, until another is picked. The questions of `rows` are offered, any
-    other may be typed.
+    An uploaded picture goes before the picked one, until another is picked. The questions of `rows` are offered,
+    any other may be typed.
     """
     from ironlogic.image_answers import answer_pictures
 
