@@ -18,8 +18,6 @@ PICTURES = {
     "answers": ("03", "plot_answers("),
     "controls": ("03", "plot_controls("),
     "layers": ("04", "plot_layers("),
-    "claims": ("05", "plot_findings("),
-    "pass": ("06", "plot_pass("),
 }
 
 
