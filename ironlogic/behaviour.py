@@ -67,7 +67,7 @@ def repetition(reply: str, *, n: int = 4) -> float:
     """
     words = reply.split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 def loops(completion: Completion, *, n: int = 4, times: int = 3) -> bool:

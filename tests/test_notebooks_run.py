@@ -143,7 +143,7 @@ def test_the_kernel_is_this_python_whatever_is_registered(tmp_path, make_noteboo
 
 def test_setup_cell_in_a_kernel(tmp_path, make_notebook, tmp_runs):
     (tmp_path / "checkout").symlink_to(ROOT, target_is_directory=True)
-    path = make_notebook(tmp_path / "01_x.ipynb", SETUP_CELL, "S.notebook")
+    path = make_notebook(tmp_path / "01_x.ipynb", SETUP_CELL, "S.runs")
     with NotebookSession(path, timeout=120) as work:
         assert outputs(work.notebook, "stream", "stderr") == []
         assert work("str(S.root), str(S.runs), S.preset, S.installed") == (str(ROOT), str(tmp_runs), "nano", ())

@@ -46,8 +46,8 @@ def test_the_loss_falls_while_the_projector_learns_nothing(tmp_path):
         loaded = splice("nano-vision", "nano", seed=1)
         loaded = break_splice(loaded, fault) if fault else loaded
         lines = train_unchecked(loaded, rows, VISION_PRESETS["nano-vision"].instruct_stage)
-        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-        assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+        assert [line["step"] for line in lines] == list(range(1, 21))
+        assert sum(line["loss"] for line in lines[-5:]) / 5 < 0.7 * lines[0]["loss"]
         now = projector_of(loaded.model).parameters()
         still = all(torch.equal(a, b) for a, b in zip(start, now, strict=True))
         assert still == (fault is not None)
