@@ -66,7 +66,8 @@ FIRST = (
 )
 SECOND = (
     "python3 -m venv .venv-test && .venv-test/bin/pip install -r requirements.txt -r tests/requirements.txt && "
-    ".venv-test/bin/pip install --no-deps -r ironlogic/requirements-unsloth.txt && .venv-test/bin/python -m pytest"
+    ".venv-test/bin/pip install --no-deps -r ironlogic/requirements-unsloth.txt && "
+    ".venv-test/bin/python -m pytest -n 2"
 )
 
 
