@@ -85,6 +85,9 @@ def load_weights(
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     mixture = four_bit and hasattr(config.get_text_config(), "num_experts")
     _refuse_too_large(base, config, four_bit=four_bit, packs_experts=backend == "unsloth" and cuda)
+    if config.model_type == "qwen3_vl" and not transformers.utils.is_torchvision_available():
+        backend = "transformers"  # Unsloth finds no image processor for it then
+    max_length = min(max_length, config.get_text_config().max_position_embeddings)  # Unsloth would stretch RoPE
     load = _load_with_unsloth if backend == "unsloth" else _load_with_transformers
     try:
         model, processor = load(base, config, four_bit, max_length, seed, Path(base).is_dir())
@@ -148,6 +151,8 @@ def _load_with_unsloth(base, config, four_bit, max_length, seed, local_only):
             random_state=seed,
             use_exact_model_name=True,  # not its own upload of that model, which keeps other layers in 16 bit
             local_files_only=local_only,
+            trust_remote_code=False,
+            use_safetensors=True,  # never a pickle
         )
 
 
@@ -171,6 +176,7 @@ def _load_with_transformers(base, config, four_bit, max_length, seed, local_only
         device_map={"": torch.cuda.current_device() if cuda else "cpu"},
         quantization_config=nf4 if four_bit else None,
         local_files_only=local_only,
+        trust_remote_code=False,
         use_safetensors=True,  # never a pickle
     )
     return model, _load_processor(base, config, local_only)
@@ -192,14 +198,15 @@ class _StillQwen3VLProcessor(transformers.Qwen3VLProcessor):
 
 
 def _load_processor(base: str, config: Any, local_only: bool) -> Any:
+    safe = {"local_files_only": local_only, "trust_remote_code": False}  # else it asks on the keyboard
     if not hasattr(config, "vision_config"):
-        return transformers.AutoTokenizer.from_pretrained(base, local_files_only=local_only)
+        return transformers.AutoTokenizer.from_pretrained(base, **safe)
     if config.model_type == "qwen3_vl" and not transformers.utils.is_torchvision_available():
         # AutoProcessor would return the tokenizer alone, without a word
         pictures = transformers.Qwen2VLImageProcessorPil.from_pretrained(base, local_files_only=local_only)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base, local_files_only=local_only)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, **safe)
         return _StillQwen3VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
-    return transformers.AutoProcessor.from_pretrained(base, local_files_only=local_only)
+    return transformers.AutoProcessor.from_pretrained(base, **safe)
 
 
 def four_bit_share(model: torch.nn.Module) -> float:

@@ -168,7 +168,9 @@ def export_lora_gguf(run_or_path: Run | str | Path, out: str | Path, *, base: st
 def write_modelfile(gguf_path: str | Path, like: str | Path, *, system: str = "") -> Path:
     """`Modelfile` beside a GGUF file, for `ollama create NAME -f Modelfile`; chat template and stops of `like`."""
     gguf_path, source = Path(gguf_path), find_source(like, None)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.base, local_files_only=Path(source.base).is_dir())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        source.base, local_files_only=Path(source.base).is_dir(), trust_remote_code=False
+    )
     ends = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(_end_ids(source.base))} - {None}
     path = gguf_path.with_name("Modelfile")
     with _beside(path) as part:
@@ -180,7 +182,7 @@ def write_modelfile(gguf_path: str | Path, like: str | Path, *, system: str = ""
 
 def open_export(path: str | Path, *, like: str | Path) -> LoadedModel:
     """A GGUF file as a model to generate with, through transformers, with the tokenizer of the folder `like`."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(like, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(like, local_files_only=True, trust_remote_code=False)
     return LoadedModel(load_gguf(Path(path)), tokenizer, source=Path(path).name, base=str(path))
 
 
@@ -279,8 +281,14 @@ def _check_replaceable(out: Path, source: Source) -> None:
     used = [Path(place).resolve() for place in (source.base, source.adapter) if place and Path(place).exists()]
     if any(out.resolve() == place or out.resolve() in place.parents for place in used):
         raise ExportError(f"{out} holds what is to be exported; choose another folder")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "export.json").is_file()):
-        raise ExportError(f"{out} holds something that is no export; choose another folder")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and _exported(out) != {out.name}):
+        raise ExportError(f"{out} holds something that is no earlier merge; choose another folder")
+
+
+def _exported(folder: Path) -> set[str]:
+    """What was exported into a folder: its own name for a merged model, and the names of GGUF files."""
+    path = folder / "export.json"
+    return set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
 
 
 def _check_sightless(source: Source) -> None:

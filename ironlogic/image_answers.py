@@ -5,13 +5,15 @@ Knows nothing of what a right answer is: that is the caller's.
 
 import contextlib
 import random
+import re
+from collections.abc import Sequence
 from itertools import chain, cycle
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
-from ironlogic.chats import ChatError
+from ironlogic.chats import ChatError, describe_rejected, load_chats, split_chats
 from ironlogic.image_batches import (
     Chats,
     PictureRow,
@@ -28,7 +30,9 @@ from ironlogic.models import LoadedModel, inference
 from ironlogic.pictures import PictureError
 from ironlogic.runs import run_folder
 
-__all__ = ["answer_pictures", "control_rows"]
+__all__ = ["answer_pictures", "control_rows", "last_question", "load_questions"]
+
+_EMPTY_THOUGHT = re.compile(r"^\s*<think>\s*</think>")  # Qwen3's template has it trained
 
 
 def answer_pictures(
@@ -75,8 +79,32 @@ def answer_pictures(
             )
             new = out[:, batch["input_ids"].shape[1] :]
             for row, text in zip(some, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[row] = text.strip()
+                answers[row] = _EMPTY_THOUGHT.sub("", text).strip()
     return answers
+
+
+def load_questions(
+    source: Any, *, train: int, test: int, seed: int = 0
+) -> tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
+    """(rows to train on, held-out rows that have a picture) of what `load_chats` takes, at most so many of each.
+
+    Says how many rows there are and what was left out. Raises `ChatError` when there are too few.
+    """
+    rows, rejected = load_chats(source)
+    print(f"{len(rows)} rows. {describe_rejected(rejected)}")
+    kept, apart = (read_picture_chats(side) for side in split_chats(rows, seed=seed))
+    held = [row for row in apart if last_question(row)[0] is not None]
+    if not (kept and held):
+        raise ChatError(f"{source}: {len(rows)} rows are too few to hold out one with a picture; bring 20 or more")
+    return kept[:train], held[:test]
+
+
+def last_question(row: Sequence[dict[str, Any]]) -> tuple[Any, str, str]:
+    """(picture, question, reply) of a conversation: its last user turn, the last picture up to there (None: there
+    is none), and the text of the turn that ends it."""
+    last = max(place for place, turn in enumerate(row) if turn["role"] == "user")
+    shown = [part.get("image") for turn in row[: last + 1] for part in _image_parts(turn)]
+    return shown[-1] if shown else None, _text(row[last]), _text(row[-1]) if len(row) > last + 1 else ""
 
 
 def _prompt(messages, loaded: LoadedModel, tokenizer, pictures: Pictures, block: int) -> PictureRow:
@@ -114,11 +142,16 @@ def control_rows(
                 part["image"] = image
     elif control == "none":
         for turn in chain.from_iterable(chats):
-            if not isinstance(turn["content"], str):
-                turn["content"] = "".join(part["text"] for part in turn["content"] if part["type"] == "text")
+            turn["content"] = _text(turn)
     elif control != "image":
         raise ValueError(f"control_rows: control is {control!r}; expected image, blank, shuffled or none")
     return chats
+
+
+def _text(turn: dict) -> str:
+    if isinstance(turn["content"], str):
+        return turn["content"]
+    return "".join(part["text"] for part in turn["content"] if part["type"] == "text")
 
 
 def _image_parts(turn: dict) -> list[dict]:

@@ -8,10 +8,11 @@ transformers) chooses by hand.
 
 import contextlib
 import gc
+import inspect
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ironlogic.backends import (
     real_size,
 )
 from ironlogic.presets import LoraSettings
+from ironlogic.session import results_path, see_place
 
 import peft  # isort: skip  (backends comes first: it imports Unsloth before these)
 import transformers  # isort: skip
@@ -42,6 +44,7 @@ __all__ = [
     "free_memory",
     "inference",
     "load_model",
+    "model_inputs",
     "resolve",
     "split_adapter",
     "trainer_hardware",
@@ -68,6 +71,7 @@ class LoadedModel:
     base: str = ""  # folder or hub name of its weights without adapters
     max_length: int = 2048  # tokens
     four_bit_share: float = 0.0
+    in_16_bit: "Callable[[], LoadedModel] | None" = None  # makes it again, where no folder holds its weights
 
     @property
     def device(self) -> torch.device:
@@ -81,11 +85,13 @@ class LoadedModel:
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """A folder of data/ by its bare name (`nano`); a local folder; else a hub name, left as it is."""
+    """A folder of data/ by its bare name (`nano`), a local folder, one in the results; else a hub name, kept."""
     name = str(name_or_path)
     folders = [Path(name).expanduser()] if name else []
     if name and Path(name).name == name:
         folders.append(DATA / name)
+    elif name:
+        folders.append(results_path(see_place(os.environ), environ=os.environ) / name)
     for folder in folders:
         if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
             return str(folder.resolve())
@@ -119,6 +125,7 @@ def load_model(
     if backend == "unsloth" != BACKEND:
         raise ModelError(f"Unsloth was asked for but is not in use: {WHY_NOT_UNSLOTH}")
     base, adapter = split_adapter(source)
+    free_memory()  # a model that nobody holds any more goes before this one comes
     for folder in (base, adapter or base):
         if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
             raise ModelError(
@@ -132,7 +139,9 @@ def load_model(
         )
         if adapter:
             model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{source} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     small = model.device.type == "cpu" and sum(map(real_size, model.parameters())) < 20e6
     if small and "OMP_NUM_THREADS" not in os.environ:
@@ -189,7 +198,7 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
     source = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if tokenizer is None:
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"{type(model).__name__} from {source!r} has no tokenizer; pass it") from error
     share = four_bit_share(model)
@@ -269,6 +278,14 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def model_inputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch on the model's device. `token_type_ids` only where they are asked for: to Gemma 3 they say where a
+    picture is, most models refuse them, and tokenizers give them to all."""
+    plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    taken = inspect.signature(plain.forward).parameters
+    return {n: t.to(model.device) for n, t in batch.items() if n != "token_type_ids" or n in taken}
 
 
 @contextlib.contextmanager

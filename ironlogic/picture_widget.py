@@ -25,19 +25,20 @@ _SIDE = 192  # pixels at which a picture is shown
 def picture_explorer(
     loaded: "LoadedModel", rows: Sequence[Sequence[dict[str, Any]]], *, max_new_tokens: int = 32
 ) -> Explorer:
-    """The pictures of `rows`, each a conversation of one picture, one question and its answer; or an upload.
+    """The last picture and question of each conversation of `rows` that has a picture; or an upload.
 
     An uploaded picture goes before the picked one, until another is picked. The questions of `rows` are offered,
     any other may be typed.
     """
-    from ironlogic.image_answers import answer_pictures
+    from ironlogic.image_answers import answer_pictures, last_question
 
-    known = {(i, _asked(row)): row[-1]["content"] for i, row in enumerate(rows)}
-    questions = list(dict.fromkeys(_asked(row) for row in rows))
+    offered = [asked for row in rows if (asked := last_question(row))[0] is not None]
+    known = {(i, question): truth for i, (_, question, truth) in enumerate(offered)}
+    questions = list(dict.fromkeys(question for _, question, _ in offered))
 
     def show(picture: int, upload: Any, question: str) -> tuple[str, None]:
         mine = uploaded(upload)
-        image = read_picture(mine if mine is not None else _shown(rows[picture]))
+        image = read_picture(mine if mine is not None else offered[picture][0])
         if not question.strip():
             return picture_html(_enlarged(image), "the picture") + "<p>type a question</p>", None
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
@@ -48,12 +49,11 @@ def picture_explorer(
         return picture_html(_enlarged(image), "the picture") + said, None
 
     wide = ipywidgets.Layout(width="95%")
-    numbers = [(f"held-out picture {i + 1}", i) for i in range(len(rows))]
+    numbers = [(f"held-out picture {i + 1}", i) for i in range(len(offered))]
     pick = ipywidgets.Dropdown(options=numbers, value=0, description="picture")
     upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="or your own")
-    pick.observe(
-        lambda _: setattr(upload, "value", type(upload.value)()), names="value"
-    )  # before the explorer does
+    # before the explorer asks; set_trait, as ipywidgets 7 has it read-only
+    pick.observe(lambda _: upload.set_trait("value", type(upload.value)()), names="value")
     return Explorer(
         "picture",
         {
@@ -65,14 +65,6 @@ def picture_explorer(
         },
         show,
     )
-
-
-def _asked(row: Sequence[dict[str, Any]]) -> str:
-    return "".join(part["text"] for part in row[0]["content"] if part["type"] == "text")
-
-
-def _shown(row: Sequence[dict[str, Any]]) -> Any:
-    return next(part["image"] for part in row[0]["content"] if part["type"] == "image")
 
 
 def _enlarged(image: Image.Image) -> bytes:

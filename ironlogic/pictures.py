@@ -15,11 +15,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 __all__ = ["PictureError", "check_picture", "picture_bytes", "picture_key", "read_picture", "resolve_picture"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_TURN = Image.Transpose
+_TURNS = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE}
+_TURNS |= {6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
 MAX_PIXELS, MAX_BYTES, MAX_RATIO = 50_000_000, 64 * 2**20, 100  # a picture of 50 million pixels is 150 MB
 
 
@@ -36,7 +39,8 @@ def read_picture(source: Any, *, folder: str | os.PathLike | None = None) -> Ima
     name, image = _open(source, folder)
     try:
         image.load()
-        image = ImageOps.exif_transpose(image)
+        if (turn := _TURNS.get(_orientation(image))) is not None:
+            image = image.transpose(turn)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -120,6 +124,14 @@ def _open(source: Any, folder: str | os.PathLike | None) -> tuple[str, Image.Ima
     if image.mode.startswith(("I", "F")):
         raise PictureError(f"{name}: has more than 8 bits a channel ({image.mode}); convert it to 8")
     return name, image
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, by EXIF's number; 1, upright, where that can't be read: the picture still can."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever Pillow raises on the notes of some camera
+        return 1
 
 
 def _unwrap(source: Any) -> Any:

@@ -10,14 +10,14 @@ import os
 import shutil
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from ironlogic.models import LoadedModel, load_model
-from ironlogic.session import results_folder, see_place
+from ironlogic.session import results_path, see_place
 
 __all__ = [
     "Run",
@@ -58,6 +58,10 @@ class Run:
         """Logged steps: step, loss (nats per trained token), learning_rate, grad_norm, seconds, ..."""
         return read_metrics(self.folder)
 
+    def without_model(self) -> "Run":
+        """The same for whoever keeps several: a model that nobody holds gives its memory back."""
+        return replace(self, loaded=None)
+
     def model(self) -> LoadedModel:
         """The trained model: the one in memory, else base and adapter loaded from disk."""
         return self.loaded or load_model(
@@ -88,7 +92,7 @@ def run_folder(run: str | Path) -> Path:
         raise RunError(f"{str(run)!r} is no name for a run; expected letters and digits, with / for sub-folders")
     if path.is_absolute() or str(run).startswith("."):
         return path
-    return results_folder(see_place(os.environ), environ=os.environ) / path
+    return results_path(see_place(os.environ), environ=os.environ) / path
 
 
 def start_or_join(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +165,8 @@ def save_adapter(loaded: LoadedModel, folder: Path) -> None:
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; a kill may leave a half-written one behind."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
+    named = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    found = sorted(named, key=lambda path: -int(path.name.rpartition("-")[2]))
     return next((path for path in found if _is_whole(path)), None)
 
 

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 
 from ironlogic import __version__
 
-__all__ = ["Card", "Session", "SessionError", "results_folder", "see_card", "see_place", "start"]
+__all__ = ["Card", "Session", "SessionError", "results_folder", "results_path", "see_card", "see_place", "start"]
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -193,6 +193,16 @@ def see_memory() -> float:
     return (min(total, int(text)) if text.isdigit() else total) / GIB
 
 
+def results_path(place: str, *, root: Path = ROOT, environ: Mapping[str, str], system: Path = Path("/")) -> Path:
+    """IRONLOGIC_RUNS, else the folder that outlives a session on this host, else `runs/`."""
+    if chosen := environ.get("IRONLOGIC_RUNS"):
+        return Path(chosen).expanduser().absolute()
+    drive = system / "content/drive/MyDrive"
+    if place == "colab" and drive.is_dir():
+        return drive / "ironlogic-runs"
+    return (system / "kaggle/working" if place == "kaggle" else root) / "runs"
+
+
 def results_folder(
     place: str,
     *,
@@ -201,18 +211,11 @@ def results_folder(
     system: Path = Path("/"),
     need_gib: float = 0.5,
 ) -> Path:
-    """IRONLOGIC_RUNS, else the folder that outlives a session on this host, else `runs/`; made and tried.
+    """`results_path`, made and tried.
 
     Raises SessionError where it cannot be written or less than `need_gib` is free.
     """
-    chosen = environ.get("IRONLOGIC_RUNS")
-    drive = system / "content/drive/MyDrive"
-    if chosen:
-        folder = Path(chosen).expanduser().absolute()
-    elif place == "colab" and drive.is_dir():
-        folder = drive / "ironlogic-runs"
-    else:
-        folder = (system / "kaggle/working" if place == "kaggle" else root) / "runs"
+    folder = results_path(place, root=root, environ=environ, system=system)
     hint = "Set IRONLOGIC_RUNS to another folder and run this again."
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -367,7 +370,7 @@ def set_offline(environ: MutableMapping[str, str], preset: str, notes: list[str]
         if environ.get("IRONLOGIC_OFFLINE") == "1":
             environ[name] = "1"
         elif preset == "nano":
-            environ.setdefault(name, "1")
+            environ.setdefault(name, environ.get("HF_HUB_OFFLINE", "1"))
     offline = environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     if offline and before is None and "huggingface_hub" in sys.modules:
         notes.append("huggingface_hub was loaded before this cell and stays online: restart the kernel")

@@ -7,6 +7,7 @@ without custom code. Whether it sees is for `check_splice` to say; whether it le
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from ironlogic.backends import four_bit_share
@@ -60,6 +61,17 @@ def splice(
     tower = open_tower(vision_tower, layer=vision_feature_layer)
     loaded = _open_language_model(language_model, four_bit, max_length, seed)
     lm, tokenizer = loaded.model, copy.deepcopy(loaded.tokenizer)
+    again = partial(
+        splice,
+        vision_tower,
+        loaded.base,
+        projector=projector,
+        image_token=image_token,
+        vision_feature_layer=vision_feature_layer,
+        shuffle_factor=shuffle_factor,
+        max_length=max_length,
+        seed=seed,
+    )
     image_id = add_image_token(tokenizer, image_token)
     tokenizer.chat_template = image_template(tokenizer, image_token)
     tokenizer.padding_side = "left"  # answers of a batch begin at one place
@@ -86,6 +98,7 @@ def splice(
         source=f"{type(tower.model).__name__} + {loaded.source or type(lm).__name__}",
         base="",  # nowhere on disk yet
         four_bit_share=four_bit_share(model),
+        in_16_bit=again if loaded.base else None,
     )
 
 

@@ -133,9 +133,9 @@ def _take_tower(whole: Any) -> Any:
 
 def _load_tower(name: Any) -> tuple[Any, Any]:
     source = models.resolve(name)
-    local = {"local_files_only": Path(source).is_dir()}
+    local = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **local, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(source, **local)
         model = _take_tower(transformers.AutoModel.from_pretrained(source, **local, use_safetensors=True))
         size = _side(model.config, "image_size")
         image_processor = _load_image_processor(source, size, config.model_type, local)

@@ -37,7 +37,8 @@ def plot_answers(
         right = answer == truth
         spot.imshow(np.asarray(picture), interpolation="nearest")
         said = answer if right else f"{answer}\n(truth: {truth})"
-        spot.set_title(f"{question}\n{said}", fontsize=7, color=_RIGHT if right else _WRONG)
+        color = _RIGHT if right else _WRONG
+        spot.set_title(f"{question}\n{said}", fontsize=7, color=color, parse_math=False)
     return figure
 
 

@@ -28,10 +28,10 @@ from ironlogic.image_batches import (
     open_head,
     order_by_length,
 )
-from ironlogic.image_features import Features, Pictures, cached_tower, look_at
+from ironlogic.image_features import Features, Pictures, cached_tower, look_at, tower_key
 from ironlogic.models import LoadedModel, ModelError, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.runs import Run, RunError, no_room, run_folder, save_adapter, start_or_join
+from ironlogic.runs import Run, RunError, no_room, run_folder, save_adapter, start_or_join, write_json
 from ironlogic.splice_check import check_splice
 from ironlogic.splice_parts import bare, projector_name, projector_of
 from ironlogic.stages import (
@@ -51,6 +51,8 @@ from safetensors import SafetensorError  # isort: skip
 from safetensors.torch import load_file, save_file  # isort: skip
 
 __all__ = ["reopen", "save_spliced", "train_instruct", "train_projector"]
+
+_MARK = "save_spliced.json"  # in the folder of a whole model: it may be written anew
 
 
 def train_projector(
@@ -103,8 +105,7 @@ def _train(stage, loaded, chats, settings: TrainSettings, run, watch: Watch | No
         needs_picture=stage == "projector",
     )
     content = [[row.input_ids, row.labels, row.pictures] for row in rows]
-    if stage == "instruct":  # what it begins with makes it another run
-        content.append(_fingerprint(projector_of(loaded.model)))
+    content += [tower_key(loaded), _fingerprint(projector_of(loaded.model))]  # another start is another run
     wanted = describe_stage(stage, loaded, len(rows), content_hash(content), settings)
     previous = start_or_join(folder, wanted)
     if previous.get("finished"):
@@ -294,12 +295,14 @@ def save_spliced(run_or_loaded: Run | LoadedModel, folder: str | Path) -> Path:
         raise ModelError(
             f"{run_or_loaded.folder}: not in memory; pass Run(..., loaded=reopen(run, loaded)) or that"
         )
-    folder = Path(folder)
+    folder = Path(folder).expanduser().absolute()
+    _check_replaceable(folder)
     beside = folder.with_name(folder.name + ".part")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         _merged(loaded).save_pretrained(beside)
         loaded.processor.save_pretrained(beside)
+        write_json(beside / _MARK, {"made_of": loaded.source})
     except (OSError, SafetensorError) as error:
         raise RunError(no_room(folder.parent, error)) from error
     shutil.rmtree(folder, ignore_errors=True)
@@ -307,14 +310,22 @@ def save_spliced(run_or_loaded: Run | LoadedModel, folder: str | Path) -> Path:
     return folder
 
 
+def _check_replaceable(folder: Path) -> None:
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / _MARK).is_file()):
+        raise RunError(f"{folder} holds something that save_spliced did not write; choose another folder")
+
+
 def _merged(loaded: LoadedModel) -> Any:
     """The model without PEFT around it; one in memory is copied first, for its adapter must stay apart."""
     adapted = isinstance(loaded.model, peft.PeftModel)
     if not loaded.four_bit_share:
         return copy.deepcopy(loaded.model).merge_and_unload() if adapted else loaded.model
-    if not loaded.base:
+    if loaded.base:
+        whole = load_model(loaded.base, four_bit=False, backend="transformers")
+    elif loaded.in_16_bit:
+        whole = loaded.in_16_bit()
+    else:
         raise ModelError(f"{loaded.source}: is in 4 bit, and its 16-bit weights are nowhere on disk")
-    whole = load_model(loaded.base, four_bit=False, backend="transformers")
     if not adapted:
         projector_of(whole.model).load_state_dict(projector_of(loaded.model).state_dict())
         return whole.model

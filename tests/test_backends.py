@@ -5,6 +5,7 @@ import pytest
 from ironlogic import backends, memory
 from ironlogic.models import DATA, ModelError, load_model
 
+import torch  # isort: skip
 import transformers  # isort: skip
 
 
@@ -53,3 +54,17 @@ def test_weights_that_no_setting_makes_fit_are_refused_before_loading(tmp_path, 
     monkeypatch.setattr(backends, "see_memory", lambda: 4.0)
     with pytest.raises(ModelError, match=r"To train it: nothing fits on 4 GiB"):
         load_model(folder)
+
+
+def test_unsloth_is_never_asked_for_more_than_the_context(monkeypatch):
+    """It would stretch RoPE, and nano's answers with it."""
+    asked = []
+
+    def load(base, config, four_bit, max_length, seed, local_only):
+        asked.append(max_length)
+        return torch.nn.Linear(1, 1), None
+
+    monkeypatch.setattr(backends, "_load_with_unsloth", load)
+    config = transformers.AutoConfig.from_pretrained(DATA / "nano")
+    backends.load_weights(str(DATA / "nano"), config, backend="unsloth", four_bit=False, max_length=2048, seed=1)
+    assert asked == [512]

@@ -166,7 +166,8 @@ def test_what_is_there_is_not_overwritten_unless_it_is_an_export(run, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(ExportError, match="holds something that is no export"):
+    (mine / "export.json").write_text(json.dumps({"ft-q8_0.gguf": {}}))  # GGUF files lie here
+    with pytest.raises(ExportError, match="holds something that is no earlier merge"):
         merge_adapter(run, mine)
     for own in (run.adapter, run.folder, NANO):
         with pytest.raises(ExportError, match="holds"):

@@ -1,12 +1,16 @@
 """Asking about a picture: picked or uploaded, known question or free, and what goes wrong is shown."""
 
 import io
+import json
+import shutil
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from ironlogic.image_answers import answer_pictures
+from ironlogic.chats import ChatError
+from ironlogic.image_answers import answer_pictures, last_question, load_questions
 from ironlogic.picture_widget import picture_explorer
 from ironlogic.scenes import KINDS, make_scenes, question_chat, save_scenes
 from ironlogic.splice import splice
@@ -84,3 +88,46 @@ def test_picking_another_picture_puts_the_upload_away(explorer):
     explorer.controls["picture"].value = 1
     assert explorer.controls["upload"].value == ()
     assert explorer.text.value.split("src=")[1] != shown.split("src=")[1]
+
+
+def test_rows_of_any_shape_are_offered_by_their_last_question(loaded, rows):
+    picture = rows[0][0]["content"][0]
+    first = [{"role": "user", "content": [picture, {"type": "text", "text": "Who?"}]}]
+    reply = [{"type": "text", "text": "Answer: Ann"}]
+    talk = [{"role": "system", "content": "s"}, *first, {"role": "assistant", "content": reply}]
+    more = [*talk, {"role": "user", "content": "What color?"}, {"role": "assistant", "content": "Answer: red"}]
+    text = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    assert last_question(talk) == (picture["image"], "Who?", "Answer: Ann")
+    assert last_question(more) == (picture["image"], "What color?", "Answer: red")
+    assert last_question(text) == (None, "2 + 2?", "4")
+    explorer = picture_explorer(loaded, [text, more], max_new_tokens=4)
+    assert explorer.controls["question"].value == "What color?"
+    assert "the truth: Answer: red" in explorer.text.value
+
+
+def test_an_empty_thought_is_no_part_of_an_answer(loaded, rows, monkeypatch):
+    """Qwen3's tags are text to its tokenizer, nano's are not; so the words are put into its mouth."""
+    words = "<think>\n\n</think>\n\nAnswer: 7", "<think>\nhm\n</think>\nAnswer: 7"
+    monkeypatch.setattr(type(loaded.tokenizer), "batch_decode", lambda *_, **__: list(words))
+    said = answer_pictures(loaded, rows[:2], max_new_tokens=2)
+    assert sorted(said) == ["<think>\nhm\n</think>\nAnswer: 7", "Answer: 7"]
+
+
+def test_own_questions_are_split_and_too_few_are_told(rows, tmp_path, capsys):
+    path = tmp_path / "mine.jsonl"
+    many = [[dict(turn) for turn in rows[i % 3]] for i in range(60)]
+    for i, chat in enumerate(many):
+        chat[0] = {"role": "user", "content": [rows[i % 3][0]["content"][0], {"type": "text", "text": f"Who? {i}"}]}
+        chat[0]["content"][0] = {"type": "image", "image": str(chat[0]["content"][0]["image"])}
+    shutil.copytree(Path(many[0][0]["content"][0]["image"]).parent, tmp_path, dirs_exist_ok=True)
+    for chat in many:
+        chat[0]["content"][0]["image"] = Path(chat[0]["content"][0]["image"]).name
+    text = [[{"role": "user", "content": f"Say {i}."}, {"role": "assistant", "content": "so"}] for i in range(60)]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in [*many, *text]))
+    train, test = load_questions(path, train=40, test=3, seed=1)
+    assert "120 rows" in capsys.readouterr().out
+    assert (len(train), len(test)) == (40, 3)
+    assert all(last_question(row)[0] is not None for row in test)
+    path.write_text(json.dumps({"messages": text[0]}) + "\n")
+    with pytest.raises(ChatError, match="too few to hold out one with a picture"):
+        load_questions(path, train=40, test=3)

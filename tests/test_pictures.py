@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ironlogic.pictures import (
     PictureError,
@@ -72,6 +72,19 @@ def test_transparent_is_white_grey_is_rgb_and_a_turned_camera_is_upright():
     exif[0x0112] = 6  # held on its right side
     turned = read_picture(encode(IMAGE, "JPEG", exif=exif))
     assert turned.size == (24, 36)
+    for held in range(10):
+        exif[0x0112] = held
+        file = encode(IMAGE, "JPEG", exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
+        assert read_picture(file).tobytes() == upright.tobytes()
+
+
+def test_odd_notes_of_a_camera_lose_no_picture():
+    held, odd = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHII", 0x0102, 4, 1, 70_000)
+    notes = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + odd + held + struct.pack("<I", 0)
+    file = encode(IMAGE, "JPEG", exif=notes)
+    check_picture(file)
+    assert read_picture(file).size == (24, 36)
 
 
 @pytest.mark.parametrize(

@@ -353,3 +353,28 @@ def test_a_killed_stage_goes_on_with_equal_bytes(runs, tmp_path):
     again = train_projector(tiny(), CHATS, SETTINGS, run=tmp_path / "a", cache=tmp_path / "features")
     name = "projector.safetensors"
     assert (again.folder / name).read_bytes() == (one.folder / name).read_bytes()
+
+
+def test_a_splice_in_4_bit_is_saved_in_16_and_whatever_else_lies_there_stays(tmp_path):
+    loaded = splice("nano-vision", "nano", four_bit=True, seed=5)
+    whole = save_spliced(loaded, tmp_path / "whole")
+    again = load_model(whole, four_bit=False)
+    assert same(tensors(projector_of(again.model)), tensors(projector_of(loaded.model)))
+    plain = splice("nano-vision", "nano", four_bit=False, seed=5)
+    assert same(tensors(again.model), tensors(plain.model))
+    assert save_spliced(plain, whole) == whole  # its own may be written anew
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="holds something that save_spliced did not write"):
+        save_spliced(plain, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("change", ["projector", "tower"])
+def test_another_start_is_another_run(runs, change):
+    *_, folder = runs
+    loaded = tiny()
+    with torch.no_grad():
+        next((projector_of if change == "projector" else tower_of)(loaded.model).parameters()).add_(0.01)
+    with pytest.raises(RunError, match="holds another run: it differs in data_sha256"):
+        train_projector(loaded, CHATS, SETTINGS, run=folder / "one", cache=folder / "features")
