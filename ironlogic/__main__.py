@@ -178,11 +178,11 @@ def evidence_command(options: argparse.Namespace) -> int:
 
 
 def read_value(text: str) -> Any:
-    """A Python literal, else the text. A file that exists from here gets its whole path: kernels run elsewhere."""
+    """A Python literal, else the text. A path that exists from here gets its whole path: kernels run elsewhere."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return str(Path(text).resolve()) if Path(text).is_file() else text
+        return str(Path(text).resolve()) if Path(text).exists() else text
 
 
 def share_parameters(paths: Sequence[Path], values: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ironlogic.backends import _load_processor
 from ironlogic.gguf_file import ExportError
-from ironlogic.models import ModelError, resolve, split_adapter
+from ironlogic.models import ModelError, model_inputs, resolve, split_adapter
 from ironlogic.runs import Run, RunError, open_run, run_folder
 
 import torch  # isort: skip  (models comes first: it imports Unsloth before these)
@@ -114,7 +114,8 @@ def load_fresh(place: str) -> tuple[Any, Any]:
         config = read_config(place)
         packed = hasattr(config, "quantization_config")
         kind = torch.bfloat16 if packed else "auto"
-        model = _auto(config).from_pretrained(place, dtype=kind, device_map="cpu", local_files_only=local)
+        safe = {"local_files_only": local, "trust_remote_code": False}
+        model = _auto(config).from_pretrained(place, dtype=kind, device_map="cpu", **safe)
         processor = _load_processor(place, config, local)
     except (OSError, ValueError, SafetensorError) as error:
         raise ExportError(f"{place} can't be loaded: {str(error).strip().splitlines()[0]}") from error
@@ -182,8 +183,7 @@ def next_token_logits(model: Any, probes: Sequence[dict[str, torch.Tensor]]) -> 
     found = []
     with torch.inference_mode():
         for probe in probes:
-            inputs = {name: tensor.to(model.device) for name, tensor in probe.items() if name != "token_type_ids"}
-            found.append(model(**inputs).logits[0].float().cpu())
+            found.append(model(**model_inputs(model, probe)).logits[0].float().cpu())
     return found
 
 

@@ -35,6 +35,8 @@ __all__ = [
     "substituted",
 ]
 
+FEWEST = 3  # items for context bleeding: each needs two others
+
 
 # --- thinking ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ def context_bleeding(
     neither in the second question nor in its reference reply.
     """
     n = len(items)
-    if n < 3:
-        raise ValueError(f"context_bleeding: {n} items; expected 3 or more, each needs two others")
+    if n < FEWEST:
+        raise ValueError(f"context_bleeding: {n} items; expected {FEWEST} or more")
     said = [_content_words(" ".join(m["content"] for m in chat)) for chat in items.chats]
     common = {word for word, count in Counter(w for words in said for w in words).items() if count > max(2, n / 10)}
     ring = np.random.default_rng(seed).permutation(n)  # first turn: the next in the ring; chance: the one after
@@ -217,11 +219,14 @@ def measure_all(
     prompts = [task.prompt for task in items.tasks]
     scores = reply_scores(loaded, prompts, [reply.text for reply in found.answers[ratios.index(0.0)]])
     columns |= {"entropy": scores.entropy, "sure": scores.probability, "ln tokens": np.log(columns["tokens@0"])}
-    bled = context_bleeding(loaded, items, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch)
-    columns |= {"bleed": bled.found, "bleed by chance": bled.permuted, "bleed excess": bled.found - bled.permuted}
+    if len(items) >= FEWEST:
+        bled = context_bleeding(loaded, items, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch)
+        excess = bled.found - bled.permuted
+        columns |= {"bleed": bled.found, "bleed by chance": bled.permuted, "bleed excess": excess}
+        if items.checkable:
+            after = [check_answer(t, r.text) for t, r in zip(items.tasks, bled.replies, strict=True)]
+            columns["correct second"] = np.array(after, float)
     if items.checkable:
-        after = [check_answer(t, r.text) for t, r in zip(items.tasks, bled.replies, strict=True)]
-        columns["correct second"] = np.array(after, float)
         columns["correct substituted"] = substituted(
             loaded, items, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch
         )

@@ -231,7 +231,7 @@ def read_extras(row: Mapping) -> dict[str, Any]:
         if not isinstance(name, str) or name in _TAKEN or _SURROGATE.search(name):
             continue
         if isinstance(value, str):
-            extras[name] = _read_text(value, f"column {short(name)}", empty=True)
+            extras[name] = [] if _SURROGATE.search(value) or "\0" in value else value
         elif value is not None:
             fits = type(value) in (bool, float) or (type(value) is int and -(2**63) <= value < 2**63)
             extras[name] = value if fits else []

@@ -24,6 +24,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import datasets.config
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
@@ -164,17 +165,21 @@ def describe_rejected(rejected: list[Rejected]) -> str:
 def split_chats(dataset: Dataset, *, holdout: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
     """(train, test), about a share `holdout` of the chats in the second.
 
-    A hash of the user turns decides for each chat by itself: chats with the same questions are never on both sides,
-    and new rows move no old one. Raises ChatError unless 0 <= holdout < 1.
+    A hash of the user turns and their pictures decides for each chat by itself: chats with the same questions are
+    never on both sides, and new rows move no old one. Raises ChatError unless 0 <= holdout < 1.
     """
     if not 0 <= holdout < 1:
         raise ChatError(f"holdout is {holdout}; expected a share of the chats, from 0 to below 1")
     sides: tuple[list[int], list[int]] = ([], [])
-    batches = dataset.with_format(None).select_columns("messages").iter(1000)  # three times as fast as by row
-    for row, messages in enumerate(chain.from_iterable(batch["messages"] for batch in batches)):
+    columns = [name for name in ("messages", "images") if name in dataset.column_names]
+    batches = dataset.with_format(None).select_columns(columns).iter(1000)  # three times as fast as by row
+    rows = chain.from_iterable(zip(*(batch[name] for name in columns), strict=True) for batch in batches)
+    for row, (messages, *images) in enumerate(rows):
         asked = [turn["content"] for turn in messages if turn["role"] == "user"]
-        digest = blake2b(json.dumps([seed, asked], sort_keys=True).encode(), digest_size=8).digest()
-        sides[int.from_bytes(digest, "big") < holdout * 2**64].append(row)
+        content = blake2b(json.dumps([seed, asked], sort_keys=True).encode(), digest_size=8)
+        for picture in chain.from_iterable(some or () for some in images):
+            content.update(picture or b"")
+        sides[int.from_bytes(content.digest(), "big") < holdout * 2**64].append(row)
     return dataset.select(sides[False]), dataset.select(sides[True])
 
 
@@ -244,8 +249,13 @@ def _read_hub(name: str, split: str) -> Rows:
         dataset = load_dataset(name, split=split)
     except Exception as error:  # whatever the hub, the network, a cache or a loader has to say
         tried = f"no such file here, and the split {split!r} of a hub dataset of this name could not be loaded"
-        why = f"{type(error).__name__}: {short(str(error))}"
-        raise ChatError(f"{name}: {tried} ({why}); check the name, or give the path of a local file") from error
+        why, advice = (
+            f"{type(error).__name__}: {short(str(error))}",
+            "check the name, or give the path of a local file",
+        )
+        if datasets.config.HF_HUB_OFFLINE:
+            advice = "the hub is switched off here, set HF_HUB_OFFLINE=0 before the first cell"
+        raise ChatError(f"{name}: {tried} ({why}); {advice}") from error
     return _read_tables(dataset.with_format("arrow").iter(100))
 
 

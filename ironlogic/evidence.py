@@ -4,6 +4,7 @@ Every measure takes any model and returns plain numbers per item, so that arms c
 seed by seed (`statistics`). Draws nothing: that is `plots`. Knows no claim: that is `claims`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,8 +217,13 @@ def _row_scores(
                 input_ids=ids.to(loaded.device), attention_mask=real.to(loaded.device), use_cache=False
             ).logits
             for i, row_logits, row_labels in zip(batch, logits, labels.to(loaded.device), strict=True):
-                said = row_labels[1:] >= 0  # only these rows of logits become float32
-                logp = row_logits[:-1][said].float().log_softmax(-1)
-                loss = F.nll_loss(logp, row_labels[1:][said]).item()
-                scores[i] = (loss, -(logp.exp() * logp).sum(-1).mean().item(), int(said.sum()))
+                said = row_labels[1:] >= 0
+                parts = zip(row_logits[:-1][said].split(512), row_labels[1:][said].split(512), strict=True)
+                loss = entropy = 0.0
+                for part, target in parts:  # only so many rows of a large vocabulary are ever float32
+                    logp = part.float().log_softmax(-1)
+                    loss += F.nll_loss(logp, target, reduction="sum").item()
+                    entropy -= (logp.exp() * logp).sum().item()
+                count = int(said.sum())
+                scores[i] = (loss / count, entropy / count, count) if count else (math.nan, math.nan, 0)
     return scores

@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ironlogic.models import LoadedModel, as_loaded, free_memory, inference
+from ironlogic.models import LoadedModel, as_loaded, free_memory, inference, model_inputs
 
 import torch  # isort: skip  (models comes first: it imports Unsloth before transformers)
 import transformers  # isort: skip
@@ -107,11 +107,10 @@ def stream(
         text = loaded.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         seen = {"images": list(pictures)} if pictures else {}
         inputs = loaded.processor(text=text, **seen, add_special_tokens=False, return_tensors="pt")
-        inputs.pop("token_type_ids", None)
     teller, began = _Teller(loaded, tell), time.perf_counter()
     with inference(loaded) as model:
         model.generate(
-            **{name: tensor.to(loaded.device) for name, tensor in inputs.items()},
+            **model_inputs(model, inputs),
             max_new_tokens=max_new_tokens,
             eos_token_id=sorted(teller.ends),
             pad_token_id=loaded.tokenizer.pad_token_id,

@@ -141,6 +141,10 @@ def load_items(path: str | Path) -> tuple[Items, list[Rejected]]:
     return Items(tuple(tasks), tuple(chats)), rejected
 
 
+def _is_whole(text: str) -> bool:
+    return text.encode("utf-8", "replace").decode() == text
+
+
 def _item_fault(row: Any) -> tuple[str, str, str] | None:
     """(field, value, reason) of what is wrong with a row, None if nothing is."""
     if not isinstance(row, dict):
@@ -148,11 +152,13 @@ def _item_fault(row: Any) -> tuple[str, str, str] | None:
     for field, kinds in (("prompt", str), ("answer", str | int | float)):
         if not isinstance(row.get(field), kinds) or not str(row[field]).strip():
             return field, repr(row.get(field))[:60], "expected text"
+        if not _is_whole(str(row[field])):
+            return field, ascii(row[field])[:60], "holds half a character (a lone surrogate)"
     for field, allowed in (("order", (None, "free", "bound", "unknown")), ("hard", (None, True, False))):
         if row.get(field) not in allowed:
             return field, repr(row[field])[:60], f"expected one of {', '.join(map(str, allowed[1:]))}, or nothing"
-    if not isinstance(row.get("reply", ""), str):
-        return "reply", repr(row["reply"])[:60], "expected text"
+    if not isinstance(row.get("reply") or "", str) or not _is_whole(row.get("reply") or ""):
+        return "reply", ascii(row["reply"])[:60], "expected text, or nothing"
     return None
 
 

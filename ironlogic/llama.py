@@ -106,7 +106,12 @@ def load_gguf(path: Path) -> Any:
     bar, modeling_gguf_pytorch_utils.tqdm = modeling_gguf_pytorch_utils.tqdm, lambda rows, **_: rows
     try:  # without its progress bar, which has no switch
         return transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, device_map="cpu", local_files_only=True
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            device_map="cpu",
+            local_files_only=True,
+            trust_remote_code=False,
         ).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ExportError(f"{path} can't be read by transformers: {str(error).strip().splitlines()[0]}") from error
@@ -150,7 +155,7 @@ def llama_answers(
     path: Path, prompts: Sequence[str], *, like: Path, lora: Path | None = None, max_new_tokens: int = 72
 ) -> list[str]:
     """Greedy answers of llama.cpp. `like`: the folder of the model, whose tokenizer renders and decodes."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(like, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(like, local_files_only=True, trust_remote_code=False)
     rows = chat_ids(tokenizer, prompts)
     llama = open_llama(path, length=max(map(len, rows)) + max_new_tokens + 1, lora=lora)
     answers = []

@@ -189,7 +189,11 @@ def _find(what: Any) -> tuple[str, Any, list[TrainSettings], bool]:
     for folder in (Path(model).expanduser(), DATA / model):
         if (folder / "config.json").is_file():
             try:
-                return folder.name, AutoConfig.from_pretrained(folder, local_files_only=True), *rest
+                return (
+                    folder.name,
+                    AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
+                    *rest,
+                )
             except Exception as error:
                 raise PlanError(f"{folder / 'config.json'}: transformers can't read it: {error!r:.300}") from error
     for name, known in ARCHITECTURES.items():

@@ -54,7 +54,11 @@ def model_with_tokenizer(model: Any) -> LoadedModel:
         return model
     source = bare_model(model).config.name_or_path
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True) if source else None
+        tokenizer = (
+            transformers.AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            if source
+            else None
+        )
     except (OSError, ValueError):  # built by hand, or its tokenizer is elsewhere
         tokenizer = None
     return LoadedModel(model, tokenizer, source=source)

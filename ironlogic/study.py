@@ -45,6 +45,7 @@ __all__ = [
     "open_study",
     "run_jobs",
     "seen_before",
+    "study_name",
 ]
 
 MAIN = ("SFT", "FT", "FT mixed", "FT as the seed", "SFT then SFT", "FT then SFT")
@@ -272,13 +273,13 @@ def open_study(
     there are too few.
     """
     source = data or preset.data
-    folder = runs / f"02_{preset.name}_{Path(source).stem}_{rows}_{ratio:g}"
     usual = preset.evaluation_seeds if source == "problems" else 1
     numbers = [seed + i for i in range(seeds or usual)]
     if source == "problems":
         chats = {n: [task_chat(task) for task in make_tasks(rows, seed=n)] for n in numbers}
         further = {n: [task_chat(task) for task in make_tasks(rows // 3, seed=n + 10_000)] for n in numbers}
         items = items or made_items(questions, seed=seed)
+        folder = runs / study_name(preset, chats[seed], data=data, rows=rows, ratio=ratio)
         return Study(folder, preset, items, chats, further, ratio, seed)
     table, rejected = load_chats(source)
     print(f"{len(table)} conversations. {describe_rejected(rejected)}")
@@ -288,7 +289,14 @@ def open_study(
     chosen = kept.select(range(min(rows, len(kept))))["messages"]
     items = items or items_of_chats(held_out["messages"][:questions])
     further = dict.fromkeys(numbers, chosen[: max(1, len(chosen) // 3)])
+    folder = runs / study_name(preset, chosen, data=data, rows=rows, ratio=ratio)
     return Study(folder, preset, items, dict.fromkeys(numbers, chosen), further, ratio, seed, max_new_tokens=512)
+
+
+def study_name(preset: Preset, chats: Chats, *, data: str = "", rows: int = 3000, ratio: float = 0.7) -> str:
+    """Of the folder that notebooks 02 and 05 share. Your own rows, once corrected, are another study."""
+    mark = f"-{content_hash(chats)[:6]}" if data else ""
+    return f"02_{preset.name}_{Path(data or preset.data).stem}{mark}_{rows}_{ratio:g}"
 
 
 def _finished(folder: Path) -> bool:

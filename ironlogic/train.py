@@ -20,7 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ironlogic.burden import Burden, burden_dataset
+from ironlogic.burden import Burden, BurdenError, burden_dataset
+from ironlogic.chats import ChatError, check_chat
 from ironlogic.masking import EncodeReport, encode_chats
 from ironlogic.models import LoadedModel, ModelError, add_lora, as_loaded, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
@@ -35,6 +36,7 @@ from ironlogic.runs import (
     start_or_join,
     write_json,
 )
+from ironlogic.session import SessionError
 from ironlogic.stages import (
     Watch,
     content_hash,
@@ -91,13 +93,14 @@ def train_sft(
         burden=stage["burden"],
         processes=PROCESSES,
     )
+    prepared = None if _look(folder) else _prepare(loaded, chats, settings, burden)  # bad rows claim no folder
     previous = _start(folder, stage, chats, wanted) if PROCESS == 0 else _look(folder)
     if previous.get("finished"):
         if watch and (lines := read_metrics(folder)):
             watch(lines)
         return Run(folder, previous)
+    rows, report = prepared or _prepare(loaded, chats, settings, burden)
     transformers.set_seed(settings.seed)  # before any weight is drawn: TRL 1.14 doesn't
-    rows, report = _prepare(loaded, chats, settings, burden)
     loaded = _with_adapter(loaded, settings)
     trainer = _trainer(loaded, rows, settings, folder, watch)
     seconds = fit(trainer, folder, may_halve=PROCESSES == 1)  # the others would wait for one that halves alone
@@ -151,12 +154,21 @@ def train_prepared(folder: Path, *, watch: Watch | None = None) -> Run:
 def _as_dataset(chats: datasets.Dataset | Sequence[Sequence[dict[str, Any]]]) -> datasets.Dataset:
     known = isinstance(chats, datasets.Dataset)
     for row, messages in enumerate(chats["messages"] if known else chats):
-        parts = [part for turn in messages if not isinstance(turn["content"], str) for part in turn["content"]]
+        try:
+            turns = check_chat(messages)
+        except ChatError as error:
+            raise RunError(f"row {row}: {error}; load_chats leaves such rows out and reports them") from error
+        parts = [part for turn in turns if not isinstance(turn["content"], str) for part in turn["content"]]
         if any(part["type"] == "image" for part in parts):
             raise RunError(
                 f"row {row} holds a picture, which this stage would not see; vision_train has those that do"
             )
-    return chats if known else datasets.Dataset.from_list([{"messages": list(chat)} for chat in chats])
+    if not known:
+        return datasets.Dataset.from_list([{"messages": list(chat)} for chat in chats])
+    keys = chats["row"] if "row" in chats.column_names else []
+    if any(type(key) not in (int, str) for key in keys) or len(set(keys)) < len(keys):
+        return chats.remove_columns("row")  # a column of the user's that names no row
+    return chats
 
 
 def _stage(
@@ -261,6 +273,11 @@ def _training_order(rows: datasets.Dataset, settings: TrainSettings) -> list[tup
 def _with_adapter(loaded: LoadedModel, settings: TrainSettings) -> LoadedModel:
     if not isinstance(loaded.model, peft.PeftModel):
         return add_lora(loaded, settings.lora, seed=settings.seed)
+    if list(loaded.model.peft_config) != ["default"]:
+        several = ", ".join(loaded.model.peft_config)
+        raise ModelError(
+            f"{loaded.source} carries adapters by name ({several}); load the one to train by its folder"
+        )
     for name, parameter in loaded.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     return loaded
@@ -300,7 +317,7 @@ def main() -> None:
 
     try:
         run = train_prepared(folder, watch=watch if PROCESS == 0 else None)
-    except (RunError, ModelError) as error:
+    except (BurdenError, ChatError, ModelError, RunError, SessionError) as error:
         raise SystemExit(str(error)) from error
     if PROCESS == 0:
         print(f"finished: {run.adapter}")

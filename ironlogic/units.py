@@ -230,7 +230,7 @@ def kind_of(piece: str, unit: Unit) -> int:
     it is open.
     """
     if unit == "word":
-        return int(piece > _FIRST_CJK and _CJK.match(piece) is not None)
+        return int(piece >= _FIRST_CJK and _CJK.match(piece) is not None)
     if unit == "sentence":
         closed = _CLOSED.search(piece)
         return 2 if closed is None else int(closed[1] in "。！？")

@@ -139,3 +139,12 @@ def test_all_of_it_on_nano():
     assert np.isnan(plain["mode@0"]).all()
     assert plain["loss@0"] == pytest.approx(columns["loss@0"])
     assert "tokens an answer" in describe({"a": {0: plain}}, items_of_chats(items.chats))["a"]
+
+
+def test_two_items_are_measured_without_an_earlier_turn():
+    items = made_items(34, seed=1)
+    two = replace(items, tasks=items.tasks[:2], chats=items.chats[:2])
+    found = measure_all(load_model("nano"), two, ratios=(0.0, 0.7), max_new_tokens=4)
+    assert "correct@0" in found
+    assert "correct substituted" in found
+    assert not [name for name in found if "bleed" in name or name == "correct second"]

@@ -1,6 +1,7 @@
 """Reading chats: every form, every kind of bad row beside good ones, every kind of bad file; splitting."""
 
 import copy
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from ironlogic import chats
 from ironlogic.chats import ChatError, Rejected, check_chat, describe_rejected, load_chats, split_chats
@@ -169,7 +171,6 @@ BAD = [
     ({"messages": [ANSWER, USER, ANSWER]}, "messages has an assistant turn before the first user turn"),
     (chat("\ud800", "a"), "messages[0].content holds half a surrogate pair, which is not Unicode text"),
     (chat("q", "a\0"), "messages[1].content holds a NUL character, a sign of UTF-16 or binary data"),
-    (chat("q", "a", id="\udfff"), "column 'id' holds half a surrogate pair, which is not Unicode text"),
     (
         {"conversations": [{"from": "bot", "value": "q"}]},
         "conversations[0].from is 'bot'; expected system, human or gpt",
@@ -311,8 +312,10 @@ def test_the_hub_is_asked_plainly_and_its_failures_are_one_message(monkeypatch):
         "org/down",
         "org/down: no such file here, and the split 'train' of a hub dataset",
         "ConnectionError",
-        "local",
+        "the hub is switched off here, set HF_HUB_OFFLINE=0",
     )
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    refuse("org/down", "ConnectionError", "check the name, or give the path of a local file")
 
 
 def test_the_real_loader_offline(monkeypatch, tmp_path):
@@ -474,3 +477,25 @@ def check_fuzzed(source, good: dict[int, dict], count: int) -> None:
         assert came[line] == [(turn["role"], turn["content"]) for turn in row["messages"]]
     assert all(len(str(one)) < 600 for one in rejected)
     describe_rejected(rejected).encode()  # can be printed
+
+
+def test_one_question_about_many_pictures_is_split_by_picture():
+    pictures = [png_of(color) for color in range(60)]
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a colour"}]
+    dataset, rejected = load_chats([{"messages": turns, "images": [picture]} for picture in pictures])
+    assert not rejected
+    train, test = split_chats(dataset, holdout=0.3)
+    assert min(len(train), len(test)) > 5
+    assert not {row[0] for row in train["images"]} & {row[0] for row in test["images"]}
+
+
+def png_of(color: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (color, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_odd_text_in_a_column_beside_the_chat_loses_no_chat():
+    dataset, rejected = load_chats([GOOD | {"meta": "bad\0x"}, GOOD | {"meta": "\udfff"}, GOOD])
+    assert (len(dataset), rejected) == (3, [])

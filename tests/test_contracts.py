@@ -125,7 +125,10 @@ def passed_to(callee):
 @pytest.mark.parametrize("owner", ["FastLanguageModel", "FastModel"])
 def test_unsloth_loads_with_the_arguments_that_we_pass(owner):
     known = unsloth_parameters("models/loader.py", owner, "from_pretrained")
-    assert passed_to("fast.from_pretrained") - known <= {"local_files_only"}  # goes on to transformers
+    assert passed_to("fast.from_pretrained") - known <= {
+        "local_files_only",
+        "use_safetensors",
+    }  # go on to transformers
     folder = Path(find_spec("unsloth").submodule_search_locations[0])
     assert "local_files_only" in (folder / "models/loader.py").read_text(encoding="utf-8")
 

@@ -3,6 +3,7 @@
 Each fault ends in the bytes of an undisturbed run, or in one clear message.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -22,8 +23,10 @@ from ironlogic.models import ModelError, load_model
 from ironlogic.nano import DATA
 from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.runs import read_metrics
+from ironlogic.splice import splice
 from ironlogic.tasks import make_tasks, task_chat
 from ironlogic.train import train_sft
+from ironlogic.vision_train import save_spliced
 
 KILLS = 20
 SETTINGS = TrainSettings(
@@ -148,6 +151,20 @@ def test_code_in_a_model_folder_does_not_run_and_nobody_is_asked(stranger, monke
     else:
         with pytest.raises(ModelError, match="custom code"):
             load_model(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer_config.json"])
+def test_code_of_a_processor_does_not_run_and_nobody_is_asked(tmp_path, monkeypatch, file):
+    folder, ran = save_spliced(splice("nano-vision", "nano"), tmp_path / "whole"), tmp_path / "ran"
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    known = json.loads((folder / file).read_text())
+    classes = {"AutoProcessor": "theirs.P", "AutoTokenizer": ["theirs.T", None]}
+    theirs = {"processor_class": "P", "tokenizer_class": "T", "auto_map": classes}
+    (folder / file).write_text(json.dumps(known | theirs))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks on the keyboard"))
+    with contextlib.suppress(ModelError):  # refused or read by transformers' own class
+        assert type(load_model(folder, four_bit=False).processor).__module__.startswith("transformers.")
     assert not ran.exists()
 
 

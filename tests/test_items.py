@@ -47,15 +47,27 @@ def test_own_items_are_read_and_bad_rows_are_named(tmp_path):
         {"prompt": "no answer"},
         {"prompt": "odd", "answer": "x", "order": "loose"},
         ["prompt"],
+        {"prompt": "half \ud800", "answer": "x"},
+        {"prompt": "3 + 3?", "answer": "6", "reply": None, "order": None},
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n\n")
     items, rejected = load_items(path)
-    assert [(t.order, t.hard, t.answer) for t in items.tasks] == [("free", False, "4"), ("unknown", None, "Ann")]
+    assert [(t.order, t.hard, t.answer) for t in items.tasks] == [
+        ("free", False, "4"),
+        ("unknown", None, "Ann"),
+        ("unknown", None, "6"),
+    ]
     assert items.chats[1][1]["content"].startswith("<think>")
     assert items.checkable
     assert check_answer(items.tasks[0], "Answer: 4")
-    assert [(r.line, r.field) for r in rejected] == [(3, "answer"), (4, "order"), (5, "row"), (6, "row")]
+    assert [(r.line, r.field) for r in rejected] == [
+        (3, "answer"),
+        (4, "order"),
+        (5, "row"),
+        (6, "prompt"),
+        (8, "row"),
+    ]
     assert str(rejected[1]).startswith(f"{path}:4: order is 'loose'; expected one of free, bound")
 
 

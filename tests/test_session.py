@@ -305,6 +305,7 @@ COLAB = {
     "ipywidgets": "7.7.1",
     "ipython": "7.34.0",
     "ipykernel": "6.17.1",
+    "psutil": "5.9.5",  # which ipykernel has loaded before the first cell runs
     "transformers": "5.15.0",
     "peft": "0.20.0",
     "datasets": "4.0.0",
@@ -334,7 +335,7 @@ def test_published_images_get_what_they_lack_and_keep_their_torch(place, image, 
     (core, plain, pins), (unsloth, bare, _) = calls
     asked = {Requirement(name).name for name in core}
     assert {"trl", "bitsandbytes", "transformers", "peft", "datasets", "torchao"} <= asked
-    assert not asked & {"torch", "torchvision", "numpy", "pillow", "ipywidgets", "jupyterlab", "ipython"}
+    assert not asked & {"torch", "torchvision", "numpy", "pillow", "ipywidgets", "jupyterlab", "ipython", "psutil"}
     assert (plain, bare) == (False, True)
     assert {"torch==2.11.0+cu128", "torchvision==0.26.0+cu128", "numpy==2.1.3"} <= set(pins)
     assert [Requirement(name).name for name in unsloth] == ["unsloth", "unsloth_zoo"]

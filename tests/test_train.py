@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import pytest
 
 from ironlogic.burden import Burden
-from ironlogic.models import ModelError, load_model
+from ironlogic.chats import ChatError
+from ironlogic.models import ModelError, load_model, resolve, with_adapters
 from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.runs import RunError, newest_whole_checkpoint, open_run, run_folder
 from ironlogic.tasks import make_tasks, task_chat
@@ -369,3 +371,39 @@ def test_killed_run_goes_on_to_the_same_bytes(finished, tmp_path):
     again = train_sft(nano(), CHATS, SETTINGS, run=folder, burden=Burden())
     for name, tensor in weights(finished).items():
         assert torch.equal(tensor, weights(again)[name]), name
+
+
+def test_a_column_named_row_that_names_none_loses_nothing(tmp_path):
+    odd = as_dataset(CHATS[:12]).add_column("row", [i % 3 for i in range(12)])
+    run = train_sft(nano(), odd, SETTINGS, run=tmp_path / "a", burden=Burden())
+    assert run.record["data"].startswith("all 12 rows")
+    assert run.record["steps"] == 3
+
+
+def test_bad_rows_claim_no_folder_and_are_named(tmp_path):
+    long = [[{"role": "user", "content": "word " * 300}, CHATS[0][1]]]
+    with pytest.raises(ChatError, match="no row is left"):
+        train_sft(nano(), long, SETTINGS, run=tmp_path / "a")
+    assert train_sft(nano(), CHATS[:4], SETTINGS, run=tmp_path / "a").record["rows"] == 4
+    for broken in ({"role": "user", "content": None}, {"role": "user"}, {"role": "user", "content": ["x", 5]}):
+        with pytest.raises(RunError, match="row 1: .*content"):
+            train_sft(nano(), [CHATS[0], [broken, CHATS[0][1]]], SETTINGS, run=tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_model_with_adapters_by_name_is_not_trained(finished, tmp_path):
+    loaded = with_adapters(nano(), {"FT": finished.adapter})
+    with pytest.raises(ModelError, match=r"carries adapters by name \(FT\); load the one to train"):
+        train_sft(loaded, CHATS[:4], SETTINGS, run=tmp_path / "a")
+
+
+def test_a_copied_checkpoint_is_not_in_the_way(tmp_path):
+    (tmp_path / "checkpoint-100 (1)").mkdir()
+    assert newest_whole_checkpoint(tmp_path) is None
+
+
+def test_a_finished_run_is_read_from_a_full_disk(finished, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setenv("IRONLOGIC_RUNS", str(finished.folder.parent))
+    assert open_run("a").record == finished.record
+    assert resolve("a/adapter") == str(finished.adapter)
