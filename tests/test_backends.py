@@ -27,6 +27,7 @@ def test_experts_that_would_stay_wide_are_refused_before_loading(tmp_path, backe
     assert "which takes 15.5 GiB" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_experts_that_came_out_wide_are_refused_by_their_bytes(tmp_path, monkeypatch):
     config = transformers.AutoConfig.from_pretrained(DATA / "nano-moe")
     loaded = load_model("nano-moe")
@@ -44,6 +45,7 @@ def test_16_bit_of_a_mixture_is_given_when_asked_for():
     assert load_model("nano-moe", four_bit=False).four_bit_share == 0.0
 
 
+@pytest.mark.slow
 def test_weights_that_no_setting_makes_fit_are_refused_before_loading(tmp_path, monkeypatch):
     folder = wide_folder(tmp_path / "Gemma-3-27B", "Gemma-3-27B")
     monkeypatch.setattr(backends, "see_memory", lambda: 20.0)

@@ -43,6 +43,7 @@ def test_repetition_and_loops_by_hand():
     assert loops(Completion("a b c d e f g h a b c d e f g h a b c d e f g", 99, False, 0.0))
 
 
+@pytest.mark.slow
 def test_thinking_as_a_detector_of_hard_items():
     hard = np.arange(100) < 50
     prompts = ["a b c d e f" if i % 2 else "a b c" for i in range(100)]
@@ -117,6 +118,7 @@ def test_speed_is_timed_at_a_forced_length_for_every_arm(nano, tmp_path):
     assert all((seconds > 0).all() for seconds in found.values())
 
 
+@pytest.mark.slow
 def test_all_of_it_on_nano():
     nano, items = load_model("nano", four_bit=False), made_items(34, seed=4)
     columns = measure_all(nano, items, seed=1)

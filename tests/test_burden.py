@@ -213,6 +213,7 @@ def test_rows_too_long_for_the_packed_sort_are_drawn_alike():
 
 
 # ------------------------------------------------------------------------------------------- quick == readable
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(hostile, keys), max_size=8),
@@ -253,6 +254,7 @@ def test_classes_of_characters_are_those_of_the_patterns():
 
 
 # ---------------------------------------------------------------------------------------- what stays, what moves
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(hostile, ratios, keys)
 def test_words_keep_their_number_and_whitespace_its_place(text, ratio, key):
@@ -268,6 +270,7 @@ def test_words_keep_their_number_and_whitespace_its_place(text, ratio, key):
         assert [after[i] for i in held] == [before[i] for i in held]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(hostile, st.sampled_from(["word", "char", "sentence", "seed"]), ratios, keys)
 def test_no_character_is_lost_and_taking_apart_is_exact(text, unit, ratio, key):
@@ -409,6 +412,7 @@ def test_too_little_to_move(unit):
     assert {apply_burden("a b", unit="word", ratio=1, key=(row,)) for row in range(20)} == {"a b", "b a"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -430,6 +434,7 @@ def test_no_text_takes_quadratic_time(text):
 
 
 # -------------------------------------------------------------------------------------------------- the seed's own
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(hostile | st.lists(st.sampled_from(WORDS)).map(" ".join), ratios, st.integers(0, 2**32))
 def test_the_seeds_function_word_for_word(text, ratio, state):

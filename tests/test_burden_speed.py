@@ -53,6 +53,7 @@ def cpu_seconds(work):
     return time.process_time() - began
 
 
+@pytest.mark.slow
 @pytest.mark.benchmarks
 def test_burden_against_the_seed_and_the_tokenizer(monkeypatch, capsys):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")

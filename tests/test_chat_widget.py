@@ -48,6 +48,7 @@ def test_streaming_tells_every_step_and_ends_like_generate(nano):
     assert stream(nano, chat, told.append, max_new_tokens=2).finished is False
 
 
+@pytest.mark.slow
 def test_answers_of_base_adapter_and_merged(nano, adapted):
     box = chat_box(adapted, merged=nano, text=QUESTION)
     assert box.controls["model"].options == ("base", "adapter", "merged")

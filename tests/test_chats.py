@@ -210,6 +210,7 @@ def test_byte_order_mark_windows_newlines_and_blank_lines_keep_the_line_numbers(
     assert rejected == []
 
 
+@pytest.mark.slow
 def test_a_line_of_50_megabytes_is_passed_by(tmp_path):
     path = write(tmp_path, GOOD, b'{"messages": "' + b"x" * 50_000_000 + b'"}', GOOD, b"y" * 40_000_000)
     dataset, rejected = load_chats(path)
@@ -446,6 +447,7 @@ def damaged(draw):
     return row
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_whatever_a_file_holds_its_good_rows_come_out_in_order(data):

@@ -43,6 +43,7 @@ def test_no_harm_needs_a_loss_ruled_out_and_is_never_in_part():
     assert not judge(claim, wide, ITEMS).same
 
 
+@pytest.mark.slow
 def test_swapped_labels_swap_the_verdicts():
     """Arms that differ in every column: what holds fails the other way round, and the effect changes its sign."""
     better, worse = arm(0.8, at=1), arm(0.5, at=2)
@@ -63,6 +64,7 @@ def test_swapped_labels_swap_the_verdicts():
         assert a.p == pytest.approx(b.p)
 
 
+@pytest.mark.slow
 def test_one_recipe_against_itself_is_no_difference():
     """200 pairs of arms by one noisy recipe: the share of verdicts that see something is what 95 % allows."""
     seen = 0
@@ -73,6 +75,7 @@ def test_one_recipe_against_itself_is_no_difference():
     assert seen <= 16  # 10 expected at most; 16 is two standard deviations above
 
 
+@pytest.mark.slow
 def test_an_effect_of_the_size_called_detectable_is_found_and_a_third_of_it_is_not():
     least = np.mean(
         [
@@ -128,6 +131,7 @@ def test_what_is_missing_is_named():
     assert judge(ACCURACY, {"FT": apart, "SFT": arm(0.5)}, ITEMS).verdict == "can't be told here"
 
 
+@pytest.mark.slow
 def test_an_own_adapter_is_compared_with_its_base():
     arms = {"yours": arm(0.9, seeds=1), "base": arm(0.4, seeds=1, at=1)}
     findings = find_all(arms, ITEMS, names={"FT": "yours", "SFT": "base"})

@@ -133,6 +133,7 @@ def test_unsloth_loads_with_the_arguments_that_we_pass(owner):
     assert "local_files_only" in (folder / "models/loader.py").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "owner"), [("models/llama.py", "FastLlamaModel"), ("models/vision.py", "FastBaseModel")]
 )

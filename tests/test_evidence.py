@@ -76,6 +76,7 @@ def test_answer_loss_is_the_models_own_loss(nano):
         assert found.nats[0, row] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_answer_loss_rises_with_the_burden_and_counts_what_it_skips(nano):
     chats = [task_chat(task) for task in TASKS]
     broken = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a<|im_end|>b"}]

@@ -94,6 +94,7 @@ def test_merged_weights_are_base_plus_update(run, merged):
     assert any((ours[f"{name}.weight"] - base[f"{name}.weight"]).abs().max() > 1e-3 for name in moved)
 
 
+@pytest.mark.slow
 def test_merged_answers_like_base_and_adapter(run, merged):
     (found,) = check_export(merged, run)
     assert (found.kind, found.top1) == ("f32", 1.0)
@@ -107,6 +108,7 @@ def test_merged_answers_like_base_and_adapter(run, merged):
     assert not [p for p in merged.parent.iterdir() if p != merged], "a helper's folder is left"
 
 
+@pytest.mark.slow
 def test_a_merge_that_went_wrong_is_found(run, merged, tmp_path):
     with pytest.raises(ExportError, match="nano, read by transformers, is not the model it was made from"):
         check_export(NANO, run)  # as if the adapter had been forgotten
@@ -118,6 +120,7 @@ def test_a_merge_that_went_wrong_is_found(run, merged, tmp_path):
         check_export(broken, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["bfloat16", "4-bit"])
 def test_bases_of_other_types_come_out_in_bfloat16(tmp_path, packed):
     base = load_model("nano", four_bit=packed, backend="transformers")
@@ -162,6 +165,7 @@ def test_truncated_weights_are_named(run, merged, tmp_path):
     assert digest(merged) == before
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_overwritten_unless_it_is_an_export(run, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -185,6 +189,7 @@ def test_room_is_asked_for_first(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a disk of our own needs root on Linux")
 def test_a_full_disk_leaves_the_earlier_artefact_whole(run, merged, tmp_path, monkeypatch):
     """A real disk that fills up while it is written, as if the check before had been right at its time."""
@@ -227,6 +232,7 @@ def test_plain_transformers_in_a_process_of_its_own_loads_it(run, merged, tmp_pa
 # -- GGUF
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["f16", "q8_0"])
 def test_gguf_answers_like_the_model(run, merged, tmp_path, quantization):
     path = export_gguf(run, tmp_path, quantization=quantization)
@@ -239,6 +245,7 @@ def test_gguf_answers_like_the_model(run, merged, tmp_path, quantization):
     assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= (20 if quantization == "f16" else 18)
 
 
+@pytest.mark.slow
 def test_a_damaged_gguf_is_found(merged, q8, tmp_path):
     broken = Path(shutil.copy(q8, tmp_path / "broken.gguf"))
     tensors = gguf.GGUFReader(broken, "r+").tensors
@@ -266,6 +273,7 @@ def test_what_gguf_cannot_hold_is_told_with_the_command_to_run_later(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_published_unread(q8, merged, tmp_path, monkeypatch):
     monkeypatch.setattr("ironlogic.llama.modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES", [])
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
@@ -319,6 +327,7 @@ def seeing(tmp_path_factory):
     return place / "spliced", adapter, merge_adapter(adapter, place / "merged")
 
 
+@pytest.mark.slow
 def test_a_spliced_model_is_merged_whole_and_gguf_is_refused(seeing, tmp_path):
     folder, adapter, out = seeing
     (found,) = check_export(out, adapter)

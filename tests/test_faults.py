@@ -28,6 +28,7 @@ from ironlogic.tasks import make_tasks, task_chat
 from ironlogic.train import train_sft
 from ironlogic.vision_train import save_spliced
 
+pytestmark = pytest.mark.slow
 KILLS = 20
 SETTINGS = TrainSettings(
     learning_rate=5e-3,
@@ -81,7 +82,6 @@ def harness(folder: Path, seed: int) -> None:
     print(f"{while_writing} kills while a checkpoint was written")
 
 
-@pytest.mark.slow
 def test_twenty_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code = f"from tests.test_faults import *; train(Path({str(whole)!r})); harness(Path({str(killed)!r}), 1)"

@@ -15,6 +15,7 @@ def nano():
     return load_model("nano", four_bit=False)
 
 
+@pytest.mark.slow
 def test_answers_come_in_the_order_of_the_prompts_for_any_batch_size(nano):
     together = generate(nano, PROMPTS, batch_size=24)
     alone = [generate(nano, [prompt])[0] for prompt in PROMPTS]
@@ -44,6 +45,7 @@ def test_limit_is_reported(nano):
     assert (answer.tokens, answer.finished) == (1, False)
 
 
+@pytest.mark.slow
 def test_sampling_is_seeded(nano):
     def sample(seed):
         return [c.text for c in generate(nano, PROMPTS, temperature=3.0, seed=seed)]

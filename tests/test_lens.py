@@ -333,6 +333,7 @@ def test_merged_model_reads_as_the_adapter(adapted):
     assert after.entropy == pytest.approx(before.entropy, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-moe"])
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_shipped_models_with_and_without_adapter(name, four_bit):

@@ -109,6 +109,7 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_draw_every_token_without_a_missing_glyph(name, tmp_path):
     with warnings.catch_warnings():

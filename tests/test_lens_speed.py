@@ -167,6 +167,7 @@ def peak_mb(work) -> float:
     return (read("VmHWM") - before) * 1024 / 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.benchmarks
 @pytest.mark.skipif(not CLEAR.exists(), reason="peak memory is read from Linux's /proc")
 def test_extra_memory_does_not_grow_with_the_prompt(capsys):

@@ -69,6 +69,7 @@ def test_another_way_of_cutting_words_is_found(merged, tmp_path, monkeypatch):
         export_gguf(merged, tmp_path, quantization="f16")
 
 
+@pytest.mark.slow
 def test_readers_of_a_file(tmp_path, monkeypatch):
     path = export_gguf("nano", tmp_path, quantization="q8_0")
     assert gguf_readers(path)[0] == "q8_0"

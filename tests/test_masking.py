@@ -454,6 +454,7 @@ ANY = st.text(max_size=40) | st.text("\n \t<>|thinka.é你🙂", max_size=20)
 TEXT = ANY.filter(lambda text: text.strip() and "\0" not in text)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(TEXT, min_size=2, max_size=6).map(lambda texts: texts[: len(texts) // 2 * 2]))
 def test_the_mask_is_that_of_transformers_where_the_template_tells_it(texts):
@@ -513,6 +514,7 @@ TEMPLATES = dict.fromkeys([CHATML, THINKING, OPENED, PARTS_ONLY], r"<\|im_end\|>
 TEMPLATES |= {GEMMA: "<end_of_turn>", MISTRAL: "</s>", WANDERING: "</s>", TWO_ENDS: r"<\|end\|>|<\|return\|>"}
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(list(TEMPLATES)),

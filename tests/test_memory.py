@@ -295,6 +295,7 @@ def eyes_of(kind):
     return CONFIG_MAPPING[kind](vision_config=eyes, **text), 1024, 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3", "llava", "qwen3_vl"])
 def test_a_frozen_vision_tower_holds_its_widest_layer(kind):
     import torch
@@ -404,6 +405,7 @@ PEAKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEAKS)
 def test_peaks_that_public_notebooks_print(name):
     what, batch_size, rank, peak = PEAKS[name]
@@ -465,6 +467,7 @@ def test_parts_add_up_to_the_peak_and_the_table_shows_them():
     assert lines[-1].startswith("does not fit: nothing fits on 16 GiB: even length 256, ")
 
 
+@pytest.mark.slow
 def test_every_plan_is_quick():
     plan_memory("Qwen3-0.6B")  # imports
     for name in ARCHITECTURES:
@@ -580,6 +583,7 @@ def test_more_of_anything_never_takes_less(options):
 # ---- what stands for a model ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_preset_name_object_and_its_settings_give_one_plan():
     preset = PRESETS["32gb"]
     train = preset.train
@@ -650,6 +654,7 @@ def test_bad_requests_are_answered_in_one_message(what, options, message):
         plan_memory(what, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -62,6 +62,7 @@ def test_template_knows_thinking_and_images():
         assert len(tokenizer.encode(special)) == 1, special
 
 
+@pytest.mark.slow
 def test_experts_compute_what_the_dense_model_computes():
     torch.manual_seed(0)
     dense = transformers.Qwen3ForCausalLM(dense_config(build_tokenizer(random.Random(0))))
@@ -84,6 +85,7 @@ def test_orthogonal_step_makes_singular_values_even():
     assert values.max() < 1.3
 
 
+@pytest.mark.slow
 def test_pretraining_learns():
     torch.manual_seed(0)
     tokenizer = build_tokenizer(random.Random(0))

@@ -45,12 +45,14 @@ def read_numbers(tower: CLIPVisionModel) -> float:
     return np.mean((features(tower, test) @ weights).argmax(1) == [scene.number for scene in test])
 
 
+@pytest.mark.slow
 def test_it_sees_more_than_an_untrained_tower(shipped):
     torch.manual_seed(0)
     untrained = CLIPVisionModel(tower_config()).eval()
     assert read_numbers(shipped) > 0.85 > read_numbers(untrained) + 0.1
 
 
+@pytest.mark.slow
 def test_making_it_learns_and_is_repeatable(tmp_path, capsys):
     first, second = (pretrain_tower(seed=1, steps=100, batch=32, scenes=400) for _ in range(2))
     for one, other in zip(first.parameters(), second.parameters(), strict=True):

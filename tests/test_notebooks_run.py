@@ -71,6 +71,7 @@ def test_notebook_top_to_bottom(path, shared_runs, monkeypatch, network_attempts
 # -- the runner
 
 
+@pytest.mark.slow
 def test_run_good_and_bad(tmp_path, make_notebook, capsys):
     good = make_notebook(
         tmp_path / "books/01_good.ipynb",
@@ -115,6 +116,7 @@ def test_run_good_and_bad(tmp_path, make_notebook, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_kernel_is_this_python_whatever_is_registered(tmp_path, make_notebook, monkeypatch):
     wrong = tmp_path / "share/kernels/python3"
     wrong.mkdir(parents=True)
@@ -141,6 +143,7 @@ def test_the_kernel_is_this_python_whatever_is_registered(tmp_path, make_noteboo
         os.kill(kernel, 0)
 
 
+@pytest.mark.slow
 def test_setup_cell_in_a_kernel(tmp_path, make_notebook, tmp_runs):
     (tmp_path / "checkout").symlink_to(ROOT, target_is_directory=True)
     path = make_notebook(tmp_path / "01_x.ipynb", SETUP_CELL, "S.runs")
@@ -151,6 +154,7 @@ def test_setup_cell_in_a_kernel(tmp_path, make_notebook, tmp_runs):
         assert str(tmp_runs) in outputs(work.notebook, "stream", "stdout")[0]
 
 
+@pytest.mark.slow
 def test_questions_and_widgets(tmp_path, make_notebook):
     path = make_notebook(tmp_path / "01_x.ipynb", WIDGET)
     with NotebookSession(path, parameters={"A": {"k": [1, None]}}, timeout=60) as work:
@@ -167,6 +171,7 @@ def test_questions_and_widgets(tmp_path, make_notebook):
         assert len(work.notebook.cells) == 4  # title, parameters, the one set, the widget: no question stays
 
 
+@pytest.mark.slow
 def test_a_kernel_that_dies_or_never_ends(tmp_path, make_notebook):
     path = make_notebook(tmp_path / "01_x.ipynb", "import os; os._exit(3)")
     with pytest.raises(NotebookFailure, match=r"01_x, code cell 2 of 2: the kernel died"), NotebookSession(path):
@@ -178,6 +183,7 @@ def test_a_kernel_that_dies_or_never_ends(tmp_path, make_notebook):
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly(tmp_path, make_notebook):
     code = "import os, pathlib, time\nprint('pid', os.getpid())\npathlib.Path('begun').touch()\ntime.sleep(60)"
     path = make_notebook(tmp_path / "01_x.ipynb", code)
@@ -291,6 +297,7 @@ def test_without_a_command_help_is_printed(capsys):
     assert all(word in printed for word in ("run", "format", "session"))
 
 
+@pytest.mark.slow
 def test_the_runner_loads_no_torch(tmp_path, make_notebook):
     path = make_notebook(tmp_path / "01_x.ipynb", "A")
     code = f"""
@@ -346,6 +353,7 @@ def test_waiting_in_steps_survives_a_missed_message():
     assert 0.2 <= time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_the_network_is_closed_in_kernels_and_below(tmp_path, make_notebook, network_attempts):
     code = """
 import socket, subprocess, sys, urllib.request

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from ironlogic.burden import apply_burden, measure_disorder
 from ironlogic.evidence import AnswerLoss, Robustness
@@ -68,6 +69,7 @@ def test_a_notebook_shows_a_figure_as_png():
     assert plot_losses({"FT": [{"step": 1, "loss": 2.0}]})._repr_png_().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_drawing_needs_no_torch():
     code = "import ironlogic.plots, ironlogic.widgets, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

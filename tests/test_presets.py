@@ -60,6 +60,7 @@ def test_every_preset_says_what_it_is():
 SYSTEMS = {name: preset for name, preset in (PRESETS | VISION_PRESETS).items() if preset.card_gib}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("card", [14.7, 23.5, 31.4])  # what cards of 16, 24 and 32 GB offer
 def test_every_system_fits_a_card_or_says_what_would(name, card):

@@ -41,6 +41,7 @@ def study(*, nasty: str = "FT mixed") -> dict:
     return arms
 
 
+@pytest.mark.slow
 def test_page_needs_nothing_beside_it_and_escapes_everything(tmp_path):
     evil = "<script>alert(1)</script>"
     arms = study(nasty=evil)
@@ -80,6 +81,7 @@ def test_spread_stands_beside_the_mean_of_several_trainings():
     assert "<td>12</td>" in html
 
 
+@pytest.mark.slow
 def test_row_says_rule_n_and_reason():
     findings = find_all({"FT": study()["FT"]}, ITEMS)
     html = findings_html(findings, {})
@@ -102,6 +104,7 @@ def test_curves_are_the_means_of_the_columns(measure):
         assert drawn[arm] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_figures_show_what_is_known_and_survive_what_is_not():
     arms = study()
     findings = find_all(arms, ITEMS, sizes=SIZES)
@@ -113,6 +116,7 @@ def test_figures_show_what_is_known_and_survive_what_is_not():
     assert set(finding_pictures(findings, arms, ITEMS, sizes=SIZES)) == {f.claim.key for f in findings if f.effect}
 
 
+@pytest.mark.slow
 def test_explorer_offers_what_was_measured():
     arms = study()
     explorer = robustness_explorer(arms, ITEMS)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from ironlogic.rlvr_plots import plot_pass, plot_rewards
 from ironlogic.tasks import make_tasks
@@ -56,6 +57,7 @@ def test_pass_at_k_rises_and_the_share_that_thinks_is_a_bar():
     assert right.patches[0].get_width() == 0.375
 
 
+@pytest.mark.slow
 def test_drawing_needs_no_torch():
     code = "import ironlogic.rlvr_plots, ironlogic.rlvr_widget, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -29,6 +29,7 @@ def test_a_scene_depends_on_its_key_alone():
         assert not any(np.array_equal(a.image, b.image) for a, b in zip(many, others, strict=True))
 
 
+@pytest.mark.slow
 def test_no_scan_is_in_two_splits():
     scans = [{scene.scan for scene in make_scenes(1500, seed=1, split=split)} for split in ("train", "val", "test")]
     for seen, size in zip(scans, (1200, 200, 397), strict=True):

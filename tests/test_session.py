@@ -420,6 +420,7 @@ print("NOW", session.version_of("ilprobe"), session.version_of("ilneedy"))
 """
 
 
+@pytest.mark.slow
 def test_install_adds_what_is_missing_and_never_swaps_what_is_loaded(fresh):
     wheel(fresh.shelf, "ilprobe", "1.0")
     assert fresh(INSTALL.replace("NEED", "'ilprobe'")).splitlines() == ["installing ilprobe", "NOW 1.0 None"]
@@ -432,6 +433,7 @@ def test_install_adds_what_is_missing_and_never_swaps_what_is_loaded(fresh):
     assert fresh(INSTALL.replace("NEED", "'ilneedy'")).splitlines()[-1] == "NOW 2.0 1.0"  # not loaded: free to move
 
 
+@pytest.mark.slow
 def test_a_python_without_pip_and_a_full_disk_are_named(tmp_path, monkeypatch):
     venv.create(tmp_path / "bare", symlinks=True)  # no pip in it
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare/bin/python"))
@@ -449,6 +451,7 @@ def test_a_python_without_pip_and_a_full_disk_are_named(tmp_path, monkeypatch):
         session.install([Requirement("ilprobe")], environ=os.environ)
 
 
+@pytest.mark.slow
 def test_start_installs_what_a_repository_asks_for(fresh, tmp_path):
     wheel(fresh.shelf, "ilprobe", "1.5")
     root = copy_of_root(tmp_path)
@@ -472,6 +475,7 @@ except SessionError as error:
     assert "REFUSED pip could not install ilprobe>=9" in fresh(call)
 
 
+@pytest.mark.slow
 def test_unsloth_that_cannot_be_had_is_no_obstacle(fresh, tmp_path):
     root = copy_of_root(tmp_path)
     (root / "ironlogic/requirements-unsloth.txt").write_text("ilunsloth==1.0\n")
@@ -488,6 +492,7 @@ print(start(everything=True, root=Path({str(root)!r}), system=Path({str(tmp_path
     assert fresh(call.replace("everything=True, ", "")).splitlines()[-1] == "()"
 
 
+@pytest.mark.slow
 def test_torchvision_of_another_torch_is_named(fresh):
     site = fresh("import site; print(site.getsitepackages()[0])").strip()
     for name, version, code in (

@@ -143,6 +143,7 @@ def test_language_models(kind, more, tokenizer):
     assert loaded.model.config.text_config.model_type in kind.lower() + "gpt_neox"
 
 
+@pytest.mark.slow
 def test_four_bit():
     words = load_model("nano", four_bit=True, backend="transformers")
     splice(tower(), words)
@@ -345,6 +346,7 @@ def test_folders_names_and_objects(tmp_path, tokenizer):
     assert [loaded.max_length for loaded in made] == [256, 256, 77]
 
 
+@pytest.mark.slow
 def test_a_smolvlm_checkpoint_without_torchvision(tmp_path, tokenizer):
     eye, _ = tower("smolvlm")
     words = language_model(tokenizer)[0].config

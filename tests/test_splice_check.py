@@ -107,6 +107,7 @@ def test_an_adapter_on_the_language_model_with_the_projector_saved(tokenizer):
         assert report.rows[-1].name == "adapter saved"
 
 
+@pytest.mark.slow
 def test_a_reloaded_model_passes_before_anything_is_frozen(tokenizer, tmp_path):
     loaded, reference = make(tokenizer)
     loaded.model.save_pretrained(tmp_path)
@@ -307,6 +308,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fault", "rows"), FAULTS, ids=[f"{k}{f.__name__}" for k, f, _ in FAULTS])
 def test_a_fault_is_named(kind, fault, rows, tokenizer):
     loaded, reference = make(tokenizer, kind)

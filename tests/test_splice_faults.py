@@ -24,6 +24,7 @@ SEEN_BY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_turns_its_check_red(fault):
     report = check_splice(break_splice(splice("nano-vision", "nano"), fault))
@@ -36,6 +37,7 @@ def test_an_unknown_fault_is_named():
         break_splice(splice("nano-vision", "nano"), "x")
 
 
+@pytest.mark.slow
 def test_the_loss_falls_while_the_projector_learns_nothing(tmp_path):
     scenes = make_scenes(160, seed=1)
     paths = save_scenes(scenes, tmp_path)

@@ -29,6 +29,7 @@ def test_one_repeat_agrees_with_the_normal_interval():
     assert found.high == pytest.approx(high, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_repeat", [0.05, 0.3])
 @pytest.mark.parametrize("repeats", [2, 3, 5])
 def test_interval_covers_the_truth_over_repeats_and_items(repeats, of_repeat):
@@ -91,6 +92,7 @@ def test_what_is_no_distribution_is_refused():
 # -- tests and limits
 
 
+@pytest.mark.slow
 def test_equivalence_agrees_with_statsmodels():
     """TOST by the 90 % interval: against the paired test on values where both are far from the edge."""
     from statsmodels.stats.weightstats import ttost_paired
@@ -163,6 +165,7 @@ def _curve(sizes, worth, rng, repeats=5, items=200):
     return level[:, None, None] + rng.normal(0, 0.01, (1, repeats, 1)) + rng.normal(0, 0.2, (1, 1, items))
 
 
+@pytest.mark.slow
 def test_a_known_multiplier_is_found():
     sizes, rng = (10, 30, 100, 300, 1000), np.random.default_rng(10)
     theirs = _curve(sizes, 1, rng)

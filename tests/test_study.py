@@ -63,6 +63,7 @@ def test_twins_differ_in_what_their_name_says_and_in_nothing_else(tmp_path):
     assert not asked & {chat[0]["content"] for rows in study.chats.values() for chat in rows}
 
 
+@pytest.mark.slow
 def test_every_claim_has_its_runs_in_the_full_plan(tmp_path):
     study = open_study(NANO, tmp_path, seeds=5, rows=3000)
     jobs, sizes = study.full()

@@ -24,6 +24,7 @@ from PIL import Image  # isort: skip
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig  # isort: skip
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer  # isort: skip
 
+pytestmark = pytest.mark.slow
 TEXT = {
     "hidden_size": 128,
     "intermediate_size": 192,

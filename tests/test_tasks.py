@@ -116,6 +116,7 @@ def test_ways_equals_brute_force(before, rng, data):
     assert _ways(before, after, chosen) == brute_force(before, after, chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.3, 0.7, 1.0])
 def test_ceiling_is_what_an_ideal_reader_reaches(ratio):
     """The mean ceiling equals the accuracy of guessing the likeliest answer, over many real scrambles."""

@@ -34,6 +34,7 @@ def weights(folder):
     return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_prepared_folder_trains_to_the_same_bytes(tmp_path):
     rows = datasets.Dataset.from_dict({"messages": CHATS[:16], "row": list(range(100, 116)), "other": ["x"] * 16})
     folder = prepare_sft("nano", rows, SETTINGS, run=tmp_path / "prepared", burden=Burden())
@@ -77,6 +78,7 @@ def test_changed_folder_is_refused(tmp_path, name, content, message):
         train_prepared(folder)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_does_not_go_on(tmp_path, monkeypatch):
     def stop(lines):
         raise KeyboardInterrupt

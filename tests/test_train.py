@@ -25,6 +25,7 @@ import torch  # isort: skip
 import peft  # isort: skip
 from safetensors.torch import load_file  # isort: skip
 
+pytestmark = pytest.mark.slow
 SETTINGS = TrainSettings(
     learning_rate=5e-3,
     batch_size=4,
@@ -363,7 +364,6 @@ train_sft(nano(), CHATS, SETTINGS, run=sys.argv[1], burden=Burden(), watch=watch
 """
 
 
-@pytest.mark.slow
 def test_killed_run_goes_on_to_the_same_bytes(finished, tmp_path):
     folder = tmp_path / "killed"
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder)], env=os.environ, check=False)

@@ -27,6 +27,7 @@ import transformers  # isort: skip
 from safetensors.torch import load_file  # isort: skip
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # isort: skip
 
+pytestmark = pytest.mark.slow
 SETTINGS = TrainSettings(
     learning_rate=3e-3,
     batch_size=4,
@@ -283,7 +284,6 @@ def text(loaded):
     return loaded.model.model.text_model
 
 
-@pytest.mark.slow
 def test_both_stages_over_a_4_bit_base_merge_into_its_16_bit_weights(tmp_path):
     base = save_spliced(tiny(), tmp_path / "base")
     loaded = load_model(base, four_bit=True, max_length=128)
@@ -314,7 +314,6 @@ class Stop:
             raise self.error
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [train_projector, train_instruct])
 def test_an_interrupted_stage_goes_on_with_equal_bytes(stage, tmp_path, capsys):
     loaded, features = tiny(), tmp_path / "features"
@@ -341,7 +340,6 @@ train_projector(tiny(), CHATS, SETTINGS, run=sys.argv[2], watch=die, cache=sys.a
 """
 
 
-@pytest.mark.slow
 def test_a_killed_stage_goes_on_with_equal_bytes(runs, tmp_path):
     one, *_ = runs
     root = str(Path(__file__).resolve().parent.parent)

@@ -14,6 +14,7 @@ TEXT = "Create a Python Flappy Bird game and then find potential bugs and show t
 PNG = b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_burden_explorer_follows_its_controls():
     explorer = burden_explorer(TEXT)
     assert "asked for 70%" in explorer.text.value
@@ -62,6 +63,7 @@ def test_static_pages_get_a_picture():
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
 
 
+@pytest.mark.slow
 def test_memory_explorer():
     explorer = memory_explorer("32gb", card_gib=32)
     assert "fits on 32 GiB" in explorer.text.value
@@ -69,6 +71,7 @@ def test_memory_explorer():
     assert "does not fit" in explorer.text.value
 
 
+@pytest.mark.slow
 def test_answer_explorer_asks_base_and_adapter(tmp_path):
     from ironlogic.models import with_adapters
 
@@ -87,6 +90,7 @@ def test_answer_explorer_asks_base_and_adapter(tmp_path):
     assert explorer.text.value != before
 
 
+@pytest.mark.slow
 def test_lens_explorer_follows_prompt_position_layer_and_model():
     from ironlogic.lens import read_layers
     from ironlogic.models import add_lora
