@@ -249,10 +249,8 @@ def _read_hub(name: str, split: str) -> Rows:
         dataset = load_dataset(name, split=split)
     except Exception as error:  # whatever the hub, the network, a cache or a loader has to say
         tried = f"no such file here, and the split {split!r} of a hub dataset of this name could not be loaded"
-        why, advice = (
-            f"{type(error).__name__}: {short(str(error))}",
-            "check the name, or give the path of a local file",
-        )
+        why = f"{type(error).__name__}: {short(str(error))}"
+        advice = "check the name, or give the path of a local file"
         if datasets.config.HF_HUB_OFFLINE:
             advice = "the hub is switched off here, set HF_HUB_OFFLINE=0 before the first cell"
         raise ChatError(f"{name}: {tried} ({why}); {advice}") from error

@@ -7,7 +7,7 @@ import contextlib
 import random
 import re
 from collections.abc import Sequence
-from itertools import chain, cycle
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,11 +92,12 @@ def load_questions(
     """
     rows, rejected = load_chats(source)
     print(f"{len(rows)} rows. {describe_rejected(rejected)}")
-    kept, apart = (read_picture_chats(side) for side in split_chats(rows, seed=seed))
-    held = [row for row in apart if last_question(row)[0] is not None]
-    if not (kept and held):
+    kept, apart = split_chats(rows, seed=seed)
+    held = (row for raw in apart for row in read_picture_chats([raw]) if last_question(row)[0] is not None)
+    ours, theirs = read_picture_chats(kept.select(range(min(train, len(kept))))), list(islice(held, test))
+    if not (ours and theirs):
         raise ChatError(f"{source}: {len(rows)} rows are too few to hold out one with a picture; bring 20 or more")
-    return kept[:train], held[:test]
+    return ours, theirs
 
 
 def last_question(row: Sequence[dict[str, Any]]) -> tuple[Any, str, str]:
