@@ -3,8 +3,11 @@
 import pytest
 
 from ironlogic.generate import generate
-from ironlogic.models import load_model
+from ironlogic.models import load_model, model_inputs
 from ironlogic.tasks import make_tasks
+
+import torch  # isort: skip
+import transformers  # isort: skip
 
 TASKS = make_tasks(24, seed=3, split="test")
 PROMPTS = [task.prompt for task in TASKS]
@@ -69,3 +72,13 @@ def test_empty_and_wrong_prompts(nano):
         generate(nano, [PROMPTS[0], []])
     with pytest.raises(TypeError, match="expected a list"):
         generate(nano, PROMPTS[0])
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("Gemma3ForConditionalGeneration", 2), ("Qwen3ForCausalLM", 1)])
+def test_token_types_go_to_models_that_ask_for_them_only(name, wanted):
+    """To Gemma 3 they say where a picture is; Qwen3 refuses them."""
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        model = kind(kind.config_class())
+    batch = {"input_ids": torch.ones(1, 2), "token_type_ids": torch.zeros(1, 2)}
+    assert len(model_inputs(model, batch)) == wanted
