@@ -195,11 +195,15 @@ def plot_ribbon(what: LayerReading | Comparison, *, position: int | None = None)
         ids, probs = reading.top_ids[:, column], reading.top_probs[:, column]
         heights = np.array([(probs * (ids == token)).sum(axis=1) for token in kept])
         axes.stackplot(reading.layers, heights, colors=[f"C{i}" for i in range(len(kept))], alpha=0.85)
-        tops = heights[:, -1].cumsum()
-        for i, (text, share, top) in enumerate(zip(kept.values(), heights[:, -1], tops, strict=True)):
-            if share > 0.03:
-                label = f" {token_label(text)} {share:.0%}"
-                axes.text(reading.layers[-1], top - share / 2, label, color=f"C{i}", fontsize=8, va="center")
+        middles = heights.cumsum(axis=0) - heights / 2
+        for i, text in enumerate(kept.values()):
+            most, last = int(heights[i].argmax()), len(reading.layers) - 1
+            if heights[i, last] > 0.03:
+                label = f" {token_label(text)} {heights[i, last]:.0%}"
+                axes.text(reading.layers[last], middles[i, last], label, color=f"C{i}", fontsize=8, va="center")
+            elif heights[i, most] > 0.1:  # it led on the way
+                place = reading.layers[most], middles[i, most]
+                axes.text(*place, token_label(text), color="white", fontsize=8, ha="center", va="center")
         axes.set(xlabel=_DEPTH, title=name, ylim=(0, 1), xlim=(0, reading.layers[-1] * 1.25))
     panels[0].set_ylabel("probability of the next token")
     return _finished(figure)
