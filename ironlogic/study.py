@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -68,6 +68,12 @@ class Job:
         """The arm as the claims call it."""
         return f"{self.arm} {self.rows} rows" if self.rows else self.arm
 
+    @property
+    def before(self) -> "Job | None":
+        """The job whose adapter this one goes on from."""
+        first, then, _ = self.arm.partition(" then ")
+        return Job(first, self.seed) if then else None
+
 
 @dataclass(frozen=True)
 class Study:
@@ -115,14 +121,13 @@ class Study:
     def train(self, job: Job) -> Path:
         """The job's adapter, trained now if it was not."""
         settings, burden = self.recipe(job.arm)
-        before = self.run(Job(job.arm.partition(" then ")[0], job.seed)) / "adapter"
-        loaded = self.load(before if " then " in job.arm else self.preset.model, job.seed)
+        loaded = self.load(self.run(job.before) / "adapter" if job.before else self.preset.model, job.seed)
         settings = replace(settings, seed=job.seed)
         return train_sft(loaded, self.rows(job), settings, run=self.run(job), burden=burden).adapter
 
     def rows(self, job: Job) -> Chats:
         """What the job is trained on."""
-        if " then " in job.arm:
+        if job.before:
             return self.further[job.seed]
         chats = self.chats[job.seed][: job.rows or None]
         if job.arm == "deletion":
@@ -339,24 +344,32 @@ def run_jobs(
     More than one worker only without a card: each is a process with a thread of its own.
     """
     arms: dict[str, dict[int, Columns]] = {job.name: {} for job in jobs}
-    for after in (False, True):
-        wave = [job for job in jobs if (" then " in job.arm) == after]
-        new = [job for job in wave if not study.was_measured(job)]
-        several = 1 if torch.cuda.is_available() else min(workers, len(new))
-        with _pool(several) if several > 1 else contextlib.nullcontext() as pool:
-            done = pool.map(study.do, new) if pool else map(study.do, new)
-            for k, (job, columns, seconds) in enumerate(done, 1):
-                arms[job.name][job.seed] = columns
-                report(f"{k} of {len(new)}: {job.name}, seed {job.seed}, {seconds:.0f} s")
-        for job in wave:
-            if job not in new:
-                arms[job.name][job.seed] = study.do(job)[1]
+    new = [job for job in jobs if not study.was_measured(job)]
+    ordered = sorted(new, key=lambda job: job.before is not None)
+    several = 1 if torch.cuda.is_available() else min(workers, len(new))
+    with _pool(several) if several > 1 else contextlib.nullcontext() as pool:
+        done = _in_turn(pool, study, ordered) if pool else map(study.do, ordered)
+        for k, (job, columns, seconds) in enumerate(done, 1):
+            arms[job.name][job.seed] = columns
+            report(f"{k} of {len(new)}: {job.name}, seed {job.seed}, {seconds:.0f} s")
+    for job in jobs:
+        if job not in new:
+            arms[job.name][job.seed] = study.do(job)[1]
     return {arm: {seed: runs[seed] for seed in sorted(runs)} for arm, runs in arms.items()}
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # several write over each other
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _in_turn(pool: ProcessPoolExecutor, study: Study, jobs: Sequence[Job]) -> Iterator[tuple[Job, Columns, float]]:
+    """Results in the order of the jobs; one that goes on from another joins the queue when that one is done."""
+    waiting = [job for job in jobs if job.before in jobs]
+    asked = {job: pool.submit(study.do, job) for job in jobs if job not in waiting}
+    for job in jobs:
+        yield asked[job].result()
+        asked |= {later: pool.submit(study.do, later) for later in waiting if later.before == job}
 
 
 def seen_before(study: Study) -> bool:

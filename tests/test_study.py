@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,7 +88,24 @@ def test_stage_after_comes_after_whatever_the_order_asked(tmp_path, monkeypatch)
     arms = run_jobs(small(tmp_path), [Job("FT then SFT", 1), Job("FT", 1), Job("FT", 2)], report=lines.append)
     assert done == ["FT", "FT", "FT then SFT"]
     assert sorted(arms["FT"]) == [1, 2]
-    assert lines[0] == "1 of 2: FT, seed 1, 0 s"
+    assert lines[0] == "1 of 3: FT, seed 1, 0 s"
+
+
+def test_a_stage_after_is_queued_when_its_base_is_done_and_not_before(tmp_path):
+    told = []
+
+    class Pool:
+        def submit(self, do, job):
+            told.append(("asked", job.name, job.seed))
+            return SimpleNamespace(result=lambda: told.append(("done", job.name, job.seed)))
+
+    study = small(tmp_path)
+    jobs = [Job("FT", 1), Job("FT", 2), Job("FT then SFT", 1), Job("SFT then SFT", 1)]  # SFT was there before
+    list(study_module._in_turn(Pool(), study, jobs))
+    first, then = ("done", "FT", 1), ("asked", "FT then SFT", 1)
+    assert told.index(then) == told.index(first) + 1
+    assert told.index(("asked", "SFT then SFT", 1)) < told.index(first)
+    assert [name for what, name, _ in told if what == "done"] == ["FT", "FT", "FT then SFT", "SFT then SFT"]
 
 
 def test_what_was_measured_is_not_measured_again_unless_something_else_is_asked(tmp_path, monkeypatch):
