@@ -60,6 +60,7 @@ def shared_runs(tmp_path_factory):
 @pytest.mark.parametrize("path", PRESENT, ids=lambda path: path.stem)
 def test_notebook_top_to_bottom(path, shared_runs, monkeypatch, network_attempts):
     monkeypatch.setenv("IRONLOGIC_RUNS", str(shared_runs))
+    monkeypatch.delenv("OMP_NUM_THREADS")  # as a person has it
     before = checkout()
     with NotebookSession(path, timeout=1200) as work:
         assert outputs(work.notebook, "error") == []
