@@ -139,9 +139,9 @@ def load_model(
         )
         if adapter:
             model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
+    except ModelError:
+        raise
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"{source} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     small = model.device.type == "cpu" and sum(map(real_size, model.parameters())) < 20e6
     if small and "OMP_NUM_THREADS" not in os.environ:
