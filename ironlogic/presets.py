@@ -134,7 +134,7 @@ PRESETS = {
         Preset("t4", "Qwen/Qwen3-4B-Instruct-2507", 14, _CARD, _BURDEN, SEED_DATA, note="Colab or Kaggle, 16 GB"),
         Preset("24gb", "google/gemma-3-12b-it", 22, _CARD, _BURDEN, SEED_DATA, note="RTX 3090 or 4090"),
         Preset("32gb", "google/gemma-3-27b-it", 30, _LARGE, _BURDEN, SEED_DATA, note="RTX 5090"),
-        Preset("gemma-3-27b", "google/gemma-3-27b-it", 23, _LARGE, _BURDEN, SEED_DATA, note="seed 001's model"),
+        Preset("gemma-3-27b", "google/gemma-3-27b-it", 30, _LARGE, _BURDEN, SEED_DATA, note="seed 001's model, 32 GB"),
         Preset(
             "gemma-3-27b-as-seed",
             "google/gemma-3-27b-it",
@@ -145,11 +145,19 @@ PRESETS = {
             note="seed 001 exactly: one shuffle for all epochs, loss on every token",
         ),
         # Attention only: at rank 8 LoRA on 6,144 experts has 315 M parameters, of which a token trains a sixteenth.
-        Preset("qwen3-30b-a3b", _QWEN_MOE, 22, _LARGE, _BURDEN, SEED_DATA, note="seed 002's model; needs Unsloth"),
+        Preset(
+            "qwen3-30b-a3b",
+            _QWEN_MOE,
+            31,
+            _LARGE,
+            _BURDEN,
+            SEED_DATA,
+            note="seed 002's model, 32 GB with nothing else on the card; needs Unsloth",
+        ),
         Preset(
             "qwen3-30b-a3b-as-seed",
             _QWEN_MOE,
-            30,
+            40,
             replace(_SEED, lora=replace(_SEED.lora, experts=True)),  # finetune_mlp_modules=True means every expert
             _SEED_BURDEN,
             SEED_DATA,
