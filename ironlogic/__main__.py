@@ -138,11 +138,11 @@ def evidence_command(options: argparse.Namespace) -> int:
     except PresetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from ironlogic.chats import ChatError
-    from ironlogic.items import load_items
+    from ironlogic.data.chats import ChatError
+    from ironlogic.evidence.items import load_items
+    from ironlogic.evidence.study import open_study, run_jobs
     from ironlogic.models import ModelError
-    from ironlogic.runs import RunError
-    from ironlogic.study import open_study, run_jobs
+    from ironlogic.training.runs import RunError
 
     try:
         items, rejected = load_items(options.items) if options.items else (None, [])
@@ -155,9 +155,9 @@ def evidence_command(options: argparse.Namespace) -> int:
     except (ChatError, ModelError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from ironlogic.behaviour import describe
-    from ironlogic.claims import compare_recipes, find_all
-    from ironlogic.report import write_report
+    from ironlogic.evidence.behaviour import describe
+    from ironlogic.evidence.claims import compare_recipes, find_all
+    from ironlogic.show.report import write_report
 
     findings = find_all(arms, study.items, sizes=sizes)
     for finding in findings:
@@ -200,9 +200,9 @@ def share_parameters(paths: Sequence[Path], values: Mapping[str, Any]) -> dict[P
 
 def run_one(path: Path, parameters: Mapping[str, Any], runs: Path) -> tuple[bool, float]:
     """Execute one notebook and save its copy, whole or as far as it came. Returns (passed, seconds)."""
-    import nbformat
-
     from ironlogic import notebooks
+
+    import nbformat
 
     began = time.monotonic()
     print(f"\n{path.stem}", flush=True)

@@ -10,18 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ironlogic.backends import _load_processor
 from ironlogic.gguf_file import ExportError
 from ironlogic.models import ModelError, model_inputs, resolve, split_adapter
-from ironlogic.runs import Run, RunError, open_run, run_folder
+from ironlogic.training.runs import Run, RunError, open_run, run_folder
 
-import torch  # isort: skip  (models comes first: it imports Unsloth before these)
-import peft  # isort: skip
-import transformers  # isort: skip
-from PIL import Image  # isort: skip
-from safetensors import SafetensorError, safe_open  # isort: skip
+import numpy as np
+import peft
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 __all__ = [
     "PROBES",

@@ -13,11 +13,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ironlogic.architectures import PlanError, count_model
 from ironlogic.memory import GIB, NF4_BYTES, plan_memory
 from ironlogic.session import see_memory
+
+import torch
 
 __all__ = [
     "BACKEND",

@@ -21,8 +21,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ironlogic.burden_fast import draw, move_words
 from ironlogic.units import (
     PROTECTED,
@@ -40,6 +38,8 @@ from ironlogic.units import (
     pooled_disorder,
     protected_spans,
 )
+
+import numpy as np
 
 if TYPE_CHECKING:
     import datasets

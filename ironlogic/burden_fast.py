@@ -8,9 +8,9 @@ to the reference.
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ironlogic.units import CJK, MARKS, chosen_count
+
+import numpy as np
 
 __all__ = ["draw", "move_words"]
 

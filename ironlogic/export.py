@@ -15,8 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ironlogic.artefacts import (
     TYPES,
     Comparison,
@@ -34,11 +32,12 @@ from ironlogic.artefacts import (
 from ironlogic.gguf_file import ExportError, modelfile_text, why_not_gguf, write_gguf, write_lora_gguf
 from ironlogic.llama import convert, find_quantizer, gguf_logits, gguf_readers, load_gguf, open_llama, quantize
 from ironlogic.models import BACKEND, LoadedModel, free_memory, load_model
-from ironlogic.runs import Run, write_json
+from ironlogic.training.runs import Run, write_json
 
-import torch  # isort: skip  (models comes first: it imports Unsloth before these)
-import transformers  # isort: skip
-from safetensors import SafetensorError  # isort: skip
+import psutil
+import torch
+import transformers
+from safetensors import SafetensorError
 
 __all__ = [
     "ExportError",

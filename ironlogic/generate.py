@@ -7,8 +7,8 @@ from typing import Any
 
 from ironlogic.models import LoadedModel, as_loaded, free_memory, inference, model_inputs
 
-import torch  # isort: skip  (models comes first: it imports Unsloth before transformers)
-import transformers  # isort: skip
+import torch
+import transformers
 
 __all__ = ["Completion", "chat_ids", "end_ids", "generate", "stream", "visible_text"]
 

@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
-
 from ironlogic.generate import chat_ids, visible_text
 from ironlogic.gguf_file import ExportError
 
-import torch  # isort: skip  (generate comes first: it imports Unsloth before transformers)
-import transformers  # isort: skip
-from transformers import modeling_gguf_pytorch_utils  # isort: skip
+import gguf
+import numpy as np
+import torch
+import transformers
+from transformers import modeling_gguf_pytorch_utils
 
 __all__ = [
     "convert",

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil  # comes with accelerate
-
 from ironlogic.architectures import ARCHITECTURES, ModelCount, PlanError, count_model
 from ironlogic.presets import (
     PRESETS,
@@ -27,6 +25,8 @@ from ironlogic.presets import (
     VisionPreset,
     pick_preset,
 )
+
+import psutil  # comes with accelerate
 
 __all__ = ["ARCHITECTURES", "NF4_BYTES", "MemoryPlan", "PlanError", "plan_memory"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ironlogic.runs import Run, RunError, open_run
+from ironlogic.training.runs import Run, RunError, open_run
 
 __all__ = ["model_card", "write_model_card"]
 

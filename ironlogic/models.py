@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ironlogic.backends import (
     BACKEND,
     WHY_NOT_UNSLOTH,
@@ -31,9 +29,10 @@ from ironlogic.backends import (
 from ironlogic.presets import LoraSettings
 from ironlogic.session import results_path, see_place
 
-import peft  # isort: skip  (backends comes first: it imports Unsloth before these)
-import transformers  # isort: skip
-from safetensors import SafetensorError  # isort: skip
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError
 
 __all__ = [
     "BACKEND",

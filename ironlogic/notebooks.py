@@ -20,6 +20,9 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+from ironlogic.session import ROOT
+from ironlogic.setup_cell import SETUP_CELL
+
 import nbformat
 from jupyter_client.asynchronous import AsyncKernelClient
 from jupyter_client.channels import AsyncZMQSocketChannel
@@ -28,9 +31,6 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from traitlets import Type
-
-from ironlogic.session import ROOT
-from ironlogic.setup_cell import SETUP_CELL
 
 __all__ = [
     "NotebookError",

@@ -134,7 +134,9 @@ PRESETS = {
         Preset("t4", "Qwen/Qwen3-4B-Instruct-2507", 14, _CARD, _BURDEN, SEED_DATA, note="Colab or Kaggle, 16 GB"),
         Preset("24gb", "google/gemma-3-12b-it", 22, _CARD, _BURDEN, SEED_DATA, note="RTX 3090 or 4090"),
         Preset("32gb", "google/gemma-3-27b-it", 30, _LARGE, _BURDEN, SEED_DATA, note="RTX 5090"),
-        Preset("gemma-3-27b", "google/gemma-3-27b-it", 30, _LARGE, _BURDEN, SEED_DATA, note="seed 001's model, 32 GB"),
+        Preset(
+            "gemma-3-27b", "google/gemma-3-27b-it", 30, _LARGE, _BURDEN, SEED_DATA, note="seed 001's model, 32 GB"
+        ),
         Preset(
             "gemma-3-27b-as-seed",
             "google/gemma-3-27b-it",

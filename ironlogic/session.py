@@ -19,9 +19,9 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 from ironlogic import __version__
+
+from packaging.requirements import Requirement
 
 __all__ = ["Card", "Session", "SessionError", "results_folder", "results_path", "see_card", "see_place", "start"]
 

@@ -134,9 +134,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def make_notebook():
     """make(path, *code, parameters="A = 1"): write a small notebook in normal form, without the set-up cell."""
-    import nbformat
-
     from ironlogic.notebooks import normal_form, save_notebook
+
+    import nbformat
 
     def make(path: Path, *code: str, parameters: str = "A = 1") -> Path:
         cells = [nbformat.v4.new_markdown_cell(f"# {path.stem[:2]} · Sample")]

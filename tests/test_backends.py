@@ -1,12 +1,11 @@
 """Weights that would not fit are refused with the arithmetic, before they are loaded."""
 
-import pytest
-
 from ironlogic import backends, memory
 from ironlogic.models import DATA, ModelError, load_model
 
-import torch  # isort: skip
-import transformers  # isort: skip
+import pytest
+import torch
+import transformers
 
 
 def wide_folder(path, name):

@@ -3,11 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pytest
-
-from ironlogic import behaviour
-from ironlogic.behaviour import (
+from ironlogic.data.problems import thinks
+from ironlogic.evidence import behaviour
+from ironlogic.evidence.behaviour import (
     context_bleeding,
     decoding_speed,
     describe,
@@ -17,14 +15,15 @@ from ironlogic.behaviour import (
     repetition,
     substituted,
 )
-from ironlogic.evidence import reply_scores
+from ironlogic.evidence.items import Items, items_of_chats, made_items
+from ironlogic.evidence.measure import reply_scores
 from ironlogic.generate import Completion
-from ironlogic.items import Items, items_of_chats, made_items
 from ironlogic.models import add_lora, load_model
 from ironlogic.presets import LoraSettings
-from ironlogic.tasks import thinks
 
-import torch  # isort: skip
+import numpy as np
+import pytest
+import torch
 
 ITEMS = made_items(68, seed=3)
 

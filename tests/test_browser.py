@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ironlogic.notebooks import find_notebooks, read_notebook, set_parameters
+from ironlogic.session import ROOT
+
 import nbformat
 import pytest
 from PIL import Image
-
-from ironlogic.notebooks import find_notebooks, read_notebook, set_parameters
-from ironlogic.session import ROOT
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="no playwright (pip install -r tests/requirements.txt)"

@@ -8,14 +8,6 @@ import re
 import time
 from collections import Counter
 
-import datasets
-import numpy as np
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
-
 from ironlogic import burden_fast, units
 from ironlogic.burden import (
     Burden,
@@ -31,6 +23,14 @@ from ironlogic.burden import (
     moved_units,
     seed_burden,
 )
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 WORDS = [f"w{i}" for i in range(150)]
 FRAGMENTS = [

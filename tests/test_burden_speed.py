@@ -7,10 +7,10 @@ formulas, tags or URLs and some with Chinese. CPU seconds of one thread, the bes
 import random
 import time
 
+from ironlogic.burden import apply_burden, apply_burden_many
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-from ironlogic.burden import apply_burden, apply_burden_many
 
 ROWS = 10_000
 EXTRAS = [

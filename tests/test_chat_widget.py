@@ -5,18 +5,17 @@ import re
 from datetime import UTC, datetime
 from itertools import pairwise
 
-import pytest
-from PIL import Image
-
-from ironlogic.chat_widget import answer_html, chat_box
+from ironlogic.data.problems import make_tasks
 from ironlogic.generate import generate, stream
 from ironlogic.models import add_lora, load_model
 from ironlogic.presets import LoraSettings
-from ironlogic.splice import splice
-from ironlogic.tasks import make_tasks
+from ironlogic.show.chat import answer_html, chat_box
+from ironlogic.vision.splice import splice
 
-import torch  # isort: skip
-import transformers  # isort: skip
+import pytest
+import torch
+import transformers
+from PIL import Image
 
 QUESTION = make_tasks(1, seed=3, split="test")[0].prompt
 

@@ -6,6 +6,9 @@ import json
 import tempfile
 from pathlib import Path
 
+from ironlogic.data import chats
+from ironlogic.data.chats import ChatError, Rejected, check_chat, describe_rejected, load_chats, split_chats
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,9 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
-from ironlogic import chats
-from ironlogic.chats import ChatError, Rejected, check_chat, describe_rejected, load_chats, split_chats
 
 
 def chat(*texts: str, **extras) -> dict:

@@ -4,15 +4,15 @@ import io
 import json
 import re
 
+from ironlogic.data.chat_forms import image_parts
+from ironlogic.data.chats import load_chats
+
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-
-from ironlogic.chat_forms import image_parts
-from ironlogic.chats import load_chats
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 IMAGE = Image.fromarray(PIXELS)

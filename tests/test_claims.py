@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
+from ironlogic.evidence.claims import CLAIMS, MARGIN, VERDICTS, Claim, compare_recipes, decide, find_all, judge
+from ironlogic.evidence.items import items_of_chats, made_items
+from ironlogic.evidence.statistics import Interval
+
 import numpy as np
 import pytest
-
-from ironlogic.claims import CLAIMS, MARGIN, VERDICTS, Claim, compare_recipes, decide, find_all, judge
-from ironlogic.items import items_of_chats, made_items
-from ironlogic.statistics import Interval
 
 ITEMS = made_items(170, seed=1)
 ACCURACY = Claim("a", "said", "000", "accuracy", "correct@0.7", "free", checkable=True)
@@ -214,8 +214,8 @@ def test_claims_are_well_formed():
 @pytest.mark.slow
 def test_whole_chain_sees_nothing_between_two_arms_of_one_recipe(tmp_path):
     """Trained, measured, judged: 20 times two arms of 4, drawn apart out of 16 trainings by one recipe."""
+    from ironlogic.evidence.study import Job, open_study, run_jobs
     from ironlogic.presets import find_preset
-    from ironlogic.study import Job, open_study, run_jobs
 
     study = open_study(find_preset("nano"), tmp_path, rows=160, seeds=16, questions=136)
     jobs = [Job("base", 0), *(Job("FT", seed, 159) for seed in study.chats)]

@@ -12,11 +12,11 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 from ironlogic import models  # first: it brings Unsloth in before the others
 from ironlogic.backends import WHY_NOT_UNSLOTH
 from ironlogic.presets import PRESETS
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("trl", "peft", "transformers", "datasets")
@@ -64,7 +64,7 @@ def unknown(callee, names):
 
 
 def our_calls():
-    for path in sorted((ROOT / "ironlogic").glob("*.py")):
+    for path in sorted((ROOT / "ironlogic").rglob("*.py")):
         for callee, line, names in calls_in(path.read_text(encoding="utf-8")):
             if re.fullmatch(rf"({'|'.join(LIBRARIES)})(\.\w+)+", callee):
                 yield pytest.param(callee, names, id=f"{path.stem}:{line}:{callee}")
@@ -87,10 +87,10 @@ def test_unknown_keywords_are_found():
 
 
 def test_arguments_of_the_trainer_are_fields_of_every_trainers_settings(tmp_path):
+    from ironlogic.training.stages import trainer_arguments
+
     import transformers
     import trl
-
-    from ironlogic.stages import trainer_arguments
 
     ours = trainer_arguments(PRESETS["gemma-3-27b-as-seed"].train, tmp_path, steps=744)
     for kind in (transformers.TrainingArguments, trl.SFTConfig, trl.GRPOConfig):
@@ -114,7 +114,7 @@ def unsloth_parameters(file, owner, name):
 def passed_to(callee):
     """Keywords of our calls of that name, wherever they are."""
     found = set()
-    for path in (ROOT / "ironlogic").glob("*.py"):
+    for path in (ROOT / "ironlogic").rglob("*.py"):
         for name, _, keywords in calls_in(path.read_text(encoding="utf-8")):
             if name == callee:
                 found |= set(keywords)
@@ -214,7 +214,7 @@ import json, sys
 from ironlogic.models import BACKEND, load_model
 from dataclasses import replace
 from ironlogic.presets import find_preset
-from ironlogic.train import _prepare, _training_order, train_sft
+from ironlogic.training.sft import _prepare, _training_order, train_sft
 import datasets
 wanted = json.load(open("ids.json"))
 rows = [json.loads(line)["messages"] for line in open("rows.jsonl")]

@@ -1,15 +1,14 @@
 """Robustness and answer loss: against a reader of known ability and against the model's own loss."""
 
-import numpy as np
-import pytest
-
-from ironlogic import evidence
-from ironlogic.evidence import accuracy, answer_loss, difference, robustness, scramble
+from ironlogic.data.problems import make_tasks, task_chat
+from ironlogic.evidence import measure as evidence
+from ironlogic.evidence.measure import accuracy, answer_loss, difference, robustness, scramble
 from ironlogic.generate import Completion
 from ironlogic.models import load_model
-from ironlogic.tasks import make_tasks, task_chat
 
-import torch  # isort: skip
+import numpy as np
+import pytest
+import torch
 
 TASKS = make_tasks(136, seed=3, split="test")
 

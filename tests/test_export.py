@@ -10,9 +10,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 from ironlogic.burden import Burden
+from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.export import (
     ExportError,
     check_export,
@@ -26,16 +25,16 @@ from ironlogic.generate import generate, stream
 from ironlogic.llama import llama_answers
 from ironlogic.models import DATA, add_lora, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.runs import save_adapter
-from ironlogic.splice import splice
-from ironlogic.tasks import make_tasks, task_chat
-from ironlogic.train import train_sft
+from ironlogic.training.runs import save_adapter
+from ironlogic.training.sft import train_sft
+from ironlogic.vision.splice import splice
 
-import gguf  # isort: skip
-import torch  # isort: skip
-import transformers  # isort: skip
-from PIL import Image  # isort: skip
-from safetensors.torch import load_file, save_file  # isort: skip
+import gguf
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 NANO = DATA / "nano"
 CHATS = [task_chat(task) for task in make_tasks(16, seed=1)]
@@ -368,7 +367,7 @@ def test_plain_transformers_in_a_process_of_its_own_sees(seeing, tmp_path):
 @pytest.mark.slow
 def test_from_fragments_to_gguf(tmp_path):
     """FT -> SFT -> GRPO -> merged -> GGUF: the same answers in the end, by llama.cpp too where it is installed."""
-    from ironlogic.rlvr import GrpoSettings, train_grpo
+    from ironlogic.training.grpo import GrpoSettings, train_grpo
 
     tasks = make_tasks(16, seed=2)
     fragmented = train_sft(load_model("nano"), CHATS, SETTINGS, run=tmp_path / "ft", burden=Burden())

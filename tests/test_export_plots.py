@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from ironlogic.export_plots import plot_exports
+from ironlogic.show.export import plot_exports
 
 
 def point(kind, reader, mebibytes, mean_kl, tolerance):

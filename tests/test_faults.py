@@ -14,19 +14,19 @@ import sys
 import time
 from pathlib import Path
 
+from data.make.nano import DATA
+from ironlogic.burden import Burden
+from ironlogic.data.problems import make_tasks, task_chat
+from ironlogic.models import ModelError, load_model
+from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.training.runs import read_metrics
+from ironlogic.training.sft import train_sft
+from ironlogic.vision.splice import splice
+from ironlogic.vision.train import save_spliced
+
 import pytest
 import torch
 from jinja2.exceptions import SecurityError
-
-from ironlogic.burden import Burden
-from ironlogic.models import ModelError, load_model
-from ironlogic.nano import DATA
-from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.runs import read_metrics
-from ironlogic.splice import splice
-from ironlogic.tasks import make_tasks, task_chat
-from ironlogic.train import train_sft
-from ironlogic.vision_train import save_spliced
 
 pytestmark = pytest.mark.slow
 KILLS = 20

@@ -10,16 +10,16 @@ import json
 import tempfile
 from pathlib import Path
 
+from ironlogic.burden import Burden, burden_messages
+from ironlogic.data.chats import ChatError, describe_rejected, load_chats
+from ironlogic.data.masking import encode_chat
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
-from ironlogic.burden import Burden, burden_messages
-from ironlogic.chats import ChatError, describe_rejected, load_chats
-from ironlogic.masking import encode_chat
 
 ROWS, EXAMPLES = 50, 50  # for each of the four readers
 

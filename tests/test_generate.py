@@ -1,13 +1,12 @@
 """Decoding: order, independence of the batch, limits and refusals."""
 
-import pytest
-
+from ironlogic.data.problems import make_tasks
 from ironlogic.generate import generate
 from ironlogic.models import load_model, model_inputs
-from ironlogic.tasks import make_tasks
 
-import torch  # isort: skip
-import transformers  # isort: skip
+import pytest
+import torch
+import transformers
 
 TASKS = make_tasks(24, seed=3, split="test")
 PROMPTS = [task.prompt for task in TASKS]

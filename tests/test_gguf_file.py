@@ -5,11 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import gguf
-import jinja2
-import numpy as np
-import pytest
-
+from data.make.nano import CHAT_TEMPLATE, DATA
 from ironlogic.gguf_file import (
     ExportError,
     modelfile_text,
@@ -18,9 +14,12 @@ from ironlogic.gguf_file import (
     write_gguf,
     write_lora_gguf,
 )
-from ironlogic.nano import CHAT_TEMPLATE, DATA
 
-from safetensors.numpy import load_file, save_file  # isort: skip
+import gguf
+import jinja2
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
 
 NANO = DATA / "nano"
 GO = shutil.which("go")

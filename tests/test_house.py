@@ -9,56 +9,43 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-
-import nbformat
-import pytest
-from packaging.requirements import Requirement
 
 from ironlogic.__main__ import build_parser
 from ironlogic.session import ROOT
 from ironlogic.setup_cell import SETUP_CELL
 
+import nbformat
+import pytest
+from packaging.requirements import Requirement
+
 TOP = {
     *("notebooks", "ironlogic", "data", "tests", ".ci", "requirements.txt", "pyproject.toml", "README.md"),
     *("LICENSE", "CHANGELOG.md", ".gitignore", ".gitattributes"),
 }
-# A module imports only from floors above its own (smaller numbers). The text floor is a staircase.
-FLOORS = {
-    0.0: "units statistics setup_cell world pretrain",
-    0.1: "burden_fast",
-    0.2: "burden",
-    0.3: "presets",
-    0.9: "chat_forms pictures scenes architectures",
-    1.0: "session chats tasks memory",
-    1.5: "masking items",
-    1.9: "backends",
-    2.0: "models",
-    2.1: "anatomy readings nano_vision",
-    2.2: "probe nano",
-    2.3: "attention",
-    2.5: "runs gguf_file",
-    2.7: "stages artefacts",
-    3.0: "generate train lens splice_parts",
-    3.1: "rlvr llama splice_check image_features",
-    3.2: "image_batches",
-    3.3: "image_answers",
-    3.5: "vision_train splice_faults",
-    4.0: "splice evidence export",
-    4.1: "behaviour",
-    4.3: "claims",
-    4.4: "study",
-    4.5: "model_card",
-    5.0: "plots notebooks lens_tables",
-    5.1: "lens_plots vision_plots rlvr_plots evidence_plots export_plots",
-    5.2: "report",
-    5.5: "explorer",
-    5.7: "chat_widget picture_widget evidence_widget rlvr_widget",
-    6.0: "widgets __main__",
+# Imports run one way, from the ground up; what stands in one line knows nothing of its neighbours.
+GROUND_UP = """
+    data units
+    burden
+    presets
+    session memory
+    models
+    generate lens
+    training
+    vision evidence export
+    show
+    __main__
+"""
+# Files that still have to be folded into the place named behind them
+FOLDED = {
+    **{"architectures": "memory", "backends": "models", "setup_cell": "session", "burden_fast": "burden"},
+    **{"artefacts": "export", "gguf_file": "export", "llama": "export", "model_card": "export"},
+    "notebooks": "__main__",
 }
-LONGEST_MODULE, LARGEST_FILE, LARGEST_DATA = 380, 6 * 2**20, 25 * 2**20
+LARGEST_FILE, LARGEST_DATA = 6 * 2**20, 25 * 2**20
 SKIPPED = {".git", ".venv", ".venv-test", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"}
 FIRST = (
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/pip install --no-deps "
@@ -84,7 +71,7 @@ def files() -> list[Path]:
 
 
 FILES = files()
-MODULES = sorted((ROOT / "ironlogic").glob("*.py"))
+MODULES = sorted((ROOT / "ironlogic").rglob("*.py"))
 SOURCES = [ROOT / name for name in FILES if name.suffix == ".py"]
 
 
@@ -119,39 +106,61 @@ def test_ruff_reads_notebooks_and_likes_the_setup_cell(tmp_path):
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Modules of this package that a source imports, at any depth."""
+    """Dotted modules of this package that a source imports, at any depth."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "ironlogic":
-            yield from (alias.name for alias in node.names if not alias.name.startswith("__"))
+            yield from (f"ironlogic.{alias.name}" for alias in node.names if not alias.name.startswith("__"))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ironlogic."):
-            yield node.module.split(".")[1]
+            yield node.module
         elif isinstance(node, ast.ImportFrom) and node.level:
-            yield node.module or node.names[0].name
+            yield f"relative import of {node.module or node.names[0].name}"
         elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ironlogic."))
+            yield from (alias.name for alias in node.names if alias.name.startswith("ironlogic."))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def place(module: str) -> str:
+    """The room or file at the top of the package in which a dotted module lies."""
+    name = module.split(".")[1]
+    return FOLDED.get(name, name)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: "/".join(path.parts[-2:]))
 def test_module(path):
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    assert ast.get_docstring(tree), "a module says what it does and what it does not know"
-    assert len(text.splitlines()) <= LONGEST_MODULE
-    if path.stem == "__init__":
-        return
-    floor = {name: number for number, names in FLOORS.items() for name in names.split()}
-    assert path.stem in floor, "a module has its floor in DESIGN and in FLOORS"
-    below = [name for name in imports(tree) if floor.get(name, 9) >= floor[path.stem]]
-    assert not below, f"{path.stem} imports {below}, which are not above it"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "a module says what it does"
     assigned = {
         t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if hasattr(t, "id")
     }
-    assert "__all__" in assigned
+    assert "__all__" in assigned or path.stem in ("__init__", "__main__")
+
+
+def test_imports_run_from_the_ground_up():
+    level = {name: number for number, line in enumerate(GROUND_UP.split("\n")) for name in line.split()}
+    wrong = []
+    for path in MODULES:
+        here = place(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if here == "__init__":
+            continue
+        assert here in level, f"{here} has no place in GROUND_UP"
+        for module in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            if place(module) != here and level[place(module)] >= level[here]:
+                wrong.append(f"{path.name} ({here}) imports {module}")
+    assert wrong == []
+
+
+def test_no_module_imports_itself_in_a_circle():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+    graph = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): set(imports(tree))
+        for path, tree in trees.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
 def test_imports_are_seen():
-    code = "import os\nfrom ironlogic import a, __version__\nfrom ironlogic.b import c\nimport ironlogic.d"
-    assert list(imports(ast.parse(f"{code}\nfrom .e import f"))) == ["a", "b", "d", "e"]
+    code = "import os\nfrom ironlogic import a, __version__\nfrom ironlogic.b import c\nimport ironlogic.d.e"
+    names = ["ironlogic.a", "ironlogic.b", "ironlogic.d.e", "relative import of f"]
+    assert list(imports(ast.parse(f"{code}\nfrom .f import g"))) == names
 
 
 LOADERS = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}
@@ -206,11 +215,7 @@ def test_top_level_is_what_the_design_says():
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
-def test_package_is_flat_and_notebooks_are_notebooks():
-    nested = [name for name in FILES if name.parts[0] in ("ironlogic", "tests") and len(name.parts) > 2]
-    assert [
-        str(name) for name in nested if name.parts[:2] != ("tests", "gpu")
-    ] == []  # what a card's machine is sent
+def test_notebooks_are_notebooks():
     others = [
         str(name) for name in FILES if name.parts[0] == "notebooks" and not re.match(r"\d\d_\w+\.ipynb$", name.name)
     ]
@@ -352,9 +357,9 @@ def is_path(word: str) -> bool:
 def span_faults(span: str, root: Path) -> Iterator[str]:
     """`folder/file` has to exist in the repository or beside the modules, `module.name` in the module."""
     owner, _, name = span.partition("(")[0].partition(".")
-    module = root / "ironlogic" / f"{owner}.py"
-    if module.is_file() and name.isidentifier() and name != "py":
-        if name not in defined_in(module):
+    modules = [*(root / "ironlogic").rglob(f"{owner}.py")]
+    if modules and name.isidentifier() and name != "py":
+        if not any(name in defined_in(module) for module in modules):
             yield f"name {span}"
     elif is_path(span) and (span.endswith(SUFFIXES) or span.partition("/")[0] in TOP):  # others are hub names
         folders = (root, *(root / name for name in ("ironlogic", "notebooks", "data", "tests")))

@@ -1,12 +1,10 @@
 """Batches with pictures: the processor's ids, the answer's labels, the tower's features, the model's loss."""
 
-import numpy as np
-import pytest
-from PIL import Image
-
-from ironlogic.chats import ChatError, load_chats
-from ironlogic.image_answers import answer_pictures, control_rows
-from ironlogic.image_batches import (
+from ironlogic.data.chats import ChatError, load_chats
+from ironlogic.data.masking import IGNORED
+from ironlogic.training.runs import RunError
+from ironlogic.vision.answers import answer_pictures, control_rows
+from ironlogic.vision.batches import (
     batches_for,
     encode_pictures,
     image_length,
@@ -15,15 +13,16 @@ from ironlogic.image_batches import (
     order_by_length,
     read_picture_chats,
 )
-from ironlogic.image_features import Features, Pictures, _too_many, cached_tower, look_at, tower_key
-from ironlogic.masking import IGNORED
-from ironlogic.runs import RunError
-from ironlogic.splice import splice
+from ironlogic.vision.image_features import Features, Pictures, _too_many, cached_tower, look_at, tower_key
+from ironlogic.vision.splice import splice
 
-import torch  # isort: skip
-import transformers  # isort: skip
-from safetensors import SafetensorError  # isort: skip
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # isort: skip
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 RNG = np.random.default_rng(0)
 
@@ -219,7 +218,7 @@ def test_files_of_features_that_are_not_whole_are_never_read(tmp_path):
 
 def test_no_room_for_features_is_told(loaded, tmp_path, monkeypatch, capsys):
     usage = type("Usage", (), {"free": 2**20})
-    monkeypatch.setattr("ironlogic.image_features.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("ironlogic.vision.image_features.shutil.disk_usage", lambda path: usage)
     assert not _too_many(torch.zeros(1024), 128, tmp_path)  # 512 KiB, half of it
     assert _too_many(torch.zeros(1024), 129, tmp_path)
     assert "features of 129 pictures" in capsys.readouterr().out
@@ -233,7 +232,7 @@ def test_a_disk_that_is_full_while_features_are_written(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("ironlogic.image_features.save_file", full)
+    monkeypatch.setattr("ironlogic.vision.image_features.save_file", full)
     with pytest.raises(RunError, match="No space left on device"):
         Features(tmp_path / "features").add({"a": torch.ones(2, 3)})
     assert not list((tmp_path / "features").iterdir())
@@ -253,7 +252,7 @@ def test_label_loss_is_cross_entropy_and_so_is_its_gradient(monkeypatch):
     )
     (gradient,) = torch.autograd.grad(wanted, hidden)
     for size in (2**24, 500 * 7):  # all at once, and seven rows at a time
-        monkeypatch.setattr("ironlogic.image_batches._LOGITS", size)
+        monkeypatch.setattr("ironlogic.vision.batches._LOGITS", size)
         got = label_loss(hidden, labels, head)
         torch.testing.assert_close(got, wanted)
         torch.testing.assert_close(torch.autograd.grad(got, hidden)[0], gradient)

@@ -2,10 +2,9 @@
 
 import json
 
-import pytest
-
-from ironlogic.chats import ChatError
-from ironlogic.items import (
+from ironlogic.data.chats import ChatError
+from ironlogic.data.problems import check_answer
+from ironlogic.evidence.items import (
     delete_words,
     items_of_chats,
     load_items,
@@ -14,7 +13,8 @@ from ironlogic.items import (
     substitute_words,
     write_lm_eval_tasks,
 )
-from ironlogic.tasks import check_answer
+
+import pytest
 
 TEXT = "one two three four five six seven eight nine ten"
 
@@ -117,11 +117,11 @@ def test_task_files_hold_the_scrambles_that_robustness_asks(tmp_path):
 def test_another_harness_agrees_with_robustness(tmp_path):
     """lm-evaluation-harness, offline, on nano: the same accuracy, item by item."""
     lm_eval = pytest.importorskip("lm_eval", reason="optional: pip install lm-eval")
-    from ironlogic.evidence import robustness
+    from ironlogic.evidence.measure import robustness
     from ironlogic.models import load_model
 
-    from lm_eval.models.huggingface import HFLM  # isort: skip
-    from lm_eval.tasks import TaskManager  # isort: skip
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     tasks, nano = made_items(34, seed=1).tasks, load_model("nano", four_bit=False)
     ours = robustness(nano, tasks, ratios=(0.0, 0.7), seed=5)

@@ -3,13 +3,12 @@
 import json
 import math
 
-import numpy as np
-import pytest
-
-from ironlogic import lens, probe
-from ironlogic.anatomy import decoder_layers, embedding, final_norm, lora_factors, output_head, routers
-from ironlogic.attention import read_attention, read_routing
-from ironlogic.lens import (
+from ironlogic.lens import probe
+from ironlogic.lens import read as lens
+from ironlogic.lens.attention import read_attention, read_routing
+from ironlogic.lens.parts import decoder_layers, embedding, final_norm, lora_factors, output_head, routers
+from ironlogic.lens.probe import pick_positions, settled, sum_up, token_text
+from ironlogic.lens.read import (
     LensError,
     check_reading,
     compare,
@@ -19,11 +18,12 @@ from ironlogic.lens import (
 )
 from ironlogic.models import LoadedModel, ModelError, add_lora, load_model
 from ironlogic.presets import LoraSettings
-from ironlogic.probe import pick_positions, settled, sum_up, token_text
 
-import peft  # isort: skip
-import torch  # isort: skip
-import transformers  # isort: skip
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
 
 IDS = torch.randint(5, 480, (12,), generator=torch.Generator().manual_seed(1))
 TEXT = {
@@ -768,7 +768,7 @@ def test_attention_with_an_adapter(adapted):
 
 @pytest.mark.parametrize("fault", ["scaling", "position", "mask"])
 def test_wrong_attention_is_refused(dense, monkeypatch, fault):
-    from ironlogic import attention as module
+    from ironlogic.lens import attention as module
 
     def wrong(layer, hidden, queries, *, position_embeddings, mask):
         if fault == "scaling":
@@ -814,7 +814,7 @@ def test_router_outputs_of_other_versions(mixture):
 
 
 def read_routes(out):
-    from ironlogic.attention import _routes
+    from ironlogic.lens.attention import _routes
 
     return _routes(out, [0, 1, 2], 2, 0)
 

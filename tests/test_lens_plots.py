@@ -4,13 +4,8 @@ import re
 import warnings
 from html.parser import HTMLParser
 
-import numpy as np
-import pytest
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findSystemFonts
-from matplotlib.text import Text
-
-from ironlogic.lens_plots import (
+from ironlogic.lens.results import AttentionReading, Comparison, LayerReading, RoutingReading
+from ironlogic.show.lens import (
     plot_attention,
     plot_entropy,
     plot_layers,
@@ -19,8 +14,13 @@ from ironlogic.lens_plots import (
     plot_words,
     token_label,
 )
-from ironlogic.lens_tables import lens_table, text_columns
-from ironlogic.readings import AttentionReading, Comparison, LayerReading, RoutingReading
+from ironlogic.show.lens_tables import lens_table, text_columns
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findSystemFonts
+from matplotlib.text import Text
 
 NASTY = (
     "了一些",
@@ -202,7 +202,7 @@ def test_an_installed_font_for_chinese_is_found():
 
 
 def test_characters_without_a_font_are_escaped(monkeypatch):
-    from ironlogic import lens_plots
+    from ironlogic.show import lens as lens_plots
 
     monkeypatch.setattr(lens_plots, "_fonts", lambda: (["DejaVu Sans"], frozenset(range(128))))
     assert token_label("了", width=10) == "\\u4e86"

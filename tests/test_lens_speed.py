@@ -21,14 +21,13 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+from ironlogic.lens.attention import read_attention
+from ironlogic.lens.parts import decoder_layers, final_norm, output_head
+from ironlogic.lens.read import read_layers
+
 import pytest
-
-from ironlogic.anatomy import decoder_layers, final_norm, output_head
-from ironlogic.attention import read_attention
-from ironlogic.lens import read_layers
-
-import torch  # isort: skip
-import transformers  # isort: skip
+import torch
+import transformers
 
 TOKENS = int(os.environ.get("IRONLOGIC_LENS_TOKENS", "32"))
 VOCABULARY, ROUNDS = 151_936, 2

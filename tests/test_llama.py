@@ -2,17 +2,16 @@
 
 from importlib.util import find_spec
 
-import pytest
-
+from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.export import ExportError, check_export, export_gguf, export_lora_gguf, merge_adapter
 from ironlogic.generate import generate
 from ironlogic.llama import convert, find_quantizer, gguf_readers, llama_answers
 from ironlogic.models import DATA, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.tasks import make_tasks, task_chat
-from ironlogic.train import train_sft
+from ironlogic.training.sft import train_sft
 
-import gguf  # isort: skip
+import gguf
+import pytest
 
 NANO = DATA / "nano"
 PROMPTS = [task.prompt for task in make_tasks(20, seed=5, split="test")]

@@ -7,6 +7,9 @@ from html.parser import HTMLParser
 from itertools import groupby
 from pathlib import Path
 
+from ironlogic.data.chats import ChatError, load_chats
+from ironlogic.data.masking import IGNORED, Encoded, encode_chat, encode_chats, show_mask
+
 import pytest
 import trl
 from datasets import Dataset
@@ -14,9 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-from ironlogic.chats import ChatError, load_chats
-from ironlogic.masking import IGNORED, Encoded, encode_chat, encode_chats, show_mask
 
 # --- small tokenizers and templates
 

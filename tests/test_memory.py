@@ -10,13 +10,13 @@ import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
-import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from ironlogic import architectures, memory
 from ironlogic.memory import ARCHITECTURES, GIB, NF4_BYTES, PlanError, plan_memory
 from ironlogic.presets import PRESETS, VISION_PRESETS, LoraSettings
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # transformers is imported inside the tests only: where Unsloth is used it has to come first
 

@@ -3,12 +3,12 @@
 import json
 from dataclasses import asdict
 
-import pytest
-
-from ironlogic.claims import CLAIMS, Finding
+from ironlogic.evidence.claims import CLAIMS, Finding
+from ironlogic.evidence.statistics import Interval
 from ironlogic.model_card import model_card, write_model_card
-from ironlogic.runs import Run, RunError
-from ironlogic.statistics import Interval
+from ironlogic.training.runs import Run, RunError
+
+import pytest
 
 RECORD = {
     "ironlogic": "0.1",

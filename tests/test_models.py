@@ -7,13 +7,12 @@ import shutil
 import subprocess
 import sys
 
-import pytest
-
 from ironlogic.models import DATA, ModelError, add_lora, as_loaded, inference, load_model
 from ironlogic.presets import LoraSettings
 
-import bitsandbytes  # isort: skip
-import torch  # isort: skip
+import bitsandbytes
+import pytest
+import torch
 
 LORA = LoraSettings(rank=4, alpha=8)
 
@@ -164,8 +163,8 @@ TRAIN = """
 import json, sys
 from ironlogic.models import BACKEND, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.tasks import make_tasks, task_chat
-from ironlogic.train import train_sft
+from ironlogic.data.problems import make_tasks, task_chat
+from ironlogic.training.sft import train_sft
 settings = TrainSettings(learning_rate=5e-3, batch_size=8, accumulation=1, log_steps=1, max_length=256,
                          lora=LoraSettings(rank=8, alpha=16))
 chats = [task_chat(task) for task in make_tasks(64, seed=1)]

@@ -6,15 +6,14 @@ import random
 import re
 from pathlib import Path
 
-import pytest
-
+from data.make.nano import DATA, build_tokenizer, corpus_document, dense_config, moe_from_dense
+from data.make.pretrain import _orthogonal, pretrain
+from ironlogic.data.problems import check_answer
 from ironlogic.models import load_model
-from ironlogic.nano import DATA, build_tokenizer, corpus_document, dense_config, moe_from_dense
-from ironlogic.pretrain import _orthogonal, pretrain
-from ironlogic.tasks import check_answer
 
-import torch  # isort: skip
-import transformers  # isort: skip
+import pytest
+import torch
+import transformers
 
 
 def test_files_are_those_of_the_readme():

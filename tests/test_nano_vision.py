@@ -1,15 +1,14 @@
 """The embedded vision tower: what is shipped, how it is made, and that it sees more than an untrained one."""
 
+from data.make.nano_vision import image_processor, pretrain_tower, save_tower, tower_config
+from ironlogic.data.scenes import make_scenes
+from ironlogic.models import DATA
+
 import numpy as np
 import pytest
-
-from ironlogic.models import DATA
-from ironlogic.nano_vision import image_processor, pretrain_tower, save_tower, tower_config
-from ironlogic.scenes import make_scenes
-
-import torch  # isort: skip
-from transformers import CLIPVisionModel  # isort: skip
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # isort: skip
+import torch
+from transformers import CLIPVisionModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 FOLDER = DATA / "nano-vision"
 

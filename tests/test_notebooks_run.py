@@ -12,9 +12,6 @@ import time
 from pathlib import Path
 from queue import Empty
 
-import nbformat
-import pytest
-
 from ironlogic.__main__ import Line, main, read_value
 from ironlogic.notebooks import (
     NOTEBOOKS,
@@ -27,6 +24,9 @@ from ironlogic.notebooks import (
 )
 from ironlogic.session import ROOT
 from ironlogic.setup_cell import SETUP_CELL
+
+import nbformat
+import pytest
 
 PRESENT = sorted(NOTEBOOKS.glob("*.ipynb"))
 WIDGET = """

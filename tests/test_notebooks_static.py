@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import nbformat
-import pytest
-
 from ironlogic.notebooks import NOTEBOOKS, NotebookError, normal_form, read_notebook, read_parameters, save_notebook
 from ironlogic.session import ROOT
 from ironlogic.setup_cell import SETUP_CELL
+
+import nbformat
+import pytest
 
 PRESENT = sorted(NOTEBOOKS.glob("*.ipynb"))
 LONGEST_CELL, LONGEST_NOTEBOOK, MOST_FUNCTIONS = 30, 160, 3

@@ -6,14 +6,14 @@ import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ironlogic.data.chats import ChatError
+from ironlogic.data.scenes import KINDS, make_scenes, question_chat, save_scenes
+from ironlogic.show.picture_widget import picture_explorer
+from ironlogic.vision.answers import answer_pictures, last_question, load_questions
+from ironlogic.vision.splice import splice
+
 import pytest
 from PIL import Image
-
-from ironlogic.chats import ChatError
-from ironlogic.image_answers import answer_pictures, last_question, load_questions
-from ironlogic.picture_widget import picture_explorer
-from ironlogic.scenes import KINDS, make_scenes, question_chat, save_scenes
-from ironlogic.splice import splice
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,7 @@ import os
 import struct
 import zlib
 
-import numpy as np
-import pytest
-from PIL import Image, ImageOps
-
-from ironlogic.pictures import (
+from ironlogic.data.pictures import (
     PictureError,
     check_picture,
     picture_bytes,
@@ -18,6 +14,10 @@ from ironlogic.pictures import (
     read_picture,
     resolve_picture,
 )
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (24, 36, 3), dtype=np.uint8)

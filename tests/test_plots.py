@@ -3,13 +3,11 @@
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-
 from ironlogic.burden import apply_burden, measure_disorder
-from ironlogic.evidence import AnswerLoss, Robustness
+from ironlogic.data.problems import make_tasks
+from ironlogic.evidence.measure import AnswerLoss, Robustness
 from ironlogic.memory import plan_memory
-from ironlogic.plots import (
+from ironlogic.show.plots import (
     COLORS,
     plot_answer_loss,
     plot_disorder,
@@ -18,7 +16,9 @@ from ironlogic.plots import (
     plot_reached,
     plot_robustness,
 )
-from ironlogic.tasks import make_tasks
+
+import numpy as np
+import pytest
 
 TASKS = tuple(make_tasks(34, seed=1))
 
@@ -71,6 +71,6 @@ def test_a_notebook_shows_a_figure_as_png():
 
 @pytest.mark.slow
 def test_drawing_needs_no_torch():
-    code = "import ironlogic.plots, ironlogic.widgets, sys; print('torch' in sys.modules)"
+    code = "import ironlogic.show.plots, ironlogic.show.widgets, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -3,8 +3,6 @@
 import re
 from dataclasses import FrozenInstanceError, replace
 
-import pytest
-
 from ironlogic.burden import Burden
 from ironlogic.presets import (
     PRESETS,
@@ -16,6 +14,8 @@ from ironlogic.presets import (
     find_preset,
     pick_preset,
 )
+
+import pytest
 
 
 def test_the_seeds_gemma_recipe_is_the_seeds():

@@ -4,20 +4,20 @@ import json
 import re
 from dataclasses import replace
 
-import numpy as np
-import pytest
-
-from ironlogic.claims import CLAIMS, compare_recipes, find_all
-from ironlogic.evidence_plots import (
+from ironlogic.evidence.claims import CLAIMS, compare_recipes, find_all
+from ironlogic.evidence.items import RATIOS, items_of_chats, made_items
+from ironlogic.show.evidence import (
     MEASURES,
     finding_pictures,
     plot_curves,
     plot_findings,
     plot_learning,
 )
-from ironlogic.evidence_widget import robustness_explorer
-from ironlogic.items import RATIOS, items_of_chats, made_items
-from ironlogic.report import findings_html, measures_html, write_report
+from ironlogic.show.evidence_widget import robustness_explorer
+from ironlogic.show.report import findings_html, measures_html, write_report
+
+import numpy as np
+import pytest
 
 ITEMS = made_items(68, seed=1)
 SIZES = (30, 248, 3000)

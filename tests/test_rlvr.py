@@ -8,13 +8,11 @@ import sys
 from dataclasses import replace
 from itertools import combinations
 
-import numpy as np
-import pytest
-
+from ironlogic.data.problems import accuracy_reward, check_answer, format_reward, make_tasks, thinks
 from ironlogic.generate import Completion
 from ironlogic.models import load_model
 from ironlogic.presets import LoraSettings
-from ironlogic.rlvr import (
+from ironlogic.training.grpo import (
     GrpoSettings,
     Samples,
     _prepare,
@@ -24,11 +22,12 @@ from ironlogic.rlvr import (
     sample_answers,
     train_grpo,
 )
-from ironlogic.runs import RunError, open_run
-from ironlogic.tasks import accuracy_reward, check_answer, format_reward, make_tasks, thinks
+from ironlogic.training.runs import RunError, open_run
 
-import torch  # isort: skip
-from safetensors.torch import load_file  # isort: skip
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
 
 SETTINGS = GrpoSettings(
     steps=4,
@@ -205,8 +204,8 @@ KILLED = """
 import os, signal
 from ironlogic.models import load_model
 from tests.test_rlvr import ROWS, SETTINGS
-from ironlogic.rlvr import train_grpo
-from ironlogic.tasks import accuracy_reward, format_reward
+from ironlogic.training.grpo import train_grpo
+from ironlogic.data.problems import accuracy_reward, format_reward
 
 def watch(lines):
     if lines[-1]["step"] == 3:

@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
+from ironlogic.data.problems import make_tasks
+from ironlogic.show.grpo import plot_pass, plot_rewards
+
 import numpy as np
 import pytest
-
-from ironlogic.rlvr_plots import plot_pass, plot_rewards
-from ironlogic.tasks import make_tasks
 
 
 def curve(axes, label):
@@ -47,7 +47,7 @@ def test_the_last_window_may_be_short_and_what_was_not_scored_is_left_out():
 
 
 def test_pass_at_k_rises_and_the_share_that_thinks_is_a_bar():
-    from ironlogic.rlvr import Samples
+    from ironlogic.training.grpo import Samples
 
     correct = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     thinks = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
@@ -59,6 +59,6 @@ def test_pass_at_k_rises_and_the_share_that_thinks_is_a_bar():
 
 @pytest.mark.slow
 def test_drawing_needs_no_torch():
-    code = "import ironlogic.rlvr_plots, ironlogic.rlvr_widget, sys; print('torch' in sys.modules)"
+    code = "import ironlogic.show.grpo, ironlogic.show.rlvr_widget, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

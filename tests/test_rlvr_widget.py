@@ -1,17 +1,17 @@
 """Completions to read: what is shown is what was sampled, and nothing a model writes becomes markup."""
 
+from ironlogic.data.problems import make_tasks
+from ironlogic.show.rlvr_widget import completions_table, sample_explorer
+
 import numpy as np
 import pytest
-
-from ironlogic.rlvr_widget import completions_table, sample_explorer
-from ironlogic.tasks import make_tasks
 
 TASKS = tuple(make_tasks(3, seed=1))
 
 
 def samples(text: str, tasks=TASKS):
     from ironlogic.generate import Completion
-    from ironlogic.rlvr import Samples
+    from ironlogic.training.grpo import Samples
 
     answers = tuple((Completion(f"{text} {i}", 2, True, 0.1), Completion("<b>no", 2, True, 0.1)) for i in range(3))
     correct = np.array([[1.0, 0.0]] * 3)

@@ -1,12 +1,7 @@
 """The picture world: pixels show what a scene says, and a scene depends on its key alone."""
 
-import numpy as np
-import pytest
-from PIL import Image
-from tokenizers import Tokenizer
-
-from ironlogic.chats import check_chat
-from ironlogic.scenes import (
+from ironlogic.data.chats import check_chat
+from ironlogic.data.scenes import (
     COLORS,
     HELD_OUT_KINDS,
     KINDS,
@@ -18,6 +13,11 @@ from ironlogic.scenes import (
     save_scenes,
 )
 from ironlogic.session import ROOT
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer
 
 
 def test_a_scene_depends_on_its_key_alone():

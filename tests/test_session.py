@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-from packaging.requirements import Requirement
-
 from ironlogic import session
 from ironlogic.session import ROOT, SessionError, results_folder, see_card, see_place, start
 from ironlogic.setup_cell import SETUP_CELL
+
+import pytest
+from packaging.requirements import Requirement
 
 T4 = "0, GPU-aaaa, Tesla T4, 15360"
 BIG = "1, GPU-bbbb, NVIDIA GeForce RTX 5090, 32607"

@@ -2,19 +2,18 @@
 
 import json
 
-import pytest
-
 from ironlogic.models import LoadedModel, load_model
-from ironlogic.splice import splice
-from ironlogic.splice_check import check_splice
-from ironlogic.splice_parts import SpliceError, image_template, projector_of, tower_of
+from ironlogic.vision.check import check_splice
+from ironlogic.vision.splice import splice
+from ironlogic.vision.splice_parts import SpliceError, image_template, projector_of, tower_of
 
-import torch  # isort: skip  (models comes first)
-import transformers as tf  # isort: skip
-from PIL import Image  # isort: skip
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil  # isort: skip
-from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig  # isort: skip
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer  # isort: skip
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 SIZES = {
     "hidden_size": 64,

@@ -2,18 +2,17 @@
 
 import types
 
-import numpy as np
-import pytest
-
 from ironlogic.models import LoadedModel, load_model
-from ironlogic.splice import splice
-from ironlogic.splice_check import check_splice
-from ironlogic.splice_parts import SpliceError, projector_of
+from ironlogic.vision.check import check_splice
+from ironlogic.vision.splice import splice
+from ironlogic.vision.splice_parts import SpliceError, projector_of
 
-import peft  # isort: skip  (models comes first)
-import torch  # isort: skip
-import transformers as tf  # isort: skip
-from PIL import Image  # isort: skip
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
 
 TEXT_ONLY = "{%- for m in messages %}{{- m.role + ': ' }}{%- if m.content is string %}{{- m.content }}{%- endif %}"
 TEXT_ONLY += "{{- '<|im_end|>\\n' }}{%- endfor %}"

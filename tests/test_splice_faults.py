@@ -1,15 +1,14 @@
 """Each fault is seen by the check that is there for it, and only the check and held-out questions see it."""
 
-import pytest
-
+from ironlogic.data.scenes import make_scenes, question_chat, save_scenes
 from ironlogic.presets import VISION_PRESETS
-from ironlogic.scenes import make_scenes, question_chat, save_scenes
-from ironlogic.splice import splice
-from ironlogic.splice_check import check_splice
-from ironlogic.splice_faults import FAULTS, break_splice, train_unchecked
-from ironlogic.splice_parts import projector_of
+from ironlogic.vision.check import check_splice
+from ironlogic.vision.faults import FAULTS, break_splice, train_unchecked
+from ironlogic.vision.splice import splice
+from ironlogic.vision.splice_parts import projector_of
 
-import torch  # isort: skip
+import pytest
+import torch
 
 SEEN_BY = {
     "pictures go nowhere (seed 004)": "image reaches logits",

@@ -20,17 +20,16 @@ import subprocess
 import sys
 import time
 
+from ironlogic.models import load_model
+from ironlogic.vision.batches import batches_for, encode_pictures, label_loss, open_head
+from ironlogic.vision.image_features import cached_tower, look_at
+from ironlogic.vision.splice import splice
+
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
-
-from ironlogic.image_batches import batches_for, encode_pictures, label_loss, open_head
-from ironlogic.image_features import cached_tower, look_at
-from ironlogic.models import load_model
-from ironlogic.splice import splice
-
-import torch  # isort: skip
-import transformers  # isort: skip
 
 LAYERS, PADDED, ROWS = int(os.environ.get("LAYERS", "1")), 2048, 8
 
@@ -140,7 +139,7 @@ HEAD_AND_LOSS = """
 import json, sys, threading, time
 import psutil, torch
 from transformers.loss.loss_utils import ForCausalLMLoss
-from ironlogic.image_batches import label_loss
+from ironlogic.vision.batches import label_loss
 ours, tokens, padded, words, width = sys.argv[1] == "ours", 150, 2048, 151_936, 1024
 torch.manual_seed(0)
 head = torch.nn.Linear(width, words, bias=False).requires_grad_(False)

@@ -1,23 +1,22 @@
 """Intervals: against closed forms, coverage by simulation, and refusals."""
 
-import numpy as np
-import pytest
-from scipy import stats
-
-from ironlogic.statistics import (
+from ironlogic.evidence.statistics import (
     adjusted_effect,
     bootstrap_interval,
     calibration_error,
     curve_area,
     difference_interval,
-    entropy,
     equivalent,
     holm,
-    js_divergence,
     paired_test,
     samples_worth,
     smallest_detectable,
 )
+from ironlogic.lens.compare import entropy, js_divergence
+
+import numpy as np
+import pytest
+from scipy import stats
 
 
 def test_one_repeat_agrees_with_the_normal_interval():

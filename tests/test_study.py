@@ -4,18 +4,11 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-
-from ironlogic import study as study_module
-from ironlogic.chats import ChatError
-from ironlogic.claims import CLAIMS, find_all
-from ironlogic.evidence_plots import finding_pictures
-from ironlogic.items import load_items
-from ironlogic.presets import find_preset
-from ironlogic.report import findings_html
-from ironlogic.runs import RunError
-from ironlogic.study import (
+from ironlogic.data.chats import ChatError
+from ironlogic.evidence import study as study_module
+from ironlogic.evidence.claims import CLAIMS, find_all
+from ironlogic.evidence.items import load_items
+from ironlogic.evidence.study import (
     CURVE,
     MAIN,
     SIDE,
@@ -26,6 +19,13 @@ from ironlogic.study import (
     run_jobs,
     seen_before,
 )
+from ironlogic.presets import find_preset
+from ironlogic.show.evidence import finding_pictures
+from ironlogic.show.report import findings_html
+from ironlogic.training.runs import RunError
+
+import numpy as np
+import pytest
 
 NANO = find_preset("nano")
 

@@ -4,25 +4,24 @@ generate, lens; pictures where it has eyes. Weights are random, so nothing is sa
 import copy
 from dataclasses import replace
 
-import numpy as np
-import pytest
-
+from data.make.nano_vision import image_processor, tower_config
 from ironlogic.burden import Burden, burden_messages
 from ironlogic.generate import generate, stream
-from ironlogic.lens import read_layers
+from ironlogic.lens.read import read_layers
 from ironlogic.models import DATA, add_lora, load_model
-from ironlogic.nano_vision import image_processor, tower_config
 from ironlogic.presets import PRESETS, LoraSettings, TrainSettings
-from ironlogic.runs import open_run
-from ironlogic.splice import splice
-from ironlogic.train import train_sft
-from ironlogic.vision_train import reopen, save_spliced, train_instruct
+from ironlogic.training.runs import open_run
+from ironlogic.training.sft import train_sft
+from ironlogic.vision.splice import splice
+from ironlogic.vision.train import reopen, save_spliced, train_instruct
 
-import torch  # isort: skip
-import transformers as tf  # isort: skip
-from PIL import Image  # isort: skip
-from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig  # isort: skip
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer  # isort: skip
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from PIL import Image
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 pytestmark = pytest.mark.slow
 TEXT = {

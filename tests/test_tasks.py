@@ -4,13 +4,8 @@ import random
 from collections import defaultdict
 from itertools import combinations, permutations
 
-import numpy as np
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from ironlogic.burden import apply_burden
-from ironlogic.tasks import (
+from ironlogic.data.problems import (
     _ways,
     accuracy_reward,
     bayes_ceiling,
@@ -22,7 +17,12 @@ from ironlogic.tasks import (
     task_chat,
     thinks,
 )
-from ironlogic.world import KINDS
+from ironlogic.data.world import KINDS
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 def bag(prompt: str) -> tuple[str, ...]:

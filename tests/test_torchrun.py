@@ -5,18 +5,17 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import pytest
-
 from ironlogic.burden import Burden
+from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.models import load_model
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.runs import RunError, open_run, read_metrics
-from ironlogic.tasks import make_tasks, task_chat
-from ironlogic.train import main, prepare_sft, train_prepared, train_sft
+from ironlogic.training.runs import RunError, open_run, read_metrics
+from ironlogic.training.sft import main, prepare_sft, train_prepared, train_sft
 
-import datasets  # isort: skip
-import torch  # isort: skip
-from safetensors.torch import load_file  # isort: skip
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
 
 SETTINGS = TrainSettings(
     learning_rate=5e-3,
@@ -86,7 +85,7 @@ def test_another_number_of_processes_does_not_go_on(tmp_path, monkeypatch):
     loaded = load_model("nano", max_length=128)
     with pytest.raises(KeyboardInterrupt):
         train_sft(loaded, CHATS[:8], SETTINGS, run=tmp_path / "cut", watch=stop)
-    monkeypatch.setattr("ironlogic.train.PROCESSES", 2)
+    monkeypatch.setattr("ironlogic.training.sft.PROCESSES", 2)
     with pytest.raises(RunError, match="was begun with 1 process, here are 2"):
         train_prepared(tmp_path / "cut")
 
@@ -99,10 +98,10 @@ def command(*words):
 def test_two_processes_are_one_with_twice_the_accumulation(tmp_path):
     two = prepare_sft("nano", CHATS, SETTINGS, run=tmp_path / "two", burden=Burden())
     one = prepare_sft("nano", CHATS, replace(SETTINGS, accumulation=2), run=tmp_path / "one", burden=Burden())
-    alone = command("-m", "ironlogic.train", str(one))
+    alone = command("-m", "ironlogic.training.sft", str(one))
     assert alone.returncode == 0, alone.stderr[-2000:]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    both = command(*torchrun, "-m", "ironlogic.train", str(two))
+    both = command(*torchrun, "-m", "ironlogic.training.sft", str(two))
     assert both.returncode == 0, both.stderr[-2000:]
     runs = [open_run(folder) for folder in (one, two)]
     assert [run.record["processes"] for run in runs] == [1, 2]

@@ -10,20 +10,19 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import datasets
-import pytest
-
 from ironlogic.burden import Burden
-from ironlogic.chats import ChatError
+from ironlogic.data.chats import ChatError
+from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.models import ModelError, load_model, resolve, with_adapters
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.runs import RunError, newest_whole_checkpoint, open_run, run_folder
-from ironlogic.tasks import make_tasks, task_chat
-from ironlogic.train import _prepare, train_sft
+from ironlogic.training.runs import RunError, newest_whole_checkpoint, open_run, run_folder
+from ironlogic.training.sft import _prepare, train_sft
 
-import torch  # isort: skip
-import peft  # isort: skip
-from safetensors.torch import load_file  # isort: skip
+import datasets
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 SETTINGS = TrainSettings(
@@ -356,7 +355,7 @@ import os, signal, sys
 sys.path.insert(0, "tests")
 from test_train import CHATS, SETTINGS, nano
 from ironlogic.burden import Burden
-from ironlogic.train import train_sft
+from ironlogic.training.sft import train_sft
 def watch(lines):
     if lines[-1]["step"] == 7:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,23 +9,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pytest
-from PIL import Image
-
-from ironlogic.chats import load_chats
-from ironlogic.image_answers import answer_pictures
+from ironlogic.data.chats import load_chats
 from ironlogic.models import ModelError, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.runs import Run, RunError, newest_whole_checkpoint
-from ironlogic.splice import splice
-from ironlogic.splice_parts import SpliceError, projector_of, tower_of
-from ironlogic.vision_train import reopen, save_spliced, train_instruct, train_projector
+from ironlogic.training.runs import Run, RunError, newest_whole_checkpoint
+from ironlogic.vision.answers import answer_pictures
+from ironlogic.vision.splice import splice
+from ironlogic.vision.splice_parts import SpliceError, projector_of, tower_of
+from ironlogic.vision.train import reopen, save_spliced, train_instruct, train_projector
 
-import torch  # isort: skip
-import transformers  # isort: skip
-from safetensors.torch import load_file  # isort: skip
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # isort: skip
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 pytestmark = pytest.mark.slow
 SETTINGS = TrainSettings(

@@ -2,13 +2,13 @@
 
 import base64
 
-import pytest
-
+from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.models import load_model
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.tasks import make_tasks, task_chat
-from ironlogic.train import train_sft
-from ironlogic.widgets import answer_explorer, burden_explorer, lens_explorer, memory_explorer
+from ironlogic.show.widgets import answer_explorer, burden_explorer, lens_explorer, memory_explorer
+from ironlogic.training.sft import train_sft
+
+import pytest
 
 TEXT = "Create a Python Flappy Bird game and then find potential bugs and show the fixed code"
 PNG = b"\x89PNG"
@@ -92,7 +92,7 @@ def test_answer_explorer_asks_base_and_adapter(tmp_path):
 
 @pytest.mark.slow
 def test_lens_explorer_follows_prompt_position_layer_and_model():
-    from ironlogic.lens import read_layers
+    from ironlogic.lens.read import read_layers
     from ironlogic.models import add_lora
 
     bare = lens_explorer(load_model("nano"), "Tom is taller than Anna. So")

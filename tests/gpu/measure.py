@@ -34,10 +34,10 @@ MIXTURE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 # --- a model to measure ---------------------------------------------------------------------------------------
 def config_of(system: str, *, tiny: bool):
     """The published configuration of a preset's (language) model; `tiny`: the same architecture, nano-sized."""
-    from transformers import CONFIG_MAPPING
-
     from ironlogic.memory import ARCHITECTURES
     from ironlogic.presets import PRESETS, VISION_PRESETS
+
+    from transformers import CONFIG_MAPPING
 
     model = (VISION_PRESETS[system].language_model if system in SPLICES else PRESETS[system].model).lower()
     name = next(name for name in ARCHITECTURES if name.lower() in model)
@@ -62,8 +62,8 @@ def build(system: str, folder: Path, *, tiny: bool) -> None:
     """Random weights, drawn on the card where there is one, and nano's tokenizer: every vocabulary has its ids."""
     from ironlogic.models import DATA
 
-    import torch  # isort: skip  (models comes first: it brings Unsloth in before transformers)
-    import transformers  # isort: skip
+    import torch
+    import transformers
 
     config = config_of(system, tiny=tiny)
     tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "nano")
@@ -83,10 +83,10 @@ def build(system: str, folder: Path, *, tiny: bool) -> None:
 
 
 def write_processor(config, tokenizer, folder: Path) -> None:
-    import transformers
-
     from ironlogic.backends import _StillQwen3VLProcessor
     from ironlogic.models import DATA
+
+    import transformers
 
     if config.model_type == "gemma3":
         names = {"image_token": "<|image_pad|>", "boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>"}
@@ -101,7 +101,7 @@ def write_processor(config, tokenizer, folder: Path) -> None:
 
 def rows_of(length: int, count: int) -> list[list[dict]]:
     """Conversations of `length` tokens or some more, which the trainer cuts; half of them the answer's."""
-    from ironlogic.tasks import make_tasks
+    from ironlogic.data.problems import make_tasks
 
     words = " ".join(task.prompt for task in make_tasks(60, seed=3)).split()
     text = " ".join(words[i % len(words)] for i in range(length))  # a word is a token or more
@@ -114,7 +114,7 @@ def measure(what: str, system: str, folder: Path, *, cap: float, length: int, st
     """{"peak_gib", "tokens_per_second"} of our stage, of the seed's script, or of the lens."""
     from ironlogic import models
 
-    import torch  # isort: skip  (models comes first)
+    import torch
 
     if cap and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -128,7 +128,7 @@ def measure(what: str, system: str, folder: Path, *, cap: float, length: int, st
 def our_stage(system: str, folder: Path, length: int, steps: int) -> float:
     from ironlogic.models import load_model
     from ironlogic.presets import PRESETS
-    from ironlogic.train import train_sft
+    from ironlogic.training.sft import train_sft
 
     preset = PRESETS[system]
     settings = replace(preset.train, epochs=1, accumulation=1, max_length=length, log_steps=1)
@@ -148,11 +148,11 @@ def stage_of(system: str, length: int):
 
 def tower_of(system: str, *, tiny: bool):
     """(vision tower with random weights, its image processor)."""
+    from ironlogic.memory import ARCHITECTURES
+
     import transformers
     from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
     from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
-
-    from ironlogic.memory import ARCHITECTURES
 
     shape = {key: value for key, value in ARCHITECTURES[system]["vision_config"].items() if key != "model_type"}
     if tiny:
@@ -168,9 +168,9 @@ def tower_of(system: str, *, tiny: bool):
 def our_splice(system: str, folder: Path, length: int, steps: int) -> float:
     """Stage 2: projector and LoRA, a picture in every row, as many rows a pass as the preset has."""
     from ironlogic.presets import VISION_PRESETS
-    from ironlogic.splice import splice, train_instruct
+    from ironlogic.vision.splice import splice, train_instruct
 
-    from PIL import Image  # isort: skip  (splice comes first: it brings Unsloth in)
+    from PIL import Image
 
     preset = VISION_PRESETS[system]
     settings = stage_of(system, length)
@@ -190,11 +190,10 @@ def our_splice(system: str, folder: Path, length: int, steps: int) -> float:
 
 def seed_script(system: str, folder: Path, length: int, steps: int) -> float:
     """The published script's calls (seed 001), with `max_steps`; its own reading of text."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel, get_chat_template
-
-    import torch  # isort: skip  (Unsloth comes first)
-    from datasets import Dataset  # isort: skip
-    from trl import SFTConfig, SFTTrainer  # isort: skip
 
     model, processor = FastLanguageModel.from_pretrained(
         model_name=str(folder),
@@ -260,7 +259,7 @@ def seed_script(system: str, folder: Path, length: int, steps: int) -> float:
 
 def lens(system: str, folder: Path, length: int, steps: int) -> float:
     """Tokens of one prompt read in all layers; `read_layers` proves its reading or raises."""
-    from ironlogic.lens import read_layers
+    from ironlogic.lens.read import read_layers
     from ironlogic.models import load_model
 
     loaded = load_model(folder, four_bit=True, max_length=length)
@@ -293,7 +292,7 @@ def table(chosen: argparse.Namespace) -> str:
     from ironlogic.memory import plan_memory
     from ironlogic.models import BACKEND
 
-    import torch  # isort: skip  (models comes first)
+    import torch
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no card: this only tries the script"
     lines = [

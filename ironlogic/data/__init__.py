@@ -1,0 +1,1 @@
+"""Conversations, pictures and problems: read, checked, masked."""

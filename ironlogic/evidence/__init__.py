@@ -1,0 +1,1 @@
+"""Claims measured against controls, with intervals."""

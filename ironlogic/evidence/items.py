@@ -1,0 +1,212 @@
+"""What an evaluation asks: questions with reference replies, and ways to damage a question.
+
+Made problems of nano's world, a user's own items with checkable answers (JSONL), or plain conversations without.
+Pure text: knows no model. Draws are a pure function of (seed, item).
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ironlogic.burden import apply_burden
+from ironlogic.data.chats import ChatError, Rejected, describe_rejected
+from ironlogic.data.problems import Task, make_tasks, task_chat
+
+import numpy as np
+
+__all__ = [
+    "RATIOS",
+    "WORST",
+    "Columns",
+    "Items",
+    "delete_words",
+    "items_of_chats",
+    "load_items",
+    "made_items",
+    "scramble",
+    "substitute_words",
+    "write_lm_eval_tasks",
+]
+
+RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
+WORST = 0.7  # where one ratio has to do: the seeds'
+Columns = dict[str, np.ndarray]  # what was measured on one model: measure, with @ratio where it has one -> (item,)
+
+
+def scramble(text: str, ratio: float, *, seed: int, item: int) -> str:
+    """The test scramble of one prompt; its key is apart from the keys that training uses."""
+    return apply_burden(text, ratio=ratio, seed=seed, key=("test", item))
+
+
+def substitute_words(text: str, ratio: float, words: Sequence[str], *, seed: int, item: int) -> str:
+    """As many words as a scramble moves, each replaced by one drawn from `words`: the floor without their content.
+
+    (Cao et al. 2023, Scrambled Bench, measure against such a floor.)
+    """
+    rng, spoken = random.Random(f"substitute-{seed}-{item}"), text.split()
+    for place in rng.sample(range(len(spoken)), round(ratio * len(spoken))):
+        spoken[place] = rng.choice(words)
+    return " ".join(spoken)
+
+
+def delete_words(messages: Sequence[dict[str, Any]], ratio: float, *, seed: int, row: int) -> list[dict[str, Any]]:
+    """The conversation with that share of the words of each user turn left out: noise that keeps the order."""
+    rng, kept = random.Random(f"delete-{seed}-{row}"), []
+    for message in messages:
+        if message["role"] == "user" and isinstance(message["content"], str):
+            words = message["content"].split()
+            chosen = sorted(rng.sample(range(len(words)), len(words) - int(ratio * len(words))))
+            message = message | {"content": " ".join(words[i] for i in chosen)}
+        kept.append(dict(message))
+    return kept
+
+
+# --- what is asked ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Items:
+    """Questions with their reference conversations. `checkable`: an answer is right or wrong by exact match."""
+
+    tasks: tuple[Task, ...]  # order "free", "bound" or "unknown"; hard True, False or None where nobody said
+    chats: tuple[list[dict[str, Any]], ...]  # question and reference reply
+    checkable: bool = True
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def among(self, which: str) -> np.ndarray:
+        """Which items are order-"free" or "bound", "hard" or "easy", or "all", as booleans of shape (item,)."""
+        chosen = {
+            "all": lambda t: True,
+            "free": lambda t: t.order == "free",
+            "bound": lambda t: t.order == "bound",
+            "hard": lambda t: t.hard is True,
+            "easy": lambda t: t.hard is False,
+        }[which]
+        return np.array([chosen(task) for task in self.tasks], dtype=bool)
+
+
+def made_items(n: int, *, seed: int) -> Items:
+    """Problems of nano's world that no training sees."""
+    tasks = tuple(make_tasks(n, seed=seed, split="test"))
+    return Items(tasks, tuple(task_chat(task) for task in tasks))
+
+
+def items_of_chats(chats: Sequence[Sequence[dict[str, Any]]]) -> Items:
+    """Conversations without checkable answers: the first question of each, and the reply to it."""
+    kept = []
+    for messages in chats:
+        turns = [m for m in messages if m["role"] in ("user", "assistant")][:2]
+        if [m["role"] for m in turns] == ["user", "assistant"] and all(
+            isinstance(m["content"], str) for m in turns
+        ):
+            kept.append([{"role": m["role"], "content": m["content"]} for m in turns])
+    if not kept:
+        raise ChatError(f"{len(chats)} conversations, none begins with a question and a reply in text")
+    tasks = tuple(Task("chat", "unknown", None, chat[0]["content"], "", "", ()) for chat in kept)
+    return Items(tasks, tuple(kept), checkable=False)
+
+
+def load_items(path: str | Path) -> tuple[Items, list[Rejected]]:
+    """Your own items with checkable answers: JSONL rows {"prompt", "answer"} and, if you know, "order" and "hard".
+
+    `order` is "free" (the bag of words fixes the answer) or "bound" (the word order decides), `hard` true where
+    reasoning is due; `reply` may hold a whole reference reply. An answer counts by exact match with what a reply
+    says after its last `Answer:`. A bad row is reported and left out. Raises `ChatError` when none is left.
+    """
+    tasks, chats, rejected = [], [], []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChatError(f"{path}: can't be read ({error}); expected a text file, one JSON object a line") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            rejected.append(Rejected(str(path), number, "row", "", f"is no JSON ({error})"))
+            continue
+        if fault := _item_fault(row):
+            rejected.append(Rejected(str(path), number, *fault))
+            continue
+        answer, reply = str(row["answer"]).strip(), row.get("reply") or f"Answer: {row['answer']}"
+        hard = None if row.get("hard") is None else bool(row["hard"])
+        tasks.append(Task("item", row.get("order") or "unknown", hard, row["prompt"], answer, "", ()))
+        chats.append([{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": reply}])
+    if not tasks:
+        raise ChatError(f"{path}: no usable item. {describe_rejected(rejected)}")
+    return Items(tuple(tasks), tuple(chats)), rejected
+
+
+def _is_whole(text: str) -> bool:
+    return text.encode("utf-8", "replace").decode() == text
+
+
+def _item_fault(row: Any) -> tuple[str, str, str] | None:
+    """(field, value, reason) of what is wrong with a row, None if nothing is."""
+    if not isinstance(row, dict):
+        return "row", repr(row)[:60], "expected an object with prompt and answer"
+    for field, kinds in (("prompt", str), ("answer", str | int | float)):
+        if not isinstance(row.get(field), kinds) or not str(row[field]).strip():
+            return field, repr(row.get(field))[:60], "expected text"
+        if not _is_whole(str(row[field])):
+            return field, ascii(row[field])[:60], "holds half a character (a lone surrogate)"
+    for field, allowed in (("order", (None, "free", "bound", "unknown")), ("hard", (None, True, False))):
+        if row.get(field) not in allowed:
+            return field, repr(row[field])[:60], f"expected one of {', '.join(map(str, allowed[1:]))}, or nothing"
+    if not isinstance(row.get("reply") or "", str) or not _is_whole(row.get("reply") or ""):
+        return "reply", ascii(row["reply"])[:60], "expected text, or nothing"
+    return None
+
+
+# --- for other harnesses ----------------------------------------------------------------------------------
+def write_lm_eval_tasks(
+    folder: str | Path,
+    tasks: Sequence[Task],
+    ratios: Sequence[float] = RATIOS,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 72,
+) -> list[str]:
+    """An lm-evaluation-harness task (YAML and JSONL) per scramble ratio; returns the task names.
+
+    Same scrambles and same exact match as `robustness`. Run them with
+    `lm_eval --include_path FOLDER --apply_chat_template --tasks ...`; nothing else here needs the harness.
+    """
+    folder, names = Path(folder).resolve(), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for ratio in ratios:
+        name = f"ironlogic_burden_{round(ratio * 100):03d}"
+        rows = [
+            {"prompt": scramble(t.prompt, ratio, seed=seed, item=i), "answer": t.answer}
+            for i, t in enumerate(tasks)
+        ]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        described = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["<|im_end|>"], "max_gen_toks": max_new_tokens, "do_sample": False},
+            "filter_list": [
+                {
+                    "name": "final-answer",
+                    "filter": [
+                        {"function": "regex", "regex_pattern": r"(?s)^(?:.*</think>)?(?:.*Answer:)?\s*(.*?)\s*$"},
+                        {"function": "take_first"},
+                    ],
+                }
+            ],
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")  # is YAML
+        names.append(name)
+    return names

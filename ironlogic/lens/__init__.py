@@ -1,0 +1,1 @@
+"""What each layer says, looks at and routes to; base beside adapter."""

@@ -1,0 +1,126 @@
+"""Where the layers look (attention) and whom they ask (routing of a mixture of experts).
+
+Both are read from what a layer was given and compared with what it put out before they are returned. Large weights
+on the first token are a sink that most models have whatever that token is; a router moves with its input, so that a
+shift of routing says nothing without the null of `lens.compare`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ironlogic.lens.parts import attend, bare_model, decoder_layers, routers, self_attention
+from ironlogic.lens.probe import (
+    LensError,
+    encode_prompt,
+    hidden_in,
+    hooked,
+    model_with_tokenizer,
+    pick_positions,
+    run,
+    token_text,
+)
+from ironlogic.lens.results import AttentionReading, RoutingReading
+from ironlogic.models import LoadedModel, inference
+
+import torch
+from torch import Tensor
+
+__all__ = ["read_attention", "read_routing"]
+
+
+def read_attention(
+    loaded: LoadedModel | Any, prompt: Any, *, positions: int | Iterable[int] | None = -1
+) -> AttentionReading:
+    """Where the asked positions look, in all layers and heads, on any attention kernel; O(L H P T) memory.
+
+    Every layer is proved: its weights, applied to its values, have to give what the layer's attention put out.
+    """
+    loaded = model_with_tokenizer(loaded)
+    inputs = encode_prompt(loaded, prompt)
+    ids = inputs["input_ids"][0].tolist()
+    asked = pick_positions(positions, len(ids))
+    weights: list[Tensor] = []
+    gaps = [0.0]
+
+    def watch(module: Any, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
+        where = torch.tensor(asked, device=hidden_in(args, kwargs).device)
+        mask, turns = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        if turns is None:
+            raise LensError(f"{type(module).__name__} gets no position embeddings; its attention can't be read yet")
+        found, mixed = attend(
+            module,
+            hidden_in(args, kwargs),
+            where,
+            position_embeddings=turns,
+            mask=mask if mask is not None and mask.dim() == 4 else None,
+        )
+        right = out[0][0, where].float()
+        gap = ((mixed.float() - right).abs().max() / right.abs().max().clamp_min(1e-9)).item()
+        if not gap <= max(1e-4, 8 * torch.finfo(out[0].dtype).eps):
+            raise LensError(
+                f"layer {len(weights) + 1}: the attention weights read don't give what {type(module).__name__} "
+                f"puts out (relative gap {gap:.2g}), so they are refused: it has a part that is not known here"
+            )
+        gaps.append(gap)
+        weights.append(found.cpu())
+
+    with inference(loaded) as model:
+        layers = decoder_layers(model)
+        with hooked((self_attention(layer), "after", watch) for layer in layers):
+            run(model, inputs, 1)
+    if len(weights) != len(layers):
+        raise LensError(f"{len(weights)} of {len(layers)} layers called their attention (a fused forward pass?)")
+    tokens = tuple(token_text(loaded, token) for token in ids)
+    return AttentionReading(
+        torch.stack(weights).numpy(), tuple(range(1, len(layers) + 1)), tuple(asked), tokens, {"output": max(gaps)}
+    )
+
+
+def read_routing(
+    loaded: LoadedModel | Any, prompt: Any, *, positions: int | Iterable[int] | None = None
+) -> RoutingReading:
+    """Which experts each layer asks at the positions (None: all). Raises LensError when there are none."""
+    loaded = model_with_tokenizer(loaded)
+    inputs = encode_prompt(loaded, prompt)
+    ids = inputs["input_ids"][0].tolist()
+    asked = pick_positions(positions, len(ids))
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    with inference(loaded) as model:
+        gates = routers(model)
+        if not gates:
+            raise LensError(f"{type(bare_model(model)).__name__} has no routers: it is no mixture of experts")
+        used = bare_model(model).config.get_text_config().num_experts_per_tok
+
+        def watch(number: int) -> Callable:
+            def keep(module: Any, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
+                found[number] = _routes(out, asked, used, number)
+
+            return keep
+
+        with hooked((gate, "after", watch(number)) for number, gate in gates.items()):
+            run(model, inputs, 1)
+    if missing := sorted(set(gates) - set(found)):
+        raise LensError(f"the routers of layers {[number + 1 for number in missing]} were not called")
+    return RoutingReading(
+        torch.stack([found[number][0] for number in sorted(found)]).numpy(),
+        torch.stack([found[number][1] for number in sorted(found)]).numpy(),
+        tuple(number + 1 for number in sorted(found)),
+        tuple(asked),
+        tuple(token_text(loaded, token) for token in ids),
+    )
+
+
+def _routes(out: Any, asked: list[int], used: int, number: int) -> tuple[Tensor, Tensor]:
+    """Probabilities (P, E) and chosen experts (P, k). Some versions return softmaxed "logits": not done twice."""
+    logits = (out[0] if isinstance(out, tuple) else out).float()
+    logits = logits.reshape(-1, logits.shape[-1])[asked].cpu()
+    ready = bool((logits >= 0).all()) and torch.allclose(logits.sum(-1), torch.ones(len(asked)), atol=1e-3)
+    probabilities = logits if ready else logits.softmax(-1)
+    best = probabilities.topk(used, dim=-1)
+    if isinstance(out, tuple) and not out[-1].is_floating_point():
+        chosen = out[-1].reshape(-1, used)[asked].cpu()
+        if not torch.allclose(probabilities.gather(-1, chosen).sum(-1), best.values.sum(-1), atol=1e-3):
+            raise LensError(f"layer {number + 1}: the router does not choose by its softmax; it can't be read yet")
+        return probabilities, chosen
+    return probabilities, best.indices

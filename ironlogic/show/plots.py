@@ -1,0 +1,177 @@
+"""Results as matplotlib figures. Computes nothing but intervals, knows no model; returns a new Figure each time."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ironlogic.burden import Disorder, expected_disorder
+from ironlogic.evidence.statistics import bootstrap_interval
+
+import numpy as np
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:  # nothing here needs torch
+    from ironlogic.evidence.measure import AnswerLoss, Robustness
+    from ironlogic.memory import MemoryPlan
+
+__all__ = [
+    "COLORS",
+    "plot_answer_loss",
+    "plot_disorder",
+    "plot_losses",
+    "plot_memory",
+    "plot_reached",
+    "plot_robustness",
+]
+
+COLORS = {  # an arm has one colour in every figure
+    "base": "#8a8f98",
+    "SFT": "#1f77b4",
+    "FT": "#d62728",
+    "FT as the seed": "#e377c2",
+    "FT mixed": "#2ca02c",
+}
+_PANELS = {
+    "free": "order-free problems\n(the bag of words fixes the answer)",
+    "bound": "order-bound problems\n(only the word order tells)",
+}
+
+
+def _color(arm: str, position: int) -> str:
+    return COLORS.get(arm, f"C{position}")
+
+
+class _Picture(Figure):
+    """A figure that a notebook shows as a picture without pyplot having been imported."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
+def _axes(columns: int = 1, *, height: float = 3.4, sharey: bool = False):
+    """A figure (no pyplot: nothing global, nothing to close) and its row of axes."""
+    figure = _Picture(figsize=(4.6 * columns + 0.8, height), layout="constrained", dpi=110)
+    row = figure.subplots(1, columns, sharey=sharey, squeeze=False)[0]
+    for axes in row:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure, row
+
+
+def plot_losses(runs: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """Training loss over steps; `runs` maps an arm's name to its metrics (`Run.metrics`)."""
+    figure, (axes,) = _axes()
+    for i, (arm, lines) in enumerate(runs.items()):
+        axes.plot(
+            [line["step"] for line in lines],
+            [line["loss"] for line in lines],
+            color=_color(arm, i),
+            label=arm,
+        )
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", ylim=(0, None))
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_robustness(arms: "Mapping[str, Sequence[Robustness]]") -> Figure:
+    """Accuracy over the scramble ratio, order-free and order-bound apart, with 95 % intervals and the ceiling.
+
+    `arms` maps a name to its repeats (training seeds); an arm with one repeat is dotted and has no band.
+    """
+    figure, panels = _axes(2, height=3.9, sharey=True)
+    for axes, (order, title) in zip(panels, _PANELS.items(), strict=True):
+        first = next(iter(arms.values()))[0]
+        mine = [task.order == order for task in first.tasks]
+        axes.plot(first.ratios, first.ceiling[:, mine].mean(axis=1), "k--", lw=1.2, label="ideal reader")
+        for i, (arm, repeats) in enumerate(arms.items()):
+            found = [
+                bootstrap_interval(np.stack([repeat.pick(ratio, order) for repeat in repeats]))
+                for ratio in first.ratios
+            ]
+            color, repeated = _color(arm, i), len(repeats) > 1
+            style = "o-" if repeated else "o:"
+            axes.plot(first.ratios, [f.mean for f in found], style, ms=4, color=color, label=arm)
+            if repeated:
+                axes.fill_between(
+                    first.ratios, [f.low for f in found], [f.high for f in found], color=color, alpha=0.15, lw=0
+                )
+        axes.set(title=title, xlabel="burden ratio of the test prompt", ylim=(0, 1.04), xticks=first.ratios)
+    panels[0].set_ylabel("accuracy (exact match)")
+    panels[0].legend(frameon=False, loc="lower left", fontsize=9)
+    return figure
+
+
+def plot_answer_loss(arms: "Mapping[str, AnswerLoss]") -> Figure:
+    """Loss of the clean answers over the scramble ratio, with 95 % intervals over rows."""
+    figure, (axes,) = _axes()
+    for i, (arm, result) in enumerate(arms.items()):
+        found = [bootstrap_interval(nats) for nats in result.nats]
+        color = _color(arm, i)
+        axes.plot(result.ratios, [f.mean for f in found], "o-", ms=4, color=color, label=arm)
+        axes.fill_between(
+            result.ratios, [f.low for f in found], [f.high for f in found], color=color, alpha=0.15, lw=0
+        )
+    axes.set(xlabel="burden ratio of the prompt", ylabel="loss of the answer (nats per token)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_disorder(
+    points: Sequence[tuple[float, Disorder]], *, movable: int, units: int, marked: float | None = None
+) -> Figure:
+    """Disorder reached over the ratio asked for: dots measured, lines expected where `movable` of `units` may move.
+
+    Units that stay pull every share towards "in order": exact for what is displaced, close for the pairs.
+    """
+    figure, (axes,) = _axes(height=3.0)
+    ratios = np.linspace(0, 1, 41)
+    expected = [expected_disorder(units, float(ratio) * movable / units) for ratio in ratios]
+    names = {
+        "displaced": "displaced",
+        "kendall_tau": "Kendall tau distance",
+        "bigrams_kept": "neighbours kept",
+    }
+    for i, (name, label) in enumerate(names.items()):
+        axes.plot(ratios, [getattr(e, name) for e in expected], color=f"C{i}", lw=1.2, label=label)
+        axes.plot([r for r, _ in points], [getattr(d, name) for _, d in points], "o", ms=4, color=f"C{i}")
+    axes.plot([0, 1], [0, 1], ":", color="gray", lw=1, label="nominal")
+    if marked is not None:
+        axes.axvline(marked, color="black", lw=0.8)
+    axes.set(xlabel="burden ratio asked for", ylabel="share of units", ylim=(-0.02, 1.02))
+    axes.set_title("dots: this draw · lines: expected", fontsize=9)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_memory(plans: "Mapping[str, MemoryPlan]") -> Figure:
+    """One stacked bar of gibibytes a plan, against its card."""
+    figure, (axes,) = _axes(height=1.4 + 0.5 * len(plans))
+    figure.set_figwidth(8)
+    names = list(dict.fromkeys(name for plan in plans.values() for name in plan.parts))
+    for row, plan in enumerate(plans.values()):
+        left = 0.0
+        for i, name in enumerate(names):
+            size = plan.parts.get(name, 0.0)
+            axes.barh(row, size, left=left, color=f"C{i}", label=name if row == 0 else None, height=0.6)
+            left += size
+        if plan.card_gib:
+            axes.plot([plan.card_gib] * 2, [row - 0.4, row + 0.4], color="black", lw=2)
+    axes.set(yticks=range(len(plans)), yticklabels=list(plans), xlabel="GiB (black line: the card)")
+    axes.invert_yaxis()
+    figure.legend(frameon=False, fontsize=8, ncol=4, loc="outside lower center")
+    return figure
+
+
+def plot_reached(units: Sequence[int], displaced: Sequence[float], *, ratio: float) -> Figure:
+    """Share of units displaced over the number of units of each row, against the ratio asked for."""
+    figure, (axes,) = _axes(height=2.8)
+    axes.plot(units, displaced, ".", alpha=0.35, color=COLORS["FT"], label="rows")
+    counts = np.arange(1, max(units, default=1) + 1)
+    expected = [expected_disorder(int(n), ratio).displaced for n in counts]
+    axes.plot(counts, expected, color="black", lw=1, label="expected")
+    axes.axhline(ratio, color="gray", ls=":", lw=1, label="asked for")
+    axes.set(xlabel="units (words) in the user's turns", ylabel="share displaced", ylim=(-0.02, 1.02))
+    axes.legend(frameon=False, fontsize=8)
+    return figure

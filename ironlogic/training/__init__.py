@@ -1,0 +1,1 @@
+"""Stages of training and the folders they write."""

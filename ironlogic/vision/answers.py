@@ -1,0 +1,159 @@
+"""Asking a vision-language model about pictures, and the controls that show whether it looks at them.
+
+Knows nothing of what a right answer is: that is the caller's.
+"""
+
+import contextlib
+import random
+import re
+from collections.abc import Sequence
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from ironlogic.data.chats import ChatError, describe_rejected, load_chats, split_chats
+from ironlogic.data.masking import IGNORED
+from ironlogic.data.pictures import PictureError
+from ironlogic.models import LoadedModel, inference
+from ironlogic.training.runs import run_folder
+from ironlogic.vision.batches import (
+    Chats,
+    PictureRow,
+    batches_for,
+    chat_tokenizer,
+    check_places,
+    image_length,
+    read_picture_chats,
+    take_pictures,
+)
+from ironlogic.vision.image_features import Pictures, cached_tower, look_at
+
+from PIL import Image
+
+__all__ = ["answer_pictures", "control_rows", "last_question", "load_questions"]
+
+_EMPTY_THOUGHT = re.compile(r"^\s*<think>\s*</think>")  # Qwen3's template has it trained
+
+
+def answer_pictures(
+    loaded: LoadedModel,
+    rows: Chats,
+    *,
+    max_new_tokens: int = 32,
+    batch_size: int = 32,
+    cache: str | Path | None = None,
+) -> list[str]:
+    """Greedy answers, one a row in their order; an answer that a row ends with is not shown to the model.
+
+    `rows` as in `train_projector`. `cache`: a folder of features, in the results folder unless it is a path.
+    Raises `ChatError` naming the row whose picture or text can't be used.
+    """
+    pictures, asked = Pictures(), []
+    tokenizer, block = chat_tokenizer(loaded), image_length(loaded.processor)
+    for number, messages in enumerate(read_picture_chats(rows), 1):
+        try:
+            asked.append(_prompt(messages, loaded, tokenizer, pictures, block))
+        except (ChatError, PictureError) as error:
+            raise ChatError(f"row {number}: {error}") from error
+    seen = None
+    if cache is not None:
+        seen = look_at(loaded, pictures, [key for row in asked for key in row.pictures], run_folder(cache))
+    batches, answers = batches_for(loaded, pictures, seen, side="left"), [""] * len(asked)
+    order = sorted(range(len(asked)), key=lambda row: asked[row].length)
+    with inference(loaded) as model, cached_tower(model) if seen else contextlib.nullcontext():
+        for begin in range(0, len(order), batch_size):
+            some = order[begin : begin + batch_size]
+            batch = batches([asked[row] for row in some])
+            del batch["labels"]
+            batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
+            if "pixel_values" in batch:
+                batch["pixel_values"] = batch["pixel_values"].to(model.get_input_embeddings().weight.dtype)
+            out = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            new = out[:, batch["input_ids"].shape[1] :]
+            for row, text in zip(some, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                answers[row] = _EMPTY_THOUGHT.sub("", text).strip()
+    return answers
+
+
+def load_questions(
+    source: Any, *, train: int, test: int, seed: int = 0
+) -> tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
+    """(rows to train on, held-out rows that have a picture) of what `load_chats` takes, at most so many of each.
+
+    Says how many rows there are and what was left out. Raises `ChatError` when there are too few.
+    """
+    rows, rejected = load_chats(source)
+    print(f"{len(rows)} rows. {describe_rejected(rejected)}")
+    kept, apart = split_chats(rows, seed=seed)
+    held = (row for raw in apart for row in read_picture_chats([raw]) if last_question(row)[0] is not None)
+    ours, theirs = read_picture_chats(kept.select(range(min(train, len(kept))))), list(islice(held, test))
+    if not (ours and theirs):
+        raise ChatError(f"{source}: {len(rows)} rows are too few to hold out one with a picture; bring 20 or more")
+    return ours, theirs
+
+
+def last_question(row: Sequence[dict[str, Any]]) -> tuple[Any, str, str]:
+    """(picture, question, reply) of a conversation: its last user turn, the last picture up to there (None: there
+    is none), and the text of the turn that ends it."""
+    last = max(place for place, turn in enumerate(row) if turn["role"] == "user")
+    shown = [part.get("image") for turn in row[: last + 1] for part in _image_parts(turn)]
+    return shown[-1] if shown else None, _text(row[last]), _text(row[-1]) if len(row) > last + 1 else ""
+
+
+def _prompt(messages, loaded: LoadedModel, tokenizer, pictures: Pictures, block: int) -> PictureRow:
+    if messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    plain, keys = take_pictures(messages, pictures)
+    ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+    check_places(ids, keys, loaded.processor)
+    length = len(ids) + len(keys) * (block - 1)
+    if length >= loaded.max_length:
+        raise ChatError(f"needs {length} tokens and room to answer; max_length is {loaded.max_length}")
+    return PictureRow(ids, [IGNORED] * len(ids), tuple(keys), length)
+
+
+def control_rows(
+    rows: Chats, control: Literal["image", "blank", "shuffled", "none"], *, seed: int = 0
+) -> list[list[dict]]:
+    """The same conversations with their own pictures, grey ones, another row's, or none at all.
+
+    Whatever is answered rightly without the right picture was not seen. Shuffled: the rows with pictures in one
+    random circle, so that each takes those of the next and none keeps its own (two pictures may look alike).
+    """
+    chats = read_picture_chats(rows)
+    parts = [[part for turn in chat for part in _image_parts(turn)] for chat in chats]
+    if control == "blank":
+        grey = Image.new("RGB", (64, 64), (127, 127, 127))
+        for part in chain.from_iterable(parts):
+            part["image"] = grey
+    elif control == "shuffled":
+        circle = [row for row, own in enumerate(parts) if own]
+        random.Random(seed).shuffle(circle)
+        given = {row: [part["image"] for part in parts[row]] for row in circle}
+        for row, other in zip(circle, circle[1:] + circle[:1], strict=True):
+            for part, image in zip(parts[row], cycle(given[other]), strict=False):
+                part["image"] = image
+    elif control == "none":
+        for turn in chain.from_iterable(chats):
+            turn["content"] = _text(turn)
+    elif control != "image":
+        raise ValueError(f"control_rows: control is {control!r}; expected image, blank, shuffled or none")
+    return chats
+
+
+def _text(turn: dict) -> str:
+    if isinstance(turn["content"], str):
+        return turn["content"]
+    return "".join(part["text"] for part in turn["content"] if part["type"] == "text")
+
+
+def _image_parts(turn: dict) -> list[dict]:
+    return [] if isinstance(turn["content"], str) else [p for p in turn["content"] if p["type"] == "image"]

@@ -1,0 +1,311 @@
+"""Chats with pictures -> batches: token ids with a block of image tokens for each picture, labels, pixels.
+
+Three things cost most when the seeds train: running the frozen tower on the same picture again and again, padding
+every row to one length, and logits over 151,936 words where nothing is learned. So pixels give way to features
+(`image_features`), rows of similar length share a batch, and `label_loss` makes logits for a few labels at a time.
+What it does not know: optimizers and stages (`vision_train`), whether the splice sees (`splice_check`).
+"""
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from ironlogic.data.chats import ChatError, Rejected, check_chat, describe_rejected
+from ironlogic.data.masking import IGNORED, encode_chats
+from ironlogic.data.pictures import PictureError
+from ironlogic.models import LoadedModel, ModelError
+from ironlogic.vision.image_features import Features, Pictures
+from ironlogic.vision.splice_parts import bare
+
+import torch
+from datasets import Dataset
+from PIL import Image
+
+__all__ = [
+    "Chats",
+    "PictureBatches",
+    "PictureRow",
+    "batches_for",
+    "chat_tokenizer",
+    "check_places",
+    "encode_pictures",
+    "image_length",
+    "label_loss",
+    "open_head",
+    "order_by_length",
+    "read_picture_chats",
+    "take_pictures",
+]
+
+
+_LOGITS = 2**24  # in memory at a time: 64 MiB in float32
+Chats = Dataset | Sequence[Any]  # of `load_chats`, or rows, or conversations
+
+
+# --- rows -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PictureRow:
+    """One chat. Image tokens stand once for each picture; the collator writes the whole block."""
+
+    input_ids: list[int]
+    labels: list[int]  # IGNORED where not trained, so for every image token
+    pictures: tuple[str, ...]  # keys, in the order of their image tokens
+    length: int  # tokens with the blocks written out
+
+
+def read_picture_chats(chats: Chats) -> list[list[dict]]:
+    """Conversations whose image parts hold their own picture.
+
+    `chats`: a `Dataset` of `load_chats`, its rows, or conversations. A picture is whatever `read_picture` reads.
+    """
+    rows = [chat if isinstance(chat, dict) else {"messages": chat} for chat in chats]
+    return [_join_pictures(row["messages"], row.get("images")) for row in rows]
+
+
+def _join_pictures(messages: Sequence[dict], images: Sequence[Any] | None) -> list[dict]:
+    waiting, joined = iter(images or ()), []
+    for turn in messages:
+        content = turn["content"]
+        if not isinstance(content, str):
+            content = [dict(part) for part in content]
+            for part in content:
+                if part.get("type") == "image" and (own := next(waiting, None)) is not None:
+                    part["image"] = own
+        joined.append({"role": turn["role"], "content": content})
+    return joined
+
+
+def image_length(processor: Any) -> int:
+    """Image tokens that stand for one picture, asked of the processor. Raises ModelError unless always as many."""
+    blanks = [Image.new("RGB", size, "gray") for size in ((64, 64), (96, 64))]
+    counts = {
+        processor(text=processor.image_token, images=[[blank]], return_tensors="pt")["input_ids"]
+        .eq(processor.image_token_id)
+        .sum()
+        .item()
+        for blank in blanks
+    }
+    if len(counts) > 1:
+        raise ModelError(
+            f"{type(processor).__name__} writes {sorted(counts)} image tokens; expected always as many"
+        )
+    return counts.pop()
+
+
+def chat_tokenizer(loaded: LoadedModel) -> Any:
+    """The tokenizer with the processor's chat template, the one that knows pictures."""
+    tokenizer = copy.copy(loaded.processor.tokenizer)
+    tokenizer.chat_template = loaded.processor.chat_template or tokenizer.chat_template
+    return tokenizer
+
+
+def encode_pictures(
+    loaded: LoadedModel,
+    chats: Chats,
+    *,
+    max_length: int,
+    loss: Literal["assistant", "all"] = "assistant",
+    needs_picture: bool = False,
+) -> tuple[list[PictureRow], Pictures, list[Rejected]]:
+    """Chats as rows of tokens, their pictures, and the rows left out, each with its reason.
+
+    A row is cut on the right to `max_length` tokens, but never inside or before a picture's block: such a row is
+    left out, and the reason says how many tokens it needs. `needs_picture` leaves out rows of text alone.
+    Raises ChatError when no row is left.
+    """
+    pictures, good, rejected = Pictures(), [], []
+    for number, messages in enumerate(read_picture_chats(chats), 1):
+        try:
+            plain, keys = take_pictures(check_chat(messages), pictures)
+            if needs_picture and not keys:
+                raise ChatError("holds no picture, and nothing else is trained here", field="messages")
+        except (ChatError, PictureError) as error:
+            field, value, reason = getattr(error, "field", ""), getattr(error, "value", ""), str(error)
+            rejected.append(Rejected("", number, field, value, getattr(error, "reason", reason)))
+            continue
+        good.append({"messages": plain, "source_row": number, "pictures": keys})
+    if not good:
+        raise ChatError(f"no row is left to train on: {describe_rejected(rejected)}")
+    tokenizer, block = chat_tokenizer(loaded), image_length(loaded.processor)
+    encoded, report = encode_chats(Dataset.from_list(good), tokenizer, loss=loss, max_length=2**31 - 1)
+    rejected += report.rejected
+    rows = []
+    for one in encoded:
+        try:
+            rows.append(_fit(one, loaded.processor, block, max_length))
+        except ChatError as error:
+            rejected.append(Rejected("", one["source_row"], error.field, error.value, error.reason))
+    if not rows:
+        raise ChatError(f"no row is left to train on: {describe_rejected(rejected)}")
+    return rows, pictures, sorted(rejected, key=lambda one: one.line)
+
+
+def take_pictures(messages: list[dict], pictures: Pictures) -> tuple[list[dict], list[str]]:
+    """The messages with bare image parts, every content a list; the keys of their pictures in order."""
+    plain, keys = [], []
+    for index, turn in enumerate(messages):
+        content = turn["content"]
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in content:
+            if part["type"] == "image":
+                if part.get("image") is None:
+                    raise ChatError("is a place for a picture, but no picture came", field=f"messages[{index}]")
+                keys.append(pictures.add(part["image"]))
+        parts = [{"type": part["type"], "text": part.get("text")} for part in content]
+        plain.append({"role": turn["role"], "content": parts})
+    return plain, keys
+
+
+def _fit(one: dict, processor: Any, block: int, max_length: int) -> PictureRow:
+    ids, keys = one["input_ids"], one["pictures"]
+    check_places(ids, keys, processor)
+    places = [at for at, token in enumerate(ids) if token == processor.image_token_id]
+    labels = [IGNORED, *one["labels"][1:]]  # nothing predicts the first token
+    for place in places:
+        labels[place] = IGNORED
+    end = min(len(ids), max_length - len(keys) * (block - 1))
+    if (places and end <= places[-1]) or not any(label != IGNORED for label in labels[: max(end, 0)]):
+        first = next((at for at, label in enumerate(labels) if label != IGNORED), len(ids) - 1)
+        needed = max([first, *places]) + 1 + len(keys) * (block - 1)
+        reason = (
+            f"needs at least {needed} tokens, {len(keys) * block} of them for {len(keys)} pictures, but max_length "
+            f"is {max_length}; a picture is never cut"
+        )
+        raise ChatError(reason, field="messages")
+    return PictureRow(ids[:end], labels[:end], tuple(keys), end + len(keys) * (block - 1))
+
+
+def check_places(ids: list[int], keys: Sequence[str], processor: Any) -> None:
+    found = ids.count(processor.image_token_id)
+    if found != len(keys):
+        why = "a text holds it" if found > len(keys) else "the chat template left it out"
+        reason = f"hold {found} times {processor.image_token!r} for {len(keys)} pictures: {why}"
+        raise ChatError(reason, field="messages")
+
+
+def order_by_length(lengths: Sequence[int], batch_size: int, *, seed: int, epochs: int = 1) -> list[int]:
+    """Row numbers of all epochs: each row once an epoch, in random order, rows of similar length in one batch."""
+    order: list[int] = []
+    for epoch in range(epochs):
+        rng, rows = random.Random(f"{seed}-{epoch}"), list(range(len(lengths)))
+        rng.shuffle(rows)
+        for begin in range(0, len(rows), batch_size * 32):
+            nearby = sorted(rows[begin : begin + batch_size * 32], key=lambda row: lengths[row])
+            batches = [nearby[i : i + batch_size] for i in range(0, len(nearby), batch_size)]
+            rng.shuffle(batches)
+            order += [row for batch in batches for row in batch]
+    return order
+
+
+@dataclass(frozen=True)
+class PictureBatches:
+    """Rows -> `input_ids`, `attention_mask`, `labels` (B, T) and `pixel_values` of the B rows' P pictures in order.
+
+    With `features` these take the place of pixels, (P, N, D), for use inside `cached_tower`.
+    """
+
+    processor: Any
+    pictures: Pictures
+    features: Features | None = None
+    side: Literal["left", "right"] = "right"  # left for generating; in training both give the same loss
+    nested: bool = False  # the SmolVLM class wants (P, 1, ...)
+
+    def __call__(self, rows: Sequence[PictureRow]) -> dict[str, torch.Tensor]:
+        block, image = self._block, self.processor.image_token_id
+        longest, pad = max(row.length for row in rows), self.processor.tokenizer.pad_token_id
+        ids, mask, labels = [], [], []
+        for row in rows:
+            times = [block if token == image else 1 for token in row.input_ids]
+            space = longest - row.length
+            ids.append(self._pad(_repeat(row.input_ids, times), pad, space))
+            labels.append(self._pad(_repeat(row.labels, times), IGNORED, space))
+            mask.append(self._pad([1] * row.length, 0, space))
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch = {name: torch.tensor(values) for name, values in batch.items()}
+        if keys := [key for row in rows for key in row.pictures]:
+            batch["pixel_values"] = self._look(keys)
+        return batch
+
+    @cached_property
+    def _block(self) -> int:
+        return image_length(self.processor)
+
+    def _pad(self, values: list[int], filler: int, space: int) -> list[int]:
+        return [filler] * space + values if self.side == "left" else values + [filler] * space
+
+    def _look(self, keys: Sequence[str]) -> torch.Tensor:
+        if self.features is not None:
+            seen = torch.stack([self.features[key] for key in keys])
+            return seen[:, None, None] if self.nested else seen
+        images = [[self.pictures.open(key)] for key in keys]  # one a list: what the SmolVLM class needs
+        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return pixels.reshape(len(keys), *([1] * self.nested), *pixels.shape[-3:])
+
+
+def batches_for(loaded: LoadedModel, pictures: Pictures, seen: Features | None, **more: Any) -> PictureBatches:
+    """The collator that fits the model's class."""
+    nested = bare(loaded.model).config.model_type == "smolvlm"
+    return PictureBatches(loaded.processor, pictures, seen, nested=nested, **more)
+
+
+def _repeat(values: Sequence[int], times: Sequence[int]) -> list[int]:
+    return [value for value, n in zip(values, times, strict=True) for _ in range(n)]
+
+
+# --- logits only where something is learned ---------------------------------------------------------------
+@contextlib.contextmanager
+def open_head(model: Any) -> Iterator[torch.nn.Module]:
+    """Inside, the model's `logits` are the states that the head would read (B, T, D); gives the head."""
+    plain = bare(model)
+    head, plain.lm_head = plain.lm_head, torch.nn.Identity()
+    try:
+        yield head
+    finally:
+        plain.lm_head = head
+
+
+def label_loss(
+    hidden: torch.Tensor, labels: torch.Tensor, head: torch.nn.Linear, *, count: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross entropy in nats of `labels` (B, T, not shifted), from the states (B, T, D) and the frozen head.
+
+    Logits are made where the next token has a label, some of them at a time, and thrown away with their gradient
+    taken. Divided by `count`, by default the number of such labels. Raises ValueError if the head is trained.
+    """
+    if head.weight.requires_grad:
+        raise ValueError("label_loss: the head is trained; expected a frozen one")
+    trained = labels[:, 1:] != IGNORED
+    chosen, wanted = hidden[:, :-1][trained], labels[:, 1:][trained]
+    return _ChunkedLoss.apply(chosen, wanted, head.weight, head.bias) / (len(wanted) if count is None else count)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sum of cross entropies; keeps the gradient of the states (M, D), never more than 64 MiB of logits."""
+
+    @staticmethod
+    def forward(ctx, hidden, wanted, weight, bias):
+        rows = max(1, _LOGITS // len(weight))
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden, dtype=weight.dtype)
+        for begin in range(0, len(hidden), rows):
+            some = slice(begin, begin + rows)
+            logits = torch.nn.functional.linear(hidden[some].to(weight.dtype), weight, bias).float()
+            at = wanted[some, None]
+            logits -= logits.amax(1, keepdim=True)
+            right = logits.gather(1, at)
+            sums = logits.exp_().sum(1, keepdim=True)
+            total += (sums.log() - right).sum()
+            logits /= sums
+            logits.scatter_add_(1, at, torch.full_like(right, -1.0))
+            gradient[some] = logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient.to(hidden.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, above):
+        (gradient,) = ctx.saved_tensors
+        return gradient * above.to(gradient.dtype), None, None, None
