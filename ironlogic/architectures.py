@@ -7,6 +7,7 @@ by name, so that a plan needs no download. Knows bytes per token, not batches, c
 from dataclasses import dataclass
 from typing import Any
 
+from ironlogic import IronLogicError
 from ironlogic.presets import LoraSettings
 
 __all__ = ["ARCHITECTURES", "EyeWidths", "LayerWidths", "ModelCount", "PlanError", "count_model", "text_widths"]
@@ -70,7 +71,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-class PlanError(ValueError):
+class PlanError(IronLogicError, ValueError):
     """Something that can't be planned; the message says what came and what is expected."""
 
 

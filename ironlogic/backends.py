@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ironlogic import IronLogicError
 from ironlogic.architectures import PlanError, count_model
 from ironlogic.memory import GIB, NF4_BYTES, plan_memory
 from ironlogic.session import see_memory
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 
-class ModelError(RuntimeError):
+class ModelError(IronLogicError, RuntimeError):
     """A model that can't be loaded or used; the message says what to do."""
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ironlogic import IronLogicError
+
 import gguf
 import numpy as np
 from jinja2 import TemplateError
@@ -29,7 +31,7 @@ _THINKING = ("<think>", "</think>")  # text to read, as in Qwen3's own tokenizer
 _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 
 
-class ExportError(RuntimeError):
+class ExportError(IronLogicError, RuntimeError):
     """An artefact that can't be written or isn't what it should be; whatever was there before is untouched."""
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+from ironlogic import IronLogicError
 from ironlogic.session import ROOT
 from ironlogic.setup_cell import SETUP_CELL
 
@@ -57,11 +58,11 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 FAULTY_LINE = re.compile(r"^-+> *(\d+)|Cell In *\[\d+\], line (\d+)", re.MULTILINE)
 
 
-class NotebookError(ValueError):
+class NotebookError(IronLogicError, ValueError):
     """A notebook or a parameter that cannot be used; the message says which and what to do."""
 
 
-class NotebookFailure(RuntimeError):
+class NotebookFailure(IronLogicError, RuntimeError):
     """A cell that did not end well; the message names notebook, cell, line and the end of the traceback."""
 
 

@@ -7,6 +7,7 @@ hold it (`memory.plan_memory`) and how a model is loaded (`models`).
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from ironlogic import IronLogicError
 from ironlogic.burden import Burden
 
 __all__ = [
@@ -335,7 +336,7 @@ VISION_PRESETS = {
 }
 
 
-class PresetError(ValueError):
+class PresetError(IronLogicError, ValueError):
     """A preset that does not exist; the message names those that do."""
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ironlogic import __version__
+from ironlogic import IronLogicError, __version__
 
 from packaging.requirements import Requirement
 
@@ -35,7 +35,7 @@ IF_PRESENT = ("torchao>=0.16",)  # nobody needs it, but peft cannot be imported 
 SHOWN = ("torch", "transformers", "trl", "peft", "unsloth")
 
 
-class SessionError(RuntimeError):
+class SessionError(IronLogicError, RuntimeError):
     """This machine cannot run the notebooks as it is; the message says where, why and what to do."""
 
 

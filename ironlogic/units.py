@@ -16,6 +16,8 @@ from itertools import pairwise
 from numbers import Real
 from typing import Literal
 
+from ironlogic import IronLogicError
+
 import numpy as np
 
 __all__ = [
@@ -44,7 +46,7 @@ PROTECTED = ("code", "url", "latex", "tag")
 _UNITS = ("word", "char", "token", "sentence", "seed")
 
 
-class BurdenError(ValueError):
+class BurdenError(IronLogicError, ValueError):
     """A setting or an input that no burden can be laid on. The message says where, what came and what to do."""
 
 

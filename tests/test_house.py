@@ -105,11 +105,15 @@ def test_ruff_reads_notebooks_and_likes_the_setup_cell(tmp_path):
     assert ruff("format", "--check", path, *config) != ""
 
 
+OF_THE_PACKAGE = ("IronLogicError", "lazy", "__version__")  # defined in its __init__
+
+
 def imports(tree: ast.AST) -> Iterator[str]:
     """Dotted modules of this package that a source imports, at any depth."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "ironlogic":
-            yield from (f"ironlogic.{alias.name}" for alias in node.names if not alias.name.startswith("__"))
+            names = [alias.name for alias in node.names if alias.name not in OF_THE_PACKAGE]
+            yield from (f"ironlogic.{name}" for name in names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ironlogic."):
             yield node.module
         elif isinstance(node, ast.ImportFrom) and node.level:

@@ -9,6 +9,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ironlogic import IronLogicError
+
 __all__ = [
     "FIELDS",
     "ChatError",
@@ -41,7 +43,7 @@ def say_where(field: str, value: str, reason: str) -> str:
     return f"{field} is {value}; {reason}" if value else f"{field} {reason}".strip()
 
 
-class ChatError(ValueError):
+class ChatError(IronLogicError, ValueError):
     """A source, chat or template that can't be used. `field` and `value` name the place where there is one."""
 
     def __init__(self, reason: str, *, field: str = "", value: str = ""):

@@ -15,6 +15,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from ironlogic import IronLogicError
+
 from PIL import ExifTags, Image
 
 __all__ = ["PictureError", "check_picture", "picture_bytes", "picture_key", "read_picture", "resolve_picture"]
@@ -26,7 +28,7 @@ _TURNS |= {6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
 MAX_PIXELS, MAX_BYTES, MAX_RATIO = 50_000_000, 64 * 2**20, 100  # a picture of 50 million pixels is 150 MB
 
 
-class PictureError(ValueError):
+class PictureError(IronLogicError, ValueError):
     """A picture that can't be used; the message says which and why."""
 
 

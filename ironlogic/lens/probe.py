@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from ironlogic import IronLogicError
 from ironlogic.lens.parts import adjust_logits, bare_model, decoder_layers, embedding, final_norm, output_head
 from ironlogic.lens.results import ACTIVE
 from ironlogic.models import LoadedModel
@@ -42,7 +43,7 @@ _AT_ONCE = 2**18  # logits summed up at a time on a CPU: the temporaries stay sm
 _SHARED = ("input_ids", "attention_mask", "labels")  # of a processor's output; the rest goes to the model as it is
 
 
-class LensError(RuntimeError):
+class LensError(IronLogicError, RuntimeError):
     """A prompt that can't be read or a reading that is not what the model computes; the message says which."""
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ironlogic import IronLogicError
 from ironlogic.models import LoadedModel, load_model
 from ironlogic.session import results_path, see_place
 
@@ -37,7 +38,7 @@ __all__ = [
 _SAME = ("stage", "model", "four_bit_share", "rows", "data_sha256", "settings", "burden")
 
 
-class RunError(RuntimeError):
+class RunError(IronLogicError, RuntimeError):
     """A run that can't start or go on; the message says what to do, and nothing made earlier is lost."""
 
 
