@@ -1,0 +1,77 @@
+"""Jobs side by side: order, progress, errors by name, processes that die."""
+
+import os
+import signal
+import time
+from functools import partial
+
+from ironlogic.training.parallel import run_parallel
+from ironlogic.training.runs import RunError
+
+import psutil
+import pytest
+
+
+def write_after(path, other=None, *, watch=None):
+    """A job: needs the file of the job before, reports a step, leaves a file of its own."""
+    text = other.read_text() if other else ""
+    if watch:
+        watch([{"step": 1}])
+    path.write_text(text + path.name)
+    return path.read_text(), os.getpid()
+
+
+def fail(message, *, watch=None):
+    raise RunError(message)
+
+
+def die(*, watch=None):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep(*, watch=None):
+    watch([{"process": os.getpid()}])
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_every_job_is_done_in_order_and_a_failure_stops_no_other(tmp_path, monkeypatch, processes):
+    monkeypatch.setenv("IRONLOGIC_BACKEND", "transformers")  # imports faster
+    a, b = tmp_path / "a", tmp_path / "b"
+    jobs = {"b": partial(write_after, b, a), "a": partial(write_after, a)}
+    failing = {"bad": partial(fail, "no rows"), "bug": partial(write_after, None)}
+    if processes > 1:
+        failing["dies"] = die
+    steps, lines = [], []
+    options = {"processes": processes, "report": lines.append}
+    with pytest.raises(RunError) as error:
+        run_parallel(failing | jobs, after={"b": "a"}, watch=lambda name, lines: steps.append(name), **options)
+    parts = ["bad: no rows", "bug: Traceback"] + ["dies: its process ended early (exit code -9"] * (processes > 1)
+    assert str(error.value).startswith(f"{len(failing)} of {len(jobs) + len(failing)} failed (2 finished")
+    assert [part for part in parts if part not in str(error.value)] == []
+    assert b.read_text() == "ab"
+    assert sorted(steps) == ["a", "b", "bug"]
+    assert sum("FAILED" in line for line in lines) == len(failing)
+    if processes == 1:
+        results = run_parallel(jobs, **options)
+        assert [text for text, _ in results.values()] == ["ab", "a"]
+        assert {process for _, process in results.values()} == {os.getpid()}
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_every_process(monkeypatch):
+    monkeypatch.setenv("IRONLOGIC_BACKEND", "transformers")
+    processes = []
+
+    def interrupt(name, lines):
+        processes.append(lines[-1]["process"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_parallel({"a": sleep, "b": sleep}, processes=2, watch=interrupt)
+    assert not psutil.pid_exists(processes[0])
+
+
+def test_what_no_other_process_can_import_is_refused():
+    with pytest.raises(RunError, match="mine: .*lambda.* no other process can import"):
+        run_parallel({"mine": lambda watch: None, "other": die}, processes=2)
