@@ -2,7 +2,7 @@
 
 An adapter is merged into a freshly loaded base, never into the model that was trained (`artefacts` says why).
 Nothing is published before its next-token distributions were compared; it is written beside and then renamed, so an
-earlier artefact stays whole. Does not know how llama.cpp runs on a card; Unsloth's way was not run.
+earlier artefact stays whole. Does not know how llama.cpp runs on a card.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from ironlogic.artefacts import (
 )
 from ironlogic.gguf_file import ExportError, modelfile_text, why_not_gguf, write_gguf, write_lora_gguf
 from ironlogic.llama import convert, find_quantizer, gguf_logits, gguf_readers, load_gguf, open_llama, quantize
-from ironlogic.models import BACKEND, LoadedModel, free_memory, load_model
+from ironlogic.models import LoadedModel, free_memory, in_plain_process, load_model
 from ironlogic.training.runs import Run, write_json
 
 import psutil
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 
+@in_plain_process
 def merge_adapter(run_or_path: Run | str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
     """The adapter of a run (its object, name or folder, or an adapter's folder) merged into its base, at `out`.
 
@@ -80,22 +81,33 @@ def merge_adapter(run_or_path: Run | str | Path, out: str | Path, *, base: str |
     return out
 
 
+@in_plain_process
 def check_export(
     artefact: str | Path,
     reference: Run | str | Path,
     *,
     base: str | Path | None = None,
     tolerance: float | None = None,
+    as_trained: bool = False,
 ) -> list[Comparison]:
     """Reloads an artefact with every reader at hand and compares its next-token distributions over `PROBES`.
 
     `reference`: what it was made from (a run, an adapter, or the merged folder). A merged folder is read by
     transformers; a GGUF file by transformers where it can (head width 128) and by llama.cpp where `llama_cpp` is
     installed, which also has to cut the probes into the same tokens. A mean divergence above `tolerance` (default:
-    `TOLERANCE` of its kind), or no reader at all, is an `ExportError`.
+    `TOLERANCE` of its kind), or no reader at all, is an `ExportError`. `as_trained`: the reference is loaded as it
+    was trained, in 4 bit where it was; rounding is part of the difference then, and any is accepted.
     """
     artefact, source = Path(artefact), find_source(reference, base)
-    processor, probes, expected = _reference(source)[1:]
+    if as_trained:
+        tolerance = tolerance or float("inf")
+        loaded = load_model(source.adapter or source.base, four_bit=source.record.get("four_bit_share", 0) > 0)
+        processor = loaded.processor or loaded.tokenizer
+        probes = probe_inputs(processor)
+        expected = next_token_logits(loaded.model, probes)
+        del loaded
+    else:
+        processor, probes, expected = _reference(source)[1:]
     free_memory()  # two copies need not be held
     if artefact.is_dir():
         loaded = load_fresh(str(artefact))[0]
@@ -116,6 +128,7 @@ def _reference(source: Source) -> tuple[Any, Any, list, list]:
 
 
 # --- GGUF ---------------------------------------------------------------------------------------------------
+@in_plain_process
 def export_gguf(
     run_or_path: Run | str | Path,
     out: str | Path,
@@ -126,10 +139,10 @@ def export_gguf(
 ) -> Path:
     """A run, an adapter or a merged folder as one GGUF file (f16, q8_0 or q4_k_m), compared before it is published.
 
-    `out`: the file, or a folder that gets `<name>-<quantization>.gguf`. Written by Unsloth on a card; else by the
-    converter of a llama.cpp checkout (`llama_cpp`, or UNSLOTH_LLAMA_CPP_SCRIPTS_DIR; "": none); else, dense Qwen3
-    only, by `gguf_file`. q4_k_m also needs a quantizer: `llama-quantize` or the package llama-cpp-python. Nothing
-    is built in this process; what is missing is named with the command to run later (`ExportError`).
+    `out`: the file, or a folder that gets `<name>-<quantization>.gguf`. Written by the converter of a llama.cpp
+    checkout (`llama_cpp`, or UNSLOTH_LLAMA_CPP_SCRIPTS_DIR; "": none); else, dense Qwen3 only, by `gguf_file`.
+    q4_k_m also needs a quantizer: `llama-quantize` or the package llama-cpp-python. Nothing is built in this
+    process; what is missing is named with the command to run later (`ExportError`).
     """
     if quantization not in ("f16", "q8_0", "q4_k_m"):
         raise ExportError(f"quantization {quantization!r}: expected f16, q8_0 or q4_k_m")
@@ -139,19 +152,16 @@ def export_gguf(
     _check_sightless(source)
     _check_room(source, path.parent, quantization)
     with _beside(path) as part, tempfile.TemporaryDirectory(dir=path.parent, prefix="merging-") as scratch:
-        if source.adapter and base is None and not checkout and BACKEND == "unsloth" and torch.cuda.is_available():
-            _write_with_unsloth(source, Path(scratch), part, quantization)
-            found = check_export(part, source.adapter)
-        else:
-            whole = Path(source.base)
-            if source.adapter or not whole.is_dir():
-                whole = merge_adapter(run_or_path, Path(scratch) / source.name, base=base)
-            _write(whole, part, quantization, Path(checkout) if checkout else None)
-            found = check_export(part, whole)
+        whole = Path(source.base)
+        if source.adapter or not whole.is_dir():
+            whole = merge_adapter(run_or_path, Path(scratch) / source.name, base=base)
+        _write(whole, part, quantization, Path(checkout) if checkout else None)
+        found = check_export(part, whole)
         _note(path.parent, path.name, source, [replace(c, artefact=path.name) for c in found])
     return path
 
 
+@in_plain_process
 def export_lora_gguf(run_or_path: Run | str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
     """The adapter alone as a LoRA file beside a GGUF of its base (llama.cpp `--lora`, Ollama `ADAPTER`)."""
     source, out = find_source(run_or_path, base), Path(out).expanduser().absolute()
@@ -182,7 +192,8 @@ def write_modelfile(gguf_path: str | Path, like: str | Path, *, system: str = ""
 def open_export(path: str | Path, *, like: str | Path) -> LoadedModel:
     """A GGUF file as a model to generate with, through transformers, with the tokenizer of the folder `like`."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(like, local_files_only=True, trust_remote_code=False)
-    return LoadedModel(load_gguf(Path(path)), tokenizer, source=Path(path).name, base=str(path))
+    model = load_gguf(Path(path)).to("cuda" if torch.cuda.is_available() else "cpu")  # where Unsloth's patches live
+    return LoadedModel(model, tokenizer, source=Path(path).name, base=str(path))
 
 
 def _end_ids(place: str | Path) -> list[int]:
@@ -215,16 +226,6 @@ def _write(folder: Path, path: Path, quantization: str, checkout: Path | None) -
     finally:
         if first != path:
             first.unlink(missing_ok=True)
-
-
-def _write_with_unsloth(source: Source, scratch: Path, path: Path, quantization: str) -> None:
-    """Unsloth merges into its own 16-bit copy of the base, and fetches or builds the converter (on a card only)."""
-    loaded = load_model(source.adapter)
-    loaded.model.save_pretrained_gguf(str(scratch / "model"), loaded.tokenizer, quantization_method=quantization)
-    written = sorted(scratch.rglob("*.gguf"))
-    if not written:
-        raise ExportError(f"Unsloth wrote no GGUF file of {source.name}; name a llama.cpp checkout (llama_cpp=...)")
-    shutil.move(written[-1], path)
 
 
 def _read_gguf(path: Path, expected: list, probes: list, tokenizer: Any) -> list[Comparison]:

@@ -7,12 +7,16 @@ transformers) chooses by hand.
 """
 
 import contextlib
+import functools
 import gc
+import importlib
 import inspect
 import io
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,7 @@ __all__ = [
     "add_lora",
     "as_loaded",
     "free_memory",
+    "in_plain_process",
     "inference",
     "load_model",
     "model_inputs",
@@ -277,6 +282,45 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def in_plain_process(function: Callable) -> Callable:
+    """A function that loads a plain model beside Unsloth, made to run in a process without Unsloth.
+
+    Unsloth patches transformers' classes for good: a model loaded on the CPU after a training on the card shares
+    the patched rotary embedding, whose tables lie on the card, and fails with tensors on two devices. Without a
+    card nothing is on two devices, and the function runs here. Arguments and result have to be picklable; the
+    process stays for the next call, as its imports take longer than its work.
+    """
+
+    @functools.wraps(function)
+    def elsewhere(*args: Any, **kwargs: Any) -> Any:
+        if not _unsloth_is_on_the_card():
+            return function(*args, **kwargs)
+        return _plain_process().submit(_call, function.__module__, function.__qualname__, args, kwargs).result()
+
+    return elsewhere
+
+
+def _unsloth_is_on_the_card() -> bool:
+    return BACKEND == "unsloth" and torch.cuda.is_available()
+
+
+@functools.cache
+def _plain_process() -> ProcessPoolExecutor:
+    before = os.environ.get("IRONLOGIC_BACKEND", "auto")
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    os.environ["IRONLOGIC_BACKEND"] = "transformers"  # the child takes over the environment as it is now
+    try:
+        pool.submit(int).result()
+    finally:
+        os.environ["IRONLOGIC_BACKEND"] = before
+    return pool
+
+
+def _call(module: str, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """In the plain process: the function itself, whose wrapper sees no Unsloth there."""
+    return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
 
 def model_inputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -98,7 +98,8 @@ def _read(
     exact = plain_head(head) or states.dtype == torch.float32
     proof = Proof(tuple(checked), own, lookup_logits, _slack(own.dtype), 1e-5 if exact else _slack(states.dtype))
     reading = _reading(loaded, numbers, rows, ids, own.shape[-1])
-    reading = replace(reading, checks=check_reading(reading, proof))
+    checks, allowed = check_reading(reading, proof)
+    reading = replace(reading, checks=checks, allowed=allowed)
     return reading.pick(range(len(asked))) if rows != asked else reading
 
 
@@ -168,8 +169,8 @@ class Proof:
     lookup_slack: float
 
 
-def check_reading(reading: LayerReading, proof: Proof) -> dict[str, float]:
-    """The largest gap found, if the reading is right at both ends; LensError if it is not.
+def check_reading(reading: LayerReading, proof: Proof) -> tuple[dict[str, float], dict[str, float]]:
+    """The largest gaps found and those allowed, if the reading is right at both ends; LensError if it is not.
 
     The last row has to be the model's own next-token distribution and the embedding row that of
     head(norm(embedding lookup)). Either alone lets mistakes through (a norm missed on hidden states, one scale for
@@ -187,6 +188,7 @@ def check_reading(reading: LayerReading, proof: Proof) -> dict[str, float]:
         ("embedding", 0, proof.lookup, proof.lookup_slack, "head(norm(embedding lookup))"),
     )
     gaps: dict[str, float] = {}
+    limits: dict[str, float] = {}
     for name, row, logits, slack, meaning in ends:
         for column, right in zip(proof.columns, logits, strict=True):
             for what, (gap, allowed) in _gaps(reading, row, column, right, slack).items():
@@ -196,7 +198,8 @@ def check_reading(reading: LayerReading, proof: Proof) -> dict[str, float]:
                         f"by {gap:.2g}, allowed is {allowed:.2g}. It would show a false picture, so it is refused"
                     )
                 gaps[f"{name}_{what}"] = max(gap, gaps.get(f"{name}_{what}", 0.0))
-    return gaps
+                limits[f"{name}_{what}"] = max(allowed, limits.get(f"{name}_{what}", 0.0))
+    return gaps, limits
 
 
 def _gaps(

@@ -40,7 +40,8 @@ class LayerReading:
     ids: tuple[int, ...]  # T tokens of the prompt
     tokens: tuple[str, ...]  # their texts
     vocabulary: int  # V
-    checks: Mapping[str, float] = field(default_factory=dict)  # gaps that check_reading measured
+    checks: Mapping[str, float] = field(default_factory=dict)  # gaps that check_reading measured, and
+    allowed: Mapping[str, float] = field(default_factory=dict)  # what they may be in the type that was read
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.positions))
@@ -54,6 +55,11 @@ class LayerReading:
     def ln_vocabulary(self) -> float:
         """Entropy of no information at all, in nats."""
         return math.log(self.vocabulary)
+
+    @property
+    def proved(self) -> bool:
+        """Whether the reading was checked, with gaps no wider than its type's rounding explains."""
+        return bool(self.checks) and all(gap <= self.allowed[name] for name, gap in self.checks.items())
 
     def column(self, position: int | None = None) -> int:
         """Where `position` (negative: from the end; None: the last one read) is among the positions read."""
@@ -126,6 +132,7 @@ class LayerReading:
                 "top_tokens": self.top_tokens,
                 "top_probs": self.top_probs.tolist(),
                 "checks": dict(self.checks),
+                "allowed": dict(self.allowed),
             },
             ensure_ascii=False,
         )

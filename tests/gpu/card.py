@@ -1,0 +1,508 @@
+"""Everything that only a card can show, in parts that can be cut anywhere: `python tests/gpu/card.py --out runs/card`.
+
+Each part is a process of its own with a time limit; its result is a line of `results.jsonl` as soon as it is there, and
+a second call goes on with the parts that have none. A card larger than a consumer's stands for one: a part takes no
+more than its cap. The parts, in the order of their worth:
+
+  a  the code cells of all eight notebooks on nano, executed without Jupyter, with their checks
+  b  Qwen3-VL-4B: our stage beside the seed's plain script, and the layer reading of the 4-bit model
+  c  float16 forced, as on a T4: FT, both stages of a splice, GRPO
+  d  Gemma-3-27B and Qwen3-30B-A3B held to 31.4 and to 23.5 GiB, ours and the seed's script
+  e  the splices of seeds 003 and 004, both stages
+
+`--tiny` runs all of it with small models on any machine, to try the script; `--table` prints what was measured.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+# Where a notebook would take more than three minutes on a card, it takes fewer rows and trainings.
+NOTEBOOKS: dict[str, dict[str, Any]] = {
+    "00_start_here": {},
+    "01_burden_preprocessing": {},
+    "02_fragmented_training": {"ROWS": 320, "SEEDS": 1},
+    "03_vlm_splicing": {"ROWS": 320, "SEEDS": 1},
+    "04_layer_entropy": {},
+    "05_evidence": {"ROWS": 320, "SEEDS": 1},
+    "06_polish_and_reason": {"ROWS": 320, "STEPS": 4, "PROBLEMS": 32},
+    "07_export_and_chat": {},
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """`run(**settings)` gives what goes into the results; `system`: whose weights it needs; `cap` in GiB, 0: none."""
+
+    name: str
+    seconds: int
+    run: Callable[..., dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    system: str = ""
+    cap: float = 0.0
+    float16: bool = False  # as on a card without bfloat16
+
+
+# --- a: notebooks -----------------------------------------------------------------------------------------------
+def run_notebook(name: str, parameters: dict[str, Any], tiny: bool) -> dict[str, Any]:
+    """Executes the code cells one after the other, as a kernel would; the last one holds the notebook's checks."""
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    os.chdir(ROOT / "notebooks")
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(code, start=1):
+        source = "".join(cell["source"])
+        if "parameters" in cell["metadata"].get("tags", []):
+            source += "".join(f"\n{key} = {value!r}" for key, value in ({"PRESET": "auto"} | parameters).items())
+        try:
+            exec(compile(source, f"{name}, code cell {number}", "exec"), scope)
+        except BaseException as error:
+            raise RuntimeError(f"code cell {number} of {len(code)}") from error
+    return {"cells": len(code)}
+
+
+# --- b, d: a stage on a model of true shapes --------------------------------------------------------------------
+def our_stage(folder: Path, system: str, length: int, steps: int, tiny: bool) -> dict[str, Any]:
+    """Our stage with the preset's settings, one row a step."""
+    from ironlogic.data import chats
+    from ironlogic.models import load_model
+    from ironlogic.presets import PRESETS
+    from ironlogic.training.sft import train_sft
+
+    from weights import conversations
+
+    preset = PRESETS[system]
+    settings = replace(preset.train, epochs=1, accumulation=1, max_length=length, log_steps=1)
+    loaded = load_model(folder, four_bit=True, max_length=length)
+    memory = after_loading(loaded)
+    rows = conversations(length, steps)
+    rows = chats.make_chats(rows) if hasattr(chats, "make_chats") else rows
+    run = train_sft(loaded, rows, settings, run=folder / f"run-{time.time_ns()}", burden=preset.burden)
+    first, last = run.metrics[0]["seconds"], run.metrics[-1]["seconds"]
+    return memory | {"tokens_per_second": length * (len(run.metrics) - 1) / max(last - first, 1e-9)}
+
+
+def after_loading(loaded: Any) -> dict[str, Any]:
+    import torch
+
+    on_card = torch.cuda.is_available()
+    return {
+        "backend": loaded.backend,
+        "four_bit_share": round(loaded.four_bit_share, 4),
+        "loaded_gib": round(torch.cuda.memory_allocated() / 2**30, 2) if on_card else None,
+        "loading_peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_card else None,
+    }
+
+
+def seed_script(folder: Path, system: str, length: int, steps: int, tiny: bool) -> dict[str, Any]:
+    """The published script's calls (seed 001), with `max_steps`; its own reading of text."""
+    import torch
+    from unsloth import FastLanguageModel, get_chat_template  # before trl
+    from datasets import Dataset  # isort: skip
+    from trl import SFTConfig, SFTTrainer  # isort: skip
+
+    from weights import conversations
+
+    model, processor = FastLanguageModel.from_pretrained(
+        model_name=str(folder),
+        max_seq_length=length,
+        dtype=None,
+        load_in_4bit=True,
+        full_finetuning=False,
+        local_files_only=True,
+        use_gradient_checkpointing="unsloth",
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=8,
+        finetune_vision_layers=False,
+        finetune_language_layers=True,
+        finetune_attention_modules=True,
+        finetune_mlp_modules=True,
+        lora_alpha=16,
+        lora_dropout=0,
+        bias="none",
+        random_state=3407,
+        use_rslora=False,
+        loftq_config=None,
+    )
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = get_chat_template(tokenizer, "gemma-3") if "gemma" in system else tokenizer
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in conversations(length, steps)]
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"text": texts}),
+        dataset_text_field="text",
+        max_seq_length=length,
+        packing=False,
+        args=SFTConfig(
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            warmup_steps=25,
+            max_steps=steps,
+            learning_rate=2e-5,
+            fp16=torch.cuda.is_available() and not bf16,
+            bf16=bf16,
+            logging_steps=5,
+            optim="paged_adamw_8bit" if torch.cuda.is_available() else "adamw_torch",
+            weight_decay=0.01,
+            lr_scheduler_type="cosine",
+            seed=3407,
+            output_dir=str(folder / "output"),
+            report_to="none",
+        ),
+    )
+    times, step = [], trainer.training_step
+
+    def timed(*given):
+        loss = step(*given)
+        loss.item()  # waits for the card
+        times.append(time.perf_counter())
+        return loss
+
+    trainer.training_step = timed
+    trainer.train()
+    return {"tokens_per_second": length * (len(times) - 1) / (times[-1] - times[0])}
+
+
+def read_in_4_bit(folder: Path, system: str, length: int, steps: int, tiny: bool) -> dict[str, Any]:
+    """`read_layers` proves its reading or raises; the gaps it found."""
+    from ironlogic.lens.read import read_layers
+    from ironlogic.models import load_model
+
+    from weights import conversations
+
+    loaded = load_model(folder, four_bit=True, max_length=length)
+    began = time.perf_counter()
+    reading = read_layers(loaded, conversations(min(length, 256), 1)[0][0]["content"])
+    checks = {name: round(float(gap), 6) for name, gap in reading.checks.items()}
+    return {"layers_per_second": reading.entropy.shape[0] / (time.perf_counter() - began), "checks": checks}
+
+
+# --- c: float16 -------------------------------------------------------------------------------------------------
+def ft_in_float16(tiny: bool) -> dict[str, Any]:
+    from ironlogic.data import chats
+    from ironlogic.data.problems import make_tasks, task_chat
+    from ironlogic.models import load_model
+    from ironlogic.presets import PRESETS
+    from ironlogic.training.sft import train_sft
+
+    nano = PRESETS["nano"]
+    rows = [task_chat(task) for task in make_tasks(640, seed=3407)]
+    rows = chats.make_chats(rows) if hasattr(chats, "make_chats") else rows
+    run = train_sft(load_model("nano", max_length=256), rows, nano.train, run="float16", burden=nano.burden)
+    losses = [round(line["loss"], 3) for line in run.metrics]
+    assert losses[-1] < losses[0], f"the loss did not fall: {losses}"
+    return {"losses": losses, "seconds": run.record["seconds"]}
+
+
+def splice_in_float16(tiny: bool) -> dict[str, Any]:
+    from ironlogic.data.scenes import KINDS, caption_chat, make_scenes, question_chat, save_scenes
+    from ironlogic.presets import VISION_PRESETS
+    from ironlogic.vision.check import check_splice
+    from ironlogic.vision.splice import splice
+    from ironlogic.vision.train import train_instruct, train_projector
+
+    preset, runs = VISION_PRESETS["nano-vision"], Path(os.environ["IRONLOGIC_RUNS"])
+    scenes = make_scenes(320, seed=1)
+    shown = list(zip(scenes, save_scenes(scenes, runs / "pictures"), strict=True))
+    loaded = splice(preset.tower, preset.language_model, projector=preset.projector, four_bit=True, seed=1)
+    report = check_splice(loaded)
+    assert report.passed, str(report)
+    captions = [caption_chat(*scene) for scene in shown[:160]]
+    questions = [question_chat(*scene, KINDS[i % 3]) for i, scene in enumerate(shown[160:])]
+    one = train_projector(loaded, captions, preset.projector_stage, run="float16-1")
+    two = train_instruct(one.loaded, questions, preset.instruct_stage, run="float16-2")
+    return {"losses": [round(run.metrics[-1]["loss"], 3) for run in (one, two)]}
+
+
+def grpo_in_float16(tiny: bool) -> dict[str, Any]:
+    from ironlogic.data.problems import make_tasks
+    from ironlogic.models import load_model
+    from ironlogic.training.grpo import GrpoSettings, train_grpo
+
+    settings = GrpoSettings(steps=3, max_new_tokens=64)
+    loaded = load_model("nano", four_bit=False, max_length=256)
+    run = train_grpo(loaded, make_tasks(32, seed=5), settings, run="float16-grpo")
+    return {"reward": run.metrics[-1].get("reward"), "seconds": run.record["seconds"]}
+
+
+# --- e: splices -------------------------------------------------------------------------------------------------
+def splice_stage(folder: Path, system: str, stage: int, length: int, steps: int, tiny: bool) -> dict[str, Any]:
+    """One stage with a picture in every row, as many rows a pass as the preset has."""
+    from ironlogic.presets import VISION_PRESETS
+    from ironlogic.vision.splice import splice
+    from ironlogic.vision.train import train_instruct, train_projector
+
+    from PIL import Image
+    from weights import conversations, tower_of
+
+    preset = VISION_PRESETS[system]
+    settings = preset.projector_stage if stage == 1 else preset.instruct_stage
+    settings = replace(settings, accumulation=1, max_length=min(length, settings.max_length), log_steps=1)
+    tower = tower_of(system, tiny=tiny)
+    options = {"projector": preset.projector, "four_bit": preset.four_bit, "max_length": settings.max_length}
+    loaded = splice(tower, folder, **options)
+    picture = {"type": "image", "image": Image.effect_noise((336, 336), 64).convert("RGB")}
+    rows = conversations(settings.max_length, steps * settings.batch_size)
+    for user, _ in rows:
+        words = user["content"].split()
+        user["content"] = [picture, {"type": "text", "text": " ".join(words[: len(words) // 4])}]
+    train = train_projector if stage == 1 else train_instruct
+    run = train(loaded, rows, settings, run=folder / f"run-{time.time_ns()}", cache=None)
+    first, last = run.metrics[0]["seconds"], run.metrics[-1]["seconds"]
+    tokens = settings.batch_size * settings.max_length * (len(run.metrics) - 1)
+    return {"tokens_per_second": tokens / max(last - first, 1e-9), "length": settings.max_length}
+
+
+def all_parts(length: int) -> list[Part]:
+    """Every part in the order of its worth."""
+    parts = [
+        Part(f"a {name}", 240, run_notebook, {"name": name, "parameters": parameters})
+        for name, parameters in NOTEBOOKS.items()
+    ]
+    vision = {"length": length, "steps": 8}
+    parts += [
+        Part("b qwen3-vl-4b, ours", 150, our_stage, vision, "qwen3-vl-4b", 14.7),
+        Part("b qwen3-vl-4b, the seed's script", 150, seed_script, vision, "qwen3-vl-4b", 14.7),
+        Part("b qwen3-vl-4b, layer reading", 100, read_in_4_bit, vision, "qwen3-vl-4b", 14.7),
+    ]
+    parts += [
+        Part("c float16, FT", 150, ft_in_float16, float16=True),
+        Part("c float16, splice", 200, splice_in_float16, float16=True),
+        Part("c float16, GRPO", 150, grpo_in_float16, float16=True),
+    ]
+    large = {"length": length, "steps": 6}
+    for cap in (31.4, 23.5):
+        for system in ("gemma-3-27b", "qwen3-30b-a3b"):
+            parts.append(Part(f"d {system}, ours, {cap:g} GiB", 220, our_stage, large, system, cap))
+            parts.append(Part(f"d {system}, the seed's script, {cap:g} GiB", 220, seed_script, large, system, cap))
+    for system in ("vqwen3-4b", "qwen3-smvl"):
+        for stage in (1, 2):
+            settings = {"stage": stage, "length": 2048, "steps": 5}
+            parts.append(Part(f"e {system}, stage {stage}", 130, splice_stage, settings, system, 23.5))
+    return parts
+
+
+# --- one part, in a process of its own --------------------------------------------------------------------------
+def run_part(part: Part, folder: Path, *, tiny: bool) -> dict[str, Any]:
+    """The part's result with the memory that it took."""
+    import torch
+
+    on_card = torch.cuda.is_available()
+    if part.cap and on_card:
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(part.cap / total, 1.0))
+    if part.float16 and on_card:  # what a T4 says of itself
+        torch.cuda.is_bf16_supported = lambda *_, **__: False
+        torch.cuda.get_device_capability = lambda *_: (7, 5)
+    settings = dict(part.settings)
+    if tiny:
+        settings |= dict.fromkeys(settings.keys() & {"length"}, 128)
+    if part.system:
+        settings |= {"folder": folder} | {"system": part.system}
+    began = time.perf_counter()
+    result = part.run(**settings, tiny=tiny)
+    result["seconds_in_all"] = round(time.perf_counter() - began, 1)
+    if on_card:
+        result |= {
+            "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+            "summary": torch.cuda.memory_summary(abbreviated=True)[:3000],
+        }
+    return result
+
+
+def child(part: Part, folder: Path, *, tiny: bool) -> None:
+    """Prints one line of JSON: the result, or what went wrong where."""
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            result = run_part(part, folder, tiny=tiny)
+    except BaseException as error:
+        causes, cause = [], error
+        while cause is not None:
+            causes.append(f"{type(cause).__name__}: {str(cause)[:300]}")
+            cause = cause.__cause__
+        result = {"failed": " <- ".join(causes), "traceback": traceback.format_exc()[-3000:]}
+    print(json.dumps({"result": result, "log": log.getvalue()[-1500:]}))
+
+
+# --- all of them ------------------------------------------------------------------------------------------------
+class Results:
+    """results.jsonl: a line a part; of several lines of one part the last counts, and a failed part runs again."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "results.jsonl"
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        return {line["part"]: line for line in map(json.loads, lines)}
+
+    def add(self, part: str, result: dict[str, Any]) -> None:
+        line = {"part": part, "date": str(date.today()), "card": card_name(), "commit": commit()} | result
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {key: value for key, value in result.items() if key not in ("summary", "traceback", "log")}
+        print(f"{part}: {json.dumps(shown)[:600]}", flush=True)
+
+
+def card_name() -> str:
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if shutil.which("nvidia-smi") is None:
+        return "no card"
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "no card"
+
+
+def commit() -> str:
+    """The commit that is measured; IRONLOGIC_COMMIT where the tree came without its history."""
+    if named := os.environ.get("IRONLOGIC_COMMIT"):
+        return named
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def start_part(part: Part, weights: Path, results: Results, chosen: argparse.Namespace) -> None:
+    """Runs one part as a process and writes down what came of it."""
+    if chosen.deadline and time.time() + 20 > chosen.deadline:
+        return
+    seconds = min(part.seconds, chosen.deadline - time.time()) if chosen.deadline else part.seconds
+    scratch = chosen.scratch / re.sub(r"\W+", "-", part.name)
+    environ = {
+        **os.environ,
+        **{"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1", "IRONLOGIC_NO_INSTALL": "1"},
+        **{"IRONLOGIC_PRESET": "nano", "IRONLOGIC_RUNS": str(scratch / "runs"), "MPLBACKEND": "agg"},
+        "COLAB_RELEASE_TAG": "card",  # a host with a torch and a front end of its own
+    }
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        part.name,
+        "--folder",
+        str(weights),
+        "--length",
+        str(chosen.length),
+    ]
+    command += ["--tiny"] * chosen.tiny
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=seconds, cwd=scratch)
+        told = json.loads(done.stdout.splitlines()[-1])
+        result = told["result"] | ({"log": told["log"]} if "failed" in told["result"] else {})
+    except subprocess.TimeoutExpired as error:
+        tail = (error.stdout or b"")[-300:] + (error.stderr or b"")[-700:]
+        result = {"failed": f"not done in {seconds:.0f} s", "log": tail.decode(errors="replace")}
+    except (json.JSONDecodeError, IndexError):
+        result = {"failed": f"ended with code {done.returncode}", "log": done.stderr[-1500:]}
+    results.add(part.name, result)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def run_system(system: str, parts: list[Part], results: Results, chosen: argparse.Namespace) -> None:
+    """The parts of one system after each other, around weights that are written once and deleted after."""
+    folder = chosen.scratch / f"weights-{system}" if system else chosen.scratch
+    if system:
+        build = [sys.executable, __file__, "--build", system, "--folder", str(folder)] + ["--tiny"] * chosen.tiny
+        done = subprocess.run(build, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        if done.returncode:
+            for part in parts:
+                results.add(part.name, {"failed": "its weights could not be written", "log": done.stderr[-1500:]})
+            return
+    for part in parts:
+        start_part(part, folder, results, chosen)
+    if system:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_all(chosen: argparse.Namespace) -> None:
+    """What has no result yet: small things side by side, then each system by itself."""
+    results = Results(chosen.out)
+    done = {name for name, line in results.read().items() if "failed" not in line}
+    left = [part for part in all_parts(chosen.length) if part.name not in done]
+    left = [part for part in left if not chosen.only or any(part.name.startswith(begin) for begin in chosen.only)]
+    small = [part for part in left if not part.system]
+    with ThreadPoolExecutor(chosen.jobs) as threads:
+        list(threads.map(lambda part: start_part(part, chosen.scratch, results, chosen), small))
+    systems = {
+        part.system: [other for other in left if other.system == part.system] for part in left if part.system
+    }
+    with ThreadPoolExecutor(chosen.together) as threads:
+        list(threads.map(lambda item: run_system(*item, results, chosen), systems.items()))
+
+
+def table(chosen: argparse.Namespace) -> str:
+    """What was measured, as a table for tests/gpu/README.md; what was not says so."""
+    measured = Results(chosen.out).read()
+    lines = [
+        "| part | result | allocated GiB | reserved GiB | tokens/s | card, date, commit |",
+        "|---|---|---|---|---|---|",
+    ]
+    for part in all_parts(chosen.length):
+        line = measured.get(part.name)
+        if line is None:
+            lines.append(f"| {part.name} | not run | | | | |")
+            continue
+        what = f"failed: {line['failed'][:120]}" if "failed" in line else "passed"
+        numbers = [line.get(key, "") for key in ("allocated_gib", "reserved_gib", "tokens_per_second")]
+        shown = [f"{number:,.2f}" if isinstance(number, float) else "" for number in numbers]
+        where = f"{line['card']}, {line['date']}, {line['commit']}"
+        lines.append(f"| {part.name} | {what} | {' | '.join(shown)} | {where} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/card", help="folder of results.jsonl")
+    parser.add_argument("--only", nargs="*", help="beginnings of the names of parts, as: a 'b qwen3-vl-4b, ours'")
+    parser.add_argument("--jobs", type=int, default=2, help="small parts side by side")
+    parser.add_argument("--together", type=int, default=1, help="systems side by side, where memory allows")
+    parser.add_argument("--minutes", type=float, default=0, help="start nothing after so many minutes")
+    parser.add_argument("--length", type=int, default=4096, help="tokens a row")
+    parser.add_argument("--scratch", type=Path, help="where weights and runs lie meanwhile (60 GB for the largest)")
+    parser.add_argument("--tiny", action="store_true", help="small models, to try this script on any machine")
+    parser.add_argument("--table", action="store_true", help="print what was measured and stop")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--build", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    chosen.out = chosen.out.absolute()
+    chosen.scratch = chosen.scratch or chosen.out / "scratch"
+    chosen.deadline = time.time() + 60 * chosen.minutes if chosen.minutes else 0
+    if chosen.part:
+        part = next(part for part in all_parts(chosen.length) if part.name == chosen.part)
+        child(part, chosen.folder, tiny=chosen.tiny)
+    elif chosen.build:
+        from weights import build
+
+        print(build(chosen.build, chosen.folder, tiny=chosen.tiny))
+    elif chosen.table:
+        print(table(chosen))
+    else:
+        run_all(chosen)
+
+
+if __name__ == "__main__":
+    main()
