@@ -1,7 +1,7 @@
 """What must not change when the house is rebuilt, as a JSON file of facts: `python tests/unchanged.py FILE`.
 
-Run before and after a change on the same machine; `--compare BEFORE AFTER` prints the lines that differ. The facts are
-bytes (burdened rows, adapters, merged and GGUF files) and readings (layers, splice, claims) of the shipped models.
+Run before and after a change on the same machine; `--compare BEFORE AFTER` prints what differs. The facts are bytes
+(burdened rows, adapters, merged and GGUF files) and readings (layers, splice, claims) of the shipped models.
 Names that moved are looked for in their new place first, so that the script runs on both sides of a move.
 """
 

@@ -1,8 +1,10 @@
-"""Everything that only a card can show, in parts that can be cut anywhere: `python tests/gpu/card.py --out runs/card`.
+"""Everything that only a card can show, in parts that can be cut anywhere.
 
-Each part is a process of its own with a time limit; its result is a line of `results.jsonl` as soon as it is there, and
-a second call goes on with the parts that have none. A card larger than a consumer's stands for one: a part takes no
-more than its cap. The parts, in the order of their worth:
+    python tests/gpu/card.py --out runs/card
+
+Each part is a process of its own with a time limit; its result is a line of `results.jsonl` as soon as it is there,
+and a second call goes on with the parts that have none. A card larger than a consumer's stands for one: a part takes
+no more than its cap. The parts, in the order of their worth:
 
   a  the code cells of all eight notebooks on nano, executed without Jupyter, with their checks
   b  Qwen3-VL-4B: our stage beside the seed's plain script, and the layer reading of the 4-bit model
@@ -49,7 +51,7 @@ NOTEBOOKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """`run(**settings)` gives what goes into the results; `system`: whose weights it needs; `cap` in GiB, 0: none."""
+    """`run(**settings)` gives what goes into the results; `system`: whose weights it needs; `cap` in GiB."""
 
     name: str
     seconds: int
