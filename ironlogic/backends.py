@@ -222,5 +222,5 @@ def real_size(parameter: torch.nn.Parameter) -> int:
 
 
 def card_has_bfloat16() -> bool:
-    """In hardware: torch says yes on a T4 too, where it is emulated."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    """In hardware. `torch.cuda.is_bf16_supported` says yes where it is emulated; on a T4, Unsloth replaces it."""
+    return torch.cuda.get_device_capability() >= (8, 0)

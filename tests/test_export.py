@@ -108,6 +108,21 @@ def test_merged_answers_like_base_and_adapter(run, merged):
 
 
 @pytest.mark.slow
+def test_exports_are_compared_beside_unsloths_patches(run, merged, monkeypatch):
+    """On a card the patched rotary embedding hands out tensors that lie there, also to a plain model on the CPU."""
+    rotary = transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding
+    plain = rotary.forward
+    monkeypatch.setattr(rotary, "forward", lambda *given, **named: [t.to("meta") for t in plain(*given, **named)])
+    with pytest.raises(RuntimeError, match="device"):
+        check_export(merged, run)
+    monkeypatch.setattr("ironlogic.models._unsloth_is_on_the_card", lambda: True)
+    (comparison,) = check_export(merged, run)
+    assert comparison.mean_kl <= comparison.tolerance
+    with pytest.raises(ExportError, match="no such folder"):
+        check_export(merged, merged.parent / "nothing")
+
+
+@pytest.mark.slow
 def test_a_merge_that_went_wrong_is_found(run, merged, tmp_path):
     with pytest.raises(ExportError, match="nano, read by transformers, is not the model it was made from"):
         check_export(NANO, run)  # as if the adapter had been forgotten

@@ -50,6 +50,9 @@ class Run:
     record: dict[str, Any]  # run.json
     loaded: LoadedModel | None = None
 
+    def __reduce__(self) -> tuple:
+        return Run, (self.folder, self.record)  # to another process without its model
+
     @property
     def adapter(self) -> Path:
         return self.folder / "adapter"

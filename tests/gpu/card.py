@@ -3,8 +3,8 @@
     python tests/gpu/card.py --out runs/card
 
 Each part is a process of its own with a time limit; its result is a line of `results.jsonl` as soon as it is there,
-and a second call goes on with the parts that have none. A card larger than a consumer's stands for one: a part takes
-no more than its cap. The parts, in the order of their worth:
+and a second call goes on with the parts that have none. A card larger than a consumer's stands for one: a part
+takes no more than its cap. The parts, in the order of their worth:
 
   a  the code cells of all eight notebooks on nano, executed without Jupyter, with their checks
   b  Qwen3-VL-4B: our stage beside the seed's plain script, and the layer reading of the 4-bit model
@@ -22,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ NOTEBOOKS: dict[str, dict[str, Any]] = {
     "00_start_here": {},
     "01_burden_preprocessing": {},
     "02_fragmented_training": {"ROWS": 320, "SEEDS": 1},
-    "03_vlm_splicing": {"ROWS": 320, "SEEDS": 1},
+    "03_vlm_splicing": {"PRESET": "nano-vision", "ROWS": 320, "SEEDS": 1},
     "04_layer_entropy": {},
     "05_evidence": {"ROWS": 320, "SEEDS": 1},
     "06_polish_and_reason": {"ROWS": 320, "STEPS": 4, "PROBLEMS": 32},
@@ -97,8 +99,46 @@ def our_stage(folder: Path, system: str, length: int, steps: int, tiny: bool) ->
     rows = conversations(length, steps)
     rows = chats.make_chats(rows) if hasattr(chats, "make_chats") else rows
     run = train_sft(loaded, rows, settings, run=folder / f"run-{time.time_ns()}", burden=preset.burden)
-    first, last = run.metrics[0]["seconds"], run.metrics[-1]["seconds"]
-    return memory | {"tokens_per_second": length * (len(run.metrics) - 1) / max(last - first, 1e-9)}
+    return memory | {"tokens_per_second": length / step_seconds([line["seconds"] for line in run.metrics])}
+
+
+def step_seconds(times: list[float]) -> float:
+    """Seconds of a usual step: the median, as the first ones compile."""
+    return max(statistics.median(later - earlier for earlier, later in pairwise(times)), 1e-9)
+
+
+def largest_allocations(folder: Path, system: str, length: int, steps: int, tiny: bool) -> dict[str, Any]:
+    """What lies on the card at the moment of the peak, by the lines of code that took it, in GiB."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return our_stage(folder, system, length, steps, tiny)
+    torch.cuda.memory._record_memory_history(max_entries=2_000_000, context="alloc", stacks="python")
+    result = our_stage(folder, system, length, steps, tiny)
+    events = torch.cuda.memory._snapshot()["device_traces"][0]
+    total, peak, at = 0, 0, 0
+    for number, event in enumerate(events):
+        if event["action"] in ("alloc", "free_completed"):
+            total += event["size"] if event["action"] == "alloc" else -event["size"]
+            if total > peak:
+                peak, at = total, number
+    live: dict[int, dict] = {}
+    for event in events[: at + 1]:
+        if event["action"] == "alloc":
+            live[event["addr"]] = event
+        elif event["action"] == "free_completed":
+            live.pop(event["addr"], None)
+    taken: dict[str, list[int]] = {}
+    for event in live.values():
+        taken.setdefault(lines_of(event["frames"]), []).append(event["size"])
+    largest = sorted(taken.items(), key=lambda item: -sum(item[1]))[:40]
+    return result | {"at_peak": [[round(sum(sizes) / 2**30, 3), len(sizes), where] for where, sizes in largest]}
+
+
+def lines_of(frames: list[dict[str, Any]]) -> str:
+    """The innermost lines of a stack outside torch, innermost first."""
+    ours = [frame for frame in frames if "/torch/" not in frame["filename"]]
+    return " < ".join(f"{Path(f['filename']).name}:{f['line']} {f['name']}" for f in ours[:5])
 
 
 def after_loading(loaded: Any) -> dict[str, Any]:
@@ -183,7 +223,7 @@ def seed_script(folder: Path, system: str, length: int, steps: int, tiny: bool) 
 
     trainer.training_step = timed
     trainer.train()
-    return {"tokens_per_second": length * (len(times) - 1) / (times[-1] - times[0])}
+    return {"tokens_per_second": length / step_seconds(times)}
 
 
 def read_in_4_bit(folder: Path, system: str, length: int, steps: int, tiny: bool) -> dict[str, Any]:
@@ -271,9 +311,9 @@ def splice_stage(folder: Path, system: str, stage: int, length: int, steps: int,
         user["content"] = [picture, {"type": "text", "text": " ".join(words[: len(words) // 4])}]
     train = train_projector if stage == 1 else train_instruct
     run = train(loaded, rows, settings, run=folder / f"run-{time.time_ns()}", cache=None)
-    first, last = run.metrics[0]["seconds"], run.metrics[-1]["seconds"]
-    tokens = settings.batch_size * settings.max_length * (len(run.metrics) - 1)
-    return {"tokens_per_second": tokens / max(last - first, 1e-9), "length": settings.max_length}
+    tokens = settings.batch_size * settings.max_length
+    speed = tokens / step_seconds([line["seconds"] for line in run.metrics])
+    return {"tokens_per_second": speed, "length": settings.max_length}
 
 
 def all_parts(length: int) -> list[Part]:
@@ -298,6 +338,9 @@ def all_parts(length: int) -> list[Part]:
         for system in ("gemma-3-27b", "qwen3-30b-a3b"):
             parts.append(Part(f"d {system}, ours, {cap:g} GiB", 220, our_stage, large, system, cap))
             parts.append(Part(f"d {system}, the seed's script, {cap:g} GiB", 220, seed_script, large, system, cap))
+    for system in ("gemma-3-27b", "qwen3-30b-a3b"):
+        trace = {"length": length, "steps": 2}
+        parts.append(Part(f"d {system}, largest allocations", 240, largest_allocations, trace, system, 31.4))
     for system in ("vqwen3-4b", "qwen3-smvl"):
         for stage in (1, 2):
             settings = {"stage": stage, "length": 2048, "steps": 5}
