@@ -140,7 +140,7 @@ def evidence_command(options: argparse.Namespace) -> int:
         return 2
     from ironlogic.data.chats import ChatError
     from ironlogic.evidence.items import load_items
-    from ironlogic.evidence.study import open_study, run_jobs
+    from ironlogic.evidence.study import open_study, run_study
     from ironlogic.models import ModelError
     from ironlogic.training.runs import RunError
 
@@ -148,30 +148,26 @@ def evidence_command(options: argparse.Namespace) -> int:
         items, rejected = load_items(options.items) if options.items else (None, [])
         print(*rejected, sep="\n", end="\n" if rejected else "")
         study = open_study(preset, runs, data=options.data, rows=options.rows, seeds=options.seeds, items=items)
-        jobs, sizes = study.full()
-        print(f"{len(jobs)} trainings and measurements in {study.folder}", flush=True)
-        arms = run_jobs(study, jobs, workers=os.cpu_count() or 1, report=partial(print, flush=True))
-        study.time_arms(arms)
+        recipes, sizes = study.full()
+        print(f"{len(recipes)} arms in {study.folder}", flush=True)
+        arms = run_study(study, recipes, report=partial(print, flush=True))
     except (ChatError, ModelError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from ironlogic.evidence.behaviour import describe
-    from ironlogic.evidence.claims import compare_recipes, find_all
+    from ironlogic.evidence.claims import compare_recipes, judge_claims
+    from ironlogic.evidence.measures import describe
     from ironlogic.show.report import write_report
 
-    findings = find_all(arms, study.items, sizes=sizes)
+    findings = judge_claims(arms, study.items, sizes=sizes)
     for finding in findings:
         print(f"{finding.verdict:20}{finding.claim.said}: {finding.claim.measure} {finding.effect or finding.note}")
     page = write_report(
         study.folder / "report.html",
+        findings,
         title=f"The claims on {preset.name}",
-        lines=study.told(),
-        findings=findings,
+        lines=study.summary(),
         recipes=compare_recipes(arms, study.items),
-        arms=arms,
-        items=study.items,
         measures=describe(arms, study.items),
-        sizes=sizes,
     )
     print(f"{page} · {(time.monotonic() - began) / 60:.1f} minutes")
     return 0

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ironlogic.evidence.claims import CLAIMS, MARGIN, VERDICTS, Claim, compare_recipes, decide, find_all, judge
+from ironlogic.evidence.claims import CLAIMS, MARGIN, VERDICTS, Claim, compare_recipes, decide, judge, judge_claims
 from ironlogic.evidence.items import items_of_chats, made_items
 from ironlogic.evidence.statistics import Interval
 
@@ -33,7 +33,7 @@ def test_the_rule():
 
 
 def test_no_harm_needs_a_loss_ruled_out_and_is_never_in_part():
-    claim = replace(ACCURACY, size=-MARGIN, harmless=True)
+    claim = replace(ACCURACY, size=-MARGIN, form="no harm")
     equal = {0: {"correct@0.7": np.ones(170)}}
     assert judge(claim, {"FT": equal, "SFT": equal}, ITEMS).verdict == "holds"
     assert judge(claim, {"FT": equal, "SFT": equal}, ITEMS).same
@@ -52,9 +52,9 @@ def test_swapped_labels_swap_the_verdicts():
             for seed, columns in arm(rate, column=column, at=at).items():
                 some[seed] |= columns
     claims = [c for c in CLAIMS if (c.ours, c.control) == ("FT", "SFT") and c.column in better[0]]
-    assert {c.harmless for c in claims} == {True, False}
-    one = find_all({"FT": better, "SFT": worse}, ITEMS, claims=claims)
-    other = find_all({"FT": worse, "SFT": better}, ITEMS, claims=claims)
+    assert {c.form for c in claims} == {"gain", "no harm"}
+    one = judge_claims({"FT": better, "SFT": worse}, ITEMS, claims=claims)
+    other = judge_claims({"FT": worse, "SFT": better}, ITEMS, claims=claims)
     assert [f.verdict for f in one] == ["holds"] * len(claims)
     assert [f.verdict for f in other] == ["fails"] * len(claims)
     for a, b in zip(one, other, strict=True):
@@ -100,7 +100,7 @@ def test_without_checkable_answers_each_row_says_so_or_is_measured():
         for columns in arms[name].values():
             columns |= {"bleed excess": np.zeros(40), "ln tokens": np.full(40, 2.0), "tokens@0": np.full(40, 200.0)}
             columns |= {"loop@0": np.zeros(40), "mode@0": np.full(40, np.nan)}
-    found = {f.claim.key: f for f in find_all(arms, items)}
+    found = judge_claims(arms, items)
     for claim in CLAIMS:
         if claim.checkable:
             assert found[claim.key].verdict == "can't be told here"
@@ -117,10 +117,23 @@ def test_short_answers_cannot_loop():
     arms = {"FT": arm(0.0, column="loop@0"), "SFT": arm(0.0, column="loop@0")}
     for columns in (*arms["FT"].values(), *arms["SFT"].values()):
         columns["tokens@0"] = np.full(len(ITEMS), 12.0)
-    loops = next(claim for claim in CLAIMS if claim.key == "loops")
-    finding = judge(loops, arms, ITEMS)
+    finding = judge_claims(arms, ITEMS)["loops"]
     assert finding.verdict == "can't be told here"
     assert "12 tokens" in finding.note
+
+
+def test_where_no_reply_is_probable_nobody_is_surer():
+    arms = {name: {0: {"sure": np.full(len(ITEMS), 1e-9)}} for name in ("FT", "SFT")}
+    finding = judge_claims(arms, ITEMS)["sharper"]
+    assert finding.verdict == "can't be told here"
+    assert "no whole one is probable" in finding.note
+
+
+def test_where_nothing_is_right_no_accuracy_is_judged():
+    arms = {"FT": arm(0.9), "SFT": arm(0.4)}
+    for columns in (*arms["FT"].values(), *arms["SFT"].values()):
+        columns["correct@0"] = np.zeros(len(ITEMS))
+    assert "at most 0% of clean prompts" in judge(ACCURACY, arms, ITEMS).note
 
 
 def test_what_is_missing_is_named():
@@ -134,10 +147,12 @@ def test_what_is_missing_is_named():
 @pytest.mark.slow
 def test_an_own_adapter_is_compared_with_its_base():
     arms = {"yours": arm(0.9, seeds=1), "base": arm(0.4, seeds=1, at=1)}
-    findings = find_all(arms, ITEMS, names={"FT": "yours", "SFT": "base"})
-    robust = next(f for f in findings if f.claim.key == "robust")
+    findings = judge_claims(arms, ITEMS, names={"FT": "yours", "SFT": "base"})
+    robust = findings["robust"]
+    assert findings.control == "base"
+    assert findings.table().loc["robust", "verdict"] == "holds"
     unmarked = replace(ITEMS, tasks=tuple(replace(task, order="unknown", hard=None) for task in ITEMS.tasks))
-    of_all = find_all(arms, unmarked, names={"FT": "yours", "SFT": "base"})[0]
+    of_all = judge_claims(arms, unmarked, names={"FT": "yours", "SFT": "base"})["robust"]
     assert (of_all.claim.key, of_all.claim.measure, of_all.items) == ("robust", "accuracy at ratio 0.7", 170)
     assert (robust.claim.ours, robust.claim.control, robust.verdict) == ("yours", "base", "holds")
     assert "over items alone" in robust.note
@@ -207,20 +222,20 @@ def test_other_recipes_stand_beside_their_control():
 
 def test_claims_are_well_formed():
     assert len({claim.key for claim in CLAIMS}) == len(CLAIMS)
-    assert all(claim.size < 0 for claim in CLAIMS if claim.harmless)
+    assert all(claim.size < 0 for claim in CLAIMS if claim.form == "no harm")
     assert {decide(Interval(x, x, x), size=0.5) for x in (-1.0, 0.2, 0.9)} | {"can't be told here"} == set(VERDICTS)
 
 
 @pytest.mark.slow
 def test_whole_chain_sees_nothing_between_two_arms_of_one_recipe(tmp_path):
-    """Trained, measured, judged: 20 times two arms of 4, drawn apart out of 16 trainings by one recipe."""
-    from ironlogic.evidence.study import Job, open_study, run_jobs
+    """Trained, measured, judged: 20 times two arms of 4, drawn apart out of 10 trainings by one recipe."""
+    from ironlogic.evidence.study import open_study, run_study
     from ironlogic.presets import find_preset
 
-    study = open_study(find_preset("nano"), tmp_path, rows=160, seeds=16, questions=136)
-    jobs = [Job("base", 0), *(Job("FT", seed, 159) for seed in study.chats)]
-    runs = run_jobs(study, jobs, report=lambda line: None)
-    pool = list(runs["FT 159 rows"].values())
+    study = open_study(find_preset("nano"), tmp_path, rows=96, seeds=10, questions=102)
+    recipes = {"base": None, "FT 95 rows": replace(study.recipes["FT"], rows=95)}  # measured briefly
+    runs = run_study(study, recipes, report=lambda line: None)
+    pool = list(runs["FT 95 rows"].values())
     assert np.std([columns["correct@0.7"].mean() for columns in pool]) > 0.005  # one recipe, not one model
     claims = [
         replace(ACCURACY, column=f"correct@{ratio}", among=order)
@@ -233,8 +248,8 @@ def test_whole_chain_sees_nothing_between_two_arms_of_one_recipe(tmp_path):
         arms = {
             arm: {k: pool[i] for k, i in enumerate(some)} for arm, some in (("FT", drawn[:4]), ("SFT", drawn[4:8]))
         }
-        found = find_all(arms, study.items, claims=claims)
-        seen.append([not f.effect.low <= 0 <= f.effect.high for f in found])
+        findings = judge_claims(arms, study.items, claims=claims)
+        seen.append([not finding.effect.low <= 0 <= finding.effect.high for finding in findings])
     assert sum(first for first, *_ in seen) <= 2  # robustness: no difference in 90 % of 20
     assert sum(map(sum, seen)) <= 8  # all four: of 80
     loss = replace(ACCURACY, column="loss@0", among="all", sign=-1, control="base")

@@ -1,10 +1,11 @@
 """The page and its pictures: self-contained, escaped, complete."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
-from ironlogic.evidence.claims import CLAIMS, compare_recipes, find_all
+from ironlogic.evidence.claims import CLAIMS, compare_recipes, judge_claims
 from ironlogic.evidence.items import RATIOS, items_of_chats, made_items
 from ironlogic.show.evidence import (
     MEASURES,
@@ -12,11 +13,14 @@ from ironlogic.show.evidence import (
     plot_curves,
     plot_findings,
     plot_learning,
+    plot_robustness,
+    robustness_explorer,
 )
-from ironlogic.show.evidence_widget import robustness_explorer
+from ironlogic.show.plots import COLORS
 from ironlogic.show.report import findings_html, measures_html, write_report
 
 import numpy as np
+import pandas as pd
 import pytest
 
 ITEMS = made_items(68, seed=1)
@@ -30,12 +34,12 @@ def study(*, nasty: str = "FT mixed") -> dict:
         for seed in range(1 if name == "base" else 3):
             columns = {
                 f"{m}@{r:g}": (rng.random(68) < 0.6).astype(float)
-                for m in ("correct", "think", "loop")
+                for m in ("correct", "think", "loop", "loss")
                 for r in RATIOS
             }
             columns |= {f"tokens@{r:g}": rng.integers(3, 40, 68).astype(float) for r in RATIOS}
             columns |= {f"ceiling@{r:g}": np.ones(68) for r in RATIOS}
-            columns |= {"loss@0": rng.random(68), "loss@0.7": rng.random(68), "sure": rng.random(68)}
+            columns |= {"sure": rng.random(68)}
             columns |= {"correct substituted": np.zeros(68), "mode@0": np.ones(68), "bleed excess": np.zeros(68)}
             arms[name][seed] = columns
     return arms
@@ -46,17 +50,15 @@ def test_page_needs_nothing_beside_it_and_escapes_everything(tmp_path):
     evil = "<script>alert(1)</script>"
     arms = study(nasty=evil)
     claims = [replace(CLAIMS[0], said=evil, measure=evil), *CLAIMS[1:]]
-    findings = find_all(arms, ITEMS, claims=claims, sizes=SIZES)
+    findings = judge_claims(arms, ITEMS, claims=claims, sizes=SIZES)
+    figures = pd.DataFrame({(evil, "mean"): {evil: 1.0}, (evil, "sd"): {evil: 0.1}})
     page = write_report(
         tmp_path / "deep/report.html",
+        findings,
         title=evil,
         lines=[evil],
-        findings=findings,
         recipes=compare_recipes(arms, ITEMS),
-        arms=arms,
-        items=ITEMS,
-        measures={evil: {evil: (1.0, 0.1)}, "b": {"x": (2.0, float("nan"))}},
-        sizes=SIZES,
+        measures=figures,
     ).read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 6
@@ -66,7 +68,7 @@ def test_page_needs_nothing_beside_it_and_escapes_everything(tmp_path):
     assert page.count("data:image/png") == sum(finding.effect is not None for finding in findings) + 1
     for finding in findings:
         assert finding.claim.key in {claim.key for claim in claims}
-        assert finding.verdict.replace("'", "&#x27;") in page
+        assert finding.verdict.replace("'", "&#39;") in page
     assert not (tmp_path / "deep/report.part").exists()
     told = json.loads((tmp_path / "deep/report.json").read_text(encoding="utf-8"))
     assert [one["verdict"] for one in told] == [finding.verdict for finding in findings]
@@ -74,21 +76,27 @@ def test_page_needs_nothing_beside_it_and_escapes_everything(tmp_path):
 
 
 def test_spread_stands_beside_the_mean_of_several_trainings():
-    html = measures_html(
-        {"a": {"m": (0.61803, 0.0213)}, "b": {"m": (0.5, float("nan"))}, "c": {"other": (12.0, 0.0)}}
+    table = pd.DataFrame(
+        {
+            ("a", "mean"): {"m": 0.61803, "other": math.nan},
+            ("a", "sd"): {"m": 0.0213, "other": math.nan},
+            ("b", "mean"): {"m": 0.5, "other": 12.0},
+            ("b", "sd"): {"m": math.nan, "other": 0.0},
+        }
     )
-    assert "<td>0.618 <small>±0.021</small></td><td>0.5</td><td>–</td>" in html
-    assert "<td>12</td>" in html
+    html = measures_html(table)
+    assert "<td>m</td><td>0.618 <small>±0.021</small></td><td>0.5</td>" in html
+    assert "<td>other</td><td>–</td><td>12</td>" in html
 
 
 @pytest.mark.slow
 def test_row_says_rule_n_and_reason():
-    findings = find_all({"FT": study()["FT"]}, ITEMS)
-    html = findings_html(findings, {})
+    findings = judge_claims({"FT": study()["FT"]}, ITEMS)
+    html = findings_html(findings)
     assert "holds from +0.03 on" in html
     assert "a loss of 0.03 is ruled out" in html
     assert "there is no run of SFT" in html
-    whole = findings_html(find_all(study(), ITEMS), {})
+    whole = findings_html(judge_claims(study(), ITEMS))
     assert "3 x 40" in whole  # trainings x order-free items
 
 
@@ -107,13 +115,20 @@ def test_curves_are_the_means_of_the_columns(measure):
 @pytest.mark.slow
 def test_figures_show_what_is_known_and_survive_what_is_not():
     arms = study()
-    findings = find_all(arms, ITEMS, sizes=SIZES)
+    findings = judge_claims(arms, ITEMS, sizes=SIZES)
     shown = [f for f in findings if f.effect is not None and f.claim.form != "worth"]
     (axes,) = plot_findings(findings).axes
     assert len(axes.get_yticks()) == len(shown)
     assert len(plot_learning(arms, SIZES, column="loss@0", label="x").axes[0].get_legend().get_texts()) == 2
-    assert finding_pictures(find_all({}, ITEMS), {}, ITEMS) == {}
-    assert set(finding_pictures(findings, arms, ITEMS, sizes=SIZES)) == {f.claim.key for f in findings if f.effect}
+    assert finding_pictures(judge_claims({}, ITEMS)) == {}
+    assert set(finding_pictures(findings)) == {f.claim.key for f in findings if f.effect}
+    panels = plot_robustness({arm: arms[arm] for arm in ("SFT", "FT")}, ITEMS).axes
+    for axes, order in zip(panels, ("free", "bound"), strict=True):
+        drawn = {line.get_label(): line for line in axes.lines}
+        clean = np.mean([columns["correct@0"][ITEMS.among(order)] for columns in arms["SFT"].values()])
+        assert drawn["SFT"].get_ydata()[0] == pytest.approx(clean)
+        assert drawn["SFT"].get_color() == COLORS["SFT"]
+        assert drawn["ideal reader"].get_ydata().tolist() == [1.0] * len(RATIOS)
 
 
 @pytest.mark.slow

@@ -127,10 +127,10 @@ def splice_check(folder: Path) -> dict:
 def claims(folder: Path) -> dict:
     """The short study, one training an arm, 400 rows."""
     open_study = find("open_study", "evidence.study", "study")
-    run_jobs = find("run_jobs", "evidence.study", "study")
+    run_study = find_or_none("run_study", "evidence.study") or find("run_jobs", "evidence.study", "study")
     find_all = find_or_none("judge_claims", "evidence.claims") or find("find_all", "evidence.claims", "claims")
     study = open_study(find("find_preset", "presets")("nano"), folder, rows=400, seeds=2, questions=102)
-    findings = find_all(run_jobs(study, study.short()), study.items)
+    findings = find_all(run_study(study, study.short()), study.items)
     shown = {}
     for finding in findings:
         effect = finding.effect

@@ -20,7 +20,6 @@ import numpy as np
 __all__ = [
     "RATIOS",
     "WORST",
-    "Columns",
     "Items",
     "delete_words",
     "items_of_chats",
@@ -28,12 +27,10 @@ __all__ = [
     "made_items",
     "scramble",
     "substitute_words",
-    "write_lm_eval_tasks",
 ]
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
 WORST = 0.7  # where one ratio has to do: the seeds'
-Columns = dict[str, np.ndarray]  # what was measured on one model: measure, with @ratio where it has one -> (item,)
 
 
 def scramble(text: str, ratio: float, *, seed: int, item: int) -> str:
@@ -160,53 +157,3 @@ def _item_fault(row: Any) -> tuple[str, str, str] | None:
     if not isinstance(row.get("reply") or "", str) or not _is_whole(row.get("reply") or ""):
         return "reply", ascii(row["reply"])[:60], "expected text, or nothing"
     return None
-
-
-# --- for other harnesses ----------------------------------------------------------------------------------
-def write_lm_eval_tasks(
-    folder: str | Path,
-    tasks: Sequence[Task],
-    ratios: Sequence[float] = RATIOS,
-    *,
-    seed: int = 0,
-    max_new_tokens: int = 72,
-) -> list[str]:
-    """An lm-evaluation-harness task (YAML and JSONL) per scramble ratio; returns the task names.
-
-    Same scrambles and same exact match as `robustness`. Run them with
-    `lm_eval --include_path FOLDER --apply_chat_template --tasks ...`; nothing else here needs the harness.
-    """
-    folder, names = Path(folder).resolve(), []
-    folder.mkdir(parents=True, exist_ok=True)
-    for ratio in ratios:
-        name = f"ironlogic_burden_{round(ratio * 100):03d}"
-        rows = [
-            {"prompt": scramble(t.prompt, ratio, seed=seed, item=i), "answer": t.answer}
-            for i, t in enumerate(tasks)
-        ]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        described = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": "{{prompt}}",
-            "doc_to_target": "{{answer}}",
-            "generation_kwargs": {"until": ["<|im_end|>"], "max_gen_toks": max_new_tokens, "do_sample": False},
-            "filter_list": [
-                {
-                    "name": "final-answer",
-                    "filter": [
-                        {"function": "regex", "regex_pattern": r"(?s)^(?:.*</think>)?(?:.*Answer:)?\s*(.*?)\s*$"},
-                        {"function": "take_first"},
-                    ],
-                }
-            ],
-            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-            "metadata": {"version": 1.0},
-        }
-        (folder / f"{name}.yaml").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")  # is YAML
-        names.append(name)
-    return names

@@ -33,7 +33,11 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self)
+
+    def __format__(self, sign: str) -> str:
+        """`f"{interval:+}"` shows the sign of every number."""
+        return f"{self.mean:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
 
 
 def bootstrap_interval(values, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
@@ -83,8 +87,8 @@ def equivalent(ours, theirs, *, margin: float, **options) -> bool:
 
     By inclusion of the 90 % interval, which is the same test (Schuirmann 1987).
     """
-    found = difference_interval(ours, theirs, level=0.90, **options)
-    return -margin < found.low and found.high < margin
+    difference = difference_interval(ours, theirs, level=0.90, **options)
+    return -margin < difference.low and difference.high < margin
 
 
 def paired_test(ours, theirs) -> float:
@@ -145,9 +149,12 @@ def calibration_error(confidence, correct, *, bins: int = 10) -> float:
     0.0
     """
     p, right = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
-    place = np.minimum((p * bins).astype(int), bins - 1)
-    gaps = [abs(p[place == b].mean() - right[place == b].mean()) * (place == b).mean() for b in np.unique(place)]
-    return round(float(sum(gaps)), 12)
+    bin_of = np.minimum((p * bins).astype(int), bins - 1)
+    error = 0.0
+    for b in np.unique(bin_of):
+        inside = bin_of == b
+        error += abs(p[inside].mean() - right[inside].mean()) * inside.mean()
+    return round(float(error), 12)
 
 
 def curve_area(ratios: Sequence[float], values) -> np.ndarray:
@@ -168,17 +175,24 @@ def samples_worth(
     a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if a.shape != b.shape or a.ndim != 3 or len(sizes) != len(a) or at not in sizes:
         raise ValueError(f"samples_worth: shapes {a.shape} and {b.shape}; expected two of ({len(sizes)}, R, I)")
-    rng, logs, place = np.random.default_rng(seed), np.log(np.asarray(sizes, float)), list(sizes).index(at)
+    rng = np.random.default_rng(seed)
+    logs, start = np.log(np.asarray(sizes, float)), list(sizes).index(at)
+    _, repeats, items = a.shape
 
-    def log_worth(repeats, items) -> float:
-        target = np.einsum("r,ri,i->", repeats, a[place], items)
-        curve = np.minimum.accumulate(np.einsum("r,sri,i->s", repeats, b, items))
-        return float(np.interp(-target, -curve, logs) - logs[place])
+    def log_worth(of_repeats: np.ndarray, of_items: np.ndarray) -> float:
+        """ln of the worth where repeats and items have these weights."""
+        target = np.einsum("r,ri,i->", of_repeats, a[start], of_items)
+        curve = np.minimum.accumulate(np.einsum("r,sri,i->s", of_repeats, b, of_items))
+        return float(np.interp(-target, -curve, logs) - logs[start])
 
-    _, r, i = a.shape
-    shares = [(rng.multinomial(r, [1 / r] * r) / r, rng.multinomial(i, [1 / i] * i) / i) for _ in range(draws)]
-    low, high = np.quantile([log_worth(*share) for share in shares], [(1 - level) / 2, (1 + level) / 2])
-    everyone = np.full(i, 1 / i)
-    least, most = _student(np.array([log_worth(one, everyone) for one in np.eye(r)]), level)
-    low, high = np.clip([min(low, least), max(high, most)], logs[0] - logs[place], logs[-1] - logs[place])
-    return Interval(*(float(np.exp(x)) for x in (log_worth(np.full(r, 1 / r), everyone), low, high)))
+    drawn = []
+    for _ in range(draws):
+        of_repeats = rng.multinomial(repeats, [1 / repeats] * repeats) / repeats
+        of_items = rng.multinomial(items, [1 / items] * items) / items
+        drawn.append(log_worth(of_repeats, of_items))
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    every_item = np.full(items, 1 / items)
+    least, most = _student(np.array([log_worth(repeat, every_item) for repeat in np.eye(repeats)]), level)
+    ends = np.clip([min(low, least), max(high, most)], logs[0] - logs[start], logs[-1] - logs[start])
+    mean = log_worth(np.full(repeats, 1 / repeats), every_item)
+    return Interval(*(float(np.exp(value)) for value in (mean, *ends)))

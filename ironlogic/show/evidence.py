@@ -1,26 +1,36 @@
-"""Findings and curves of a study as figures. Computes nothing but intervals, knows no model."""
+"""Arms beside their control as figures: curves over the scramble ratio, effects with intervals, recipes."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
 
-from ironlogic.evidence.items import RATIOS, Items
+from ironlogic.evidence.items import RATIOS, WORST, Items
+from ironlogic.evidence.results import Arms
 from ironlogic.evidence.statistics import bootstrap_interval
-from ironlogic.show.plots import COLORS, _axes
+from ironlogic.show.explorer import Explorer, picture_html, png_bytes
+from ironlogic.show.plots import _axes, _color, plot_losses
 
+import ipywidgets
 import numpy as np
+from IPython.display import HTML, DisplayHandle
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:  # nothing here needs torch
-    from ironlogic.evidence.claims import Arms, Finding
+    from ironlogic.evidence.claims import Finding, Findings
 
 __all__ = [
     "VERDICT_COLORS",
     "finding_pictures",
+    "live_arms",
     "plot_curves",
     "plot_finding",
     "plot_findings",
     "plot_learning",
     "plot_recipes",
+    "plot_robustness",
+    "robustness_explorer",
 ]
 
 VERDICT_COLORS = {
@@ -32,32 +42,117 @@ VERDICT_COLORS = {
 MEASURES = {  # what `plot_curves` draws over the ratio -> label of the axis
     "correct": "accuracy (exact match)",
     "of the ceiling": "accuracy, of what an ideal reader reaches",
+    "loss": "loss of the answer (nats per token)",
     "think": "share of replies that think",
     "tokens": "tokens an answer",
     "loop": "share of replies that loop",
 }
-_COLORS = COLORS | {  # as in every other figure, and the arms that only a study has
-    "FT 0.3": "#ff7f0e",
-    "deletion": "#8c564b",
-    "NEFTune": "#17becf",
-    "SFT then SFT": "#0b3c6f",
-    "FT then SFT": "#7f1d1d",
-    "yours": COLORS["FT"],
-    "control": COLORS["SFT"],
+SORTS = {  # of items
+    "free": "order-free: the bag of words fixes the answer",
+    "bound": "order-bound: only the word order tells",
+    "easy": "easy",
+    "hard": "hard",
+    "all": "all",
 }
-_WORDS = {"difference": "ours minus control", "saved": "share saved, 1 - ours / control"}
 
 
-def _color(arm: str, position: int) -> str:
-    return _COLORS.get(arm, f"C{position}")
+# --- over the scramble ratio --------------------------------------------------------------------------------
+def plot_robustness(arms: Arms, items: Items) -> Figure:
+    """Accuracy over the scramble ratio, order-free and order-bound items apart; see `plot_curves`."""
+    figure, panels = _axes(2, height=3.9, sharey=True)
+    for axes, sort in zip(panels, ("free", "bound"), strict=True):
+        _draw_curves(axes, arms, "correct", items.among(sort), RATIOS)
+        axes.set(title=SORTS[sort].replace(": ", " problems\n"), ylim=(0, 1.04))
+    panels[1].set_ylabel("")
+    panels[0].legend(frameon=False, loc="lower left", fontsize=9)
+    return figure
 
 
-def _label(finding: "Finding") -> str:
-    claim = finding.claim
-    return f"{claim.said}\n{claim.measure}"
+def plot_curves(
+    arms: Arms,
+    items: Items | None = None,
+    *,
+    measure: str = "correct",
+    among: str = "all",
+    ratios: Sequence[float] = RATIOS,
+) -> Figure:
+    """A measure (a key of MEASURES) over the scramble ratio, with 95 % intervals; an arm trained once is dotted.
+
+    Accuracy has two controls: the ideal reader (dashed) and, at the ratio where it was measured, a cross for the
+    arm's accuracy with words substituted instead of moved. Without `items` the columns are of conversations.
+    """
+    figure, (axes,) = _axes(height=3.9)
+    figure.set_figwidth(7)
+    _draw_curves(axes, arms, measure, None if items is None else items.among(among), ratios)
+    axes.set_ylim(0, 1.05 if measure in ("correct", "of the ceiling", "think") else None)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
-def plot_findings(findings: "Sequence[Finding]") -> Figure:
+def _draw_curves(axes: Axes, arms: Arms, measure: str, among: np.ndarray | None, ratios: Sequence[float]) -> None:
+    column = "correct" if measure == "of the ceiling" else measure
+    ideal_drawn = False
+    for i, (arm, trainings) in enumerate(arms.items()):
+        first = next(iter(trainings.values()))
+        drawn, intervals, ceilings = [], [], []
+        for ratio in ratios:
+            name = f"{column}@{ratio:g}"
+            tables = [columns[name] for columns in trainings.values() if name in columns]
+            ceiling = _chosen(first.get(f"ceiling@{ratio:g}", np.array([])), among)
+            ceiling = ceiling.mean() if ceiling.size else np.nan
+            scale = ceiling if measure == "of the ceiling" else 1.0
+            if not tables or not np.isfinite(scale):
+                continue
+            table = np.stack([_chosen(values, among) for values in tables]) / scale
+            table = table[:, np.isfinite(table).all(axis=0)]
+            if table.size:
+                drawn.append(ratio)
+                intervals.append(bootstrap_interval(table))
+                ceilings.append(ceiling)
+        if not drawn:
+            continue
+        color, style = _color(arm, i), "o-" if len(trainings) > 1 else "o:"
+        axes.plot(drawn, [interval.mean for interval in intervals], style, ms=4, color=color, label=arm)
+        low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
+        axes.fill_between(drawn, low, high, color=color, alpha=0.13, lw=0)
+        if measure != "correct":
+            continue
+        floors = [c["correct substituted"] for c in trainings.values() if "correct substituted" in c]
+        if floors:
+            axes.plot(WORST, np.mean([_chosen(floor, among).mean() for floor in floors]), "x", color=color, ms=7)
+        if not ideal_drawn and np.isfinite(ceilings).all():
+            axes.plot(drawn, ceilings, "k--", lw=1.2, label="ideal reader")
+            ideal_drawn = True
+    axes.set(xlabel="burden ratio of the test prompt", ylabel=MEASURES[measure], xticks=list(ratios))
+
+
+def _chosen(values: np.ndarray, among: np.ndarray | None) -> np.ndarray:
+    return values if among is None or not values.size else values[among]
+
+
+def plot_learning(arms: Arms, sizes: Sequence[int], *, column: str, label: str) -> Figure:
+    """Loss of the reference replies over the number of rows trained on, FT beside SFT."""
+    figure, (axes,) = _axes()
+    for i, arm in enumerate(("SFT", "FT")):
+        drawn, intervals = [], []
+        for size in sizes:
+            trainings = arms.get(arm if size == sizes[-1] else f"{arm} {size} rows", {}).values()
+            if trainings:
+                drawn.append(size)
+                intervals.append(bootstrap_interval(np.stack([columns[column] for columns in trainings])))
+        color = _color(arm, i)
+        axes.plot(drawn, [interval.mean for interval in intervals], "o-", ms=4, color=color, label=arm)
+        low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
+        axes.fill_between(drawn, low, high, color=color, alpha=0.15, lw=0)
+    axes.set(xscale="log", xlabel="rows trained on", ylabel="loss (nats per token)", title=label, ylim=(0, None))
+    axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return figure
+
+
+# --- effects ------------------------------------------------------------------------------------------------
+def plot_findings(findings: "Findings") -> Figure:
     """Every effect that is a difference or a share, with its interval, and the mark from which the claim holds."""
     shown = [f for f in findings if f.effect is not None and f.claim.form != "worth"]
     figure, (axes,) = _axes(height=1.2 + 0.46 * len(shown))
@@ -69,7 +164,7 @@ def plot_findings(findings: "Sequence[Finding]") -> Figure:
         axes.plot([finding.claim.size] * 2, [row - 0.32, row + 0.32], color="black", lw=1)
         axes.annotate(finding.verdict, (1.01, row), xycoords=("axes fraction", "data"), color=color, va="center")
     axes.axvline(0, color="gray", lw=0.8)
-    axes.set_yticks(range(len(shown)), [_label(f) for f in shown], fontsize=7.5)
+    axes.set_yticks(range(len(shown)), [f"{f.claim.said}\n{f.claim.measure}" for f in shown], fontsize=7.5)
     axes.invert_yaxis()
     axes.set_xlabel("effect in the claimed direction · black mark: from here on the claim holds")
     return figure
@@ -77,78 +172,21 @@ def plot_findings(findings: "Sequence[Finding]") -> Figure:
 
 def plot_finding(finding: "Finding") -> Figure:
     """One effect: every training a dot, the interval a bar, the zone in which the claim holds shaded."""
+    claim, effect, color = finding.claim, finding.effect, VERDICT_COLORS[finding.verdict]
     figure, (axes,) = _axes(height=1.7)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    effect, color, size = finding.effect, VERDICT_COLORS[finding.verdict], finding.claim.size
-    spread = [effect.low, effect.high, *finding.each, size, 0.0]
-    room = 0.12 * (max(spread) - min(spread) or 1.0)
-    axes.set_xlim(min(spread) - room, max(spread) + room)
-    axes.axvspan(size, max(spread) + room, color=VERDICT_COLORS["holds"], alpha=0.10, lw=0)
+    spread = [effect.low, effect.high, *finding.each, claim.size, 0.0]
+    margin = 0.12 * (max(spread) - min(spread) or 1.0)
+    axes.set_xlim(min(spread) - margin, max(spread) + margin)
+    axes.axvspan(claim.size, max(spread) + margin, color=VERDICT_COLORS["holds"], alpha=0.10, lw=0)
     axes.axvline(0, color="gray", lw=0.8)
     axes.plot([effect.low, effect.high], [0, 0], color=color, lw=5, alpha=0.5, solid_capstyle="butt")
     axes.plot(effect.mean, 0, "o", color=color, ms=8)
     axes.plot(finding.each, np.full(len(finding.each), 0.5), "|", color="black", ms=12)
-    axes.set(ylim=(-0.6, 1), xlabel=f"{_WORDS[finding.claim.form]} · shaded: the claim holds")
-    axes.set_title(f"{finding.claim.ours} against {finding.claim.control}: {finding.claim.measure}", fontsize=9)
-    return figure
-
-
-def plot_curves(
-    arms: "Arms", items: Items, *, measure: str = "correct", among: str = "all", ratios: Sequence[float] = RATIOS
-) -> Figure:
-    """A measure (a key of MEASURES) over the scramble ratio, with 95 % intervals; an arm trained once is dotted.
-
-    Accuracy has two controls: the ideal reader (dashed) and, at the ratio where it was measured, a cross for the
-    arm's accuracy with words substituted instead of moved.
-    """
-    figure, (axes,) = _axes(height=3.9)
-    figure.set_figwidth(7)
-    mine, needed = items.among(among), "correct" if measure == "of the ceiling" else measure
-    for i, (arm, repeats) in enumerate(arms.items()):
-        tables = {
-            r: [c[f"{needed}@{r:g}"][mine] for c in repeats.values() if f"{needed}@{r:g}" in c] for r in ratios
-        }
-        known = [ratio for ratio in ratios if tables[ratio] and mine.any()]
-        if not known:
-            continue
-        ceiling = {
-            r: next(iter(repeats.values())).get(f"ceiling@{r:g}", np.full(len(mine), np.nan))[mine] for r in known
-        }
-        scale = {r: ceiling[r].mean() if measure == "of the ceiling" else 1.0 for r in known}
-        found = [bootstrap_interval(np.stack(tables[r]) / scale[r]) for r in known if np.isfinite(scale[r])]
-        known = [r for r in known if np.isfinite(scale[r])]
-        color = _color(arm, i)
-        axes.plot(known, [f.mean for f in found], "o-" if len(repeats) > 1 else "o:", ms=4, color=color, label=arm)
-        axes.fill_between(known, [f.low for f in found], [f.high for f in found], color=color, alpha=0.13, lw=0)
-        if measure == "correct":
-            floor = [c["correct substituted"][mine].mean() for c in repeats.values() if "correct substituted" in c]
-            axes.plot([0.7] * len(floor[:1]), [np.mean(floor)] * len(floor[:1]), "x", color=color, ms=7)
-            if i == 0 and np.isfinite(list(ceiling.values())).all():
-                axes.plot(known, [ceiling[r].mean() for r in known], "k--", lw=1.2, label="ideal reader")
-    axes.set(xlabel="burden ratio of the test prompt", ylabel=MEASURES[measure], xticks=list(ratios))
-    axes.set_ylim(0, None if measure == "tokens" else 1.05 if measure != "loop" else None)
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def plot_learning(arms: "Arms", sizes: Sequence[int], *, column: str, label: str) -> Figure:
-    """Loss of the reference replies over the number of rows trained on, FT beside SFT."""
-    figure, (axes,) = _axes()
-    for i, arm in enumerate(("SFT", "FT")):
-        points = []
-        for size in sizes:
-            repeats = arms.get(arm if size == sizes[-1] else f"{arm} {size} rows", {}).values()
-            if repeats:
-                points.append((size, bootstrap_interval(np.stack([columns[column] for columns in repeats]))))
-        color = _color(arm, i)
-        axes.plot([s for s, _ in points], [f.mean for _, f in points], "o-", ms=4, color=color, label=arm)
-        low, high = [f.low for _, f in points], [f.high for _, f in points]
-        axes.fill_between([s for s, _ in points], low, high, color=color, alpha=0.15, lw=0)
-    axes.set(xscale="log", xlabel="rows trained on", ylabel="loss (nats per token)", title=label, ylim=(0, None))
-    axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
-    axes.minorticks_off()
-    axes.legend(frameon=False)
+    shown = "share saved, 1 - ours / control" if claim.form == "saved" else "ours minus control"
+    axes.set(ylim=(-0.6, 1), xlabel=f"{shown} · shaded: the claim holds")
+    axes.set_title(f"{claim.ours} against {claim.control}: {claim.measure}", fontsize=9)
     return figure
 
 
@@ -156,8 +194,8 @@ def plot_recipes(recipes: "Sequence[Finding]") -> Figure:
     """What a recipe buys on scrambled prompts, over what it costs on clean ones (`claims.compare_recipes`)."""
     figure, (axes,) = _axes(height=4.2)
     figure.set_figwidth(7.5)
-    known = {f.claim.key: f for f in recipes if f.effect is not None}
-    arms = list(dict.fromkeys(f.claim.said for f in recipes))
+    known = {finding.claim.key: finding for finding in recipes if finding.effect is not None}
+    arms = list(dict.fromkeys(finding.claim.said for finding in recipes))
     axes.axhline(0, color="gray", lw=0.8)
     axes.axvline(0, color="gray", lw=0.8)
     for i, arm in enumerate(arms):
@@ -166,14 +204,14 @@ def plot_recipes(recipes: "Sequence[Finding]") -> Figure:
             continue
         axes.set_xlabel(f"{price.claim.measure}\nminus that of {price.claim.control}")
         axes.set_ylabel(f"{gain.claim.measure}\nminus that of {gain.claim.control}")
-        x, y, color = price.effect, gain.effect, _color(arm, i)
+        x, y = price.effect, gain.effect
         axes.errorbar(
             x.mean,
             y.mean,
             xerr=[[x.mean - x.low], [x.high - x.mean]],
             yerr=[[y.mean - y.low], [y.high - y.mean]],
             fmt="o",
-            color=color,
+            color=_color(arm, i),
             ms=6,
             lw=1,
             label=arm if arm == "base" else f"{arm} ({gain.repeats})",
@@ -182,21 +220,84 @@ def plot_recipes(recipes: "Sequence[Finding]") -> Figure:
     return figure
 
 
-def finding_pictures(
-    findings: "Sequence[Finding]", arms: "Arms", items: Items, *, sizes: Sequence[int] = ()
-) -> dict[str, Figure]:
+def finding_pictures(findings: "Findings") -> dict[str, Figure]:
     """A figure by its claim's key for every finding with an effect: the robustness or learning curve, if any."""
-    pictures = {}
+    pictures, arms, items = {}, findings.arms, findings.items
     for finding in findings:
         claim = finding.claim
         if finding.effect is None:
             continue
         if claim.form == "worth":
-            picture = plot_learning(arms, sizes, column=claim.column, label=claim.measure)
+            picture = plot_learning(arms, findings.sizes, column=claim.column, label=claim.measure)
         elif claim.key in ("robust", "robust-bound", "words-enough"):
-            some = {arm: arms[arm] for arm in ("base", claim.control, claim.ours, "FT mixed") if arms.get(arm)}
-            picture = plot_curves(some, items, among=claim.among if items.among(claim.among).any() else "all")
+            shown = {arm: arms[arm] for arm in ("base", claim.control, claim.ours, "FT mixed") if arms.get(arm)}
+            picture = plot_curves(shown, items, among=claim.among if items.among(claim.among).any() else "all")
         else:
             picture = plot_finding(finding)
         pictures[claim.key] = picture
     return pictures
+
+
+# --- widgets ------------------------------------------------------------------------------------------------
+def robustness_explorer(arms: Arms, items: Items, *, shown: tuple[str, ...] = ("base", "SFT", "FT")) -> Explorer:
+    """A measure over the scramble ratio for the chosen arms, with intervals, ideal reader and floor.
+
+    Offers what was measured on these items only. `shown` arms are chosen at first.
+    """
+    whole = {arm: trainings for arm, trainings in arms.items() if not arm.endswith(" rows")}
+    columns = {name for trainings in whole.values() for columns in trainings.values() for name in columns}
+    measured = {name.partition("@")[0] for name in columns}
+    if "ceiling" in measured:
+        measured.add("of the ceiling")
+    measures = {label: measure for measure, label in MEASURES.items() if measure in measured}
+    sorts = {label: sort for sort, label in SORTS.items() if items.among(sort).any()}
+
+    def show(arms: tuple[str, ...], sort: str, measure: str) -> tuple[str, Figure | None]:
+        if not arms:
+            return "<p>choose an arm</p>", None
+        chosen = {arm: whole[arm] for arm in arms}
+        trainings = ", ".join(f"{arm} {len(trainings)}" for arm, trainings in chosen.items())
+        html = (
+            f"<p>{items.among(sort).sum()} problems · trainings: {escape(trainings)} · bands: 95 % · "
+            "cross: words substituted</p>"
+        )
+        return html, plot_curves(chosen, items, measure=measure, among=sort)
+
+    return Explorer(
+        "robustness",
+        {
+            "arms": ipywidgets.SelectMultiple(
+                options=list(whole),
+                value=[arm for arm in shown if arm in whole] or list(whole)[:3],
+                description="arms",
+                rows=min(9, len(whole)),
+            ),
+            "sort": ipywidgets.Dropdown(options=sorts, description="problems"),
+            "measure": ipywidgets.Dropdown(options=measures, description="measure"),
+        },
+        show,
+    )
+
+
+def live_arms(*, every: float = 2.0) -> Callable[[str, list[dict[str, Any]]], None]:
+    """A `watch` for `train_twins` and its like: a line for each training and all loss curves, while they train.
+
+    `every`: seconds between two pictures.
+    """
+    handle, metrics, drawn = DisplayHandle(), {}, [0.0]
+    handle.display(HTML("<p>starting; the first steps come when the libraries are loaded</p>"))
+
+    def watch(name: str, lines: list[dict[str, Any]]) -> None:
+        metrics[name] = lines
+        if time.monotonic() - drawn[0] < every and lines[-1]["step"] < lines[-1]["steps"]:
+            return
+        drawn[0] = time.monotonic()
+        rows = [
+            f"<b>{escape(arm)}</b> step {m[-1]['step']} of {m[-1]['steps']} · loss {m[-1]['loss']:.3f} · "
+            f"{m[-1]['seconds']:.0f} s · peak {m[-1]['peak_gib']:.1f} GiB"
+            for arm, m in metrics.items()
+        ]
+        picture = picture_html(png_bytes(plot_losses(metrics)), "loss of every training")
+        handle.update(HTML(f"<p>{'<br>'.join(rows)}</p>{picture}"))
+
+    return watch

@@ -5,23 +5,19 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ironlogic.burden import Disorder, expected_disorder
-from ironlogic.evidence.statistics import bootstrap_interval
 
 import numpy as np
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:  # nothing here needs torch
-    from ironlogic.evidence.measure import AnswerLoss, Robustness
     from ironlogic.memory import MemoryPlan
 
 __all__ = [
     "COLORS",
-    "plot_answer_loss",
     "plot_disorder",
     "plot_losses",
     "plot_memory",
     "plot_reached",
-    "plot_robustness",
 ]
 
 COLORS = {  # an arm has one colour in every figure
@@ -30,10 +26,13 @@ COLORS = {  # an arm has one colour in every figure
     "FT": "#d62728",
     "FT as the seed": "#e377c2",
     "FT mixed": "#2ca02c",
-}
-_PANELS = {
-    "free": "order-free problems\n(the bag of words fixes the answer)",
-    "bound": "order-bound problems\n(only the word order tells)",
+    "FT 0.3": "#ff7f0e",
+    "deletion": "#8c564b",
+    "NEFTune": "#17becf",
+    "SFT then SFT": "#0b3c6f",
+    "FT then SFT": "#7f1d1d",
+    "yours": "#d62728",
+    "control": "#1f77b4",
 }
 
 
@@ -71,49 +70,6 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping]]) -> Figure:
             label=arm,
         )
     axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)", ylim=(0, None))
-    axes.legend(frameon=False)
-    return figure
-
-
-def plot_robustness(arms: "Mapping[str, Sequence[Robustness]]") -> Figure:
-    """Accuracy over the scramble ratio, order-free and order-bound apart, with 95 % intervals and the ceiling.
-
-    `arms` maps a name to its repeats (training seeds); an arm with one repeat is dotted and has no band.
-    """
-    figure, panels = _axes(2, height=3.9, sharey=True)
-    for axes, (order, title) in zip(panels, _PANELS.items(), strict=True):
-        first = next(iter(arms.values()))[0]
-        mine = [task.order == order for task in first.tasks]
-        axes.plot(first.ratios, first.ceiling[:, mine].mean(axis=1), "k--", lw=1.2, label="ideal reader")
-        for i, (arm, repeats) in enumerate(arms.items()):
-            found = [
-                bootstrap_interval(np.stack([repeat.pick(ratio, order) for repeat in repeats]))
-                for ratio in first.ratios
-            ]
-            color, repeated = _color(arm, i), len(repeats) > 1
-            style = "o-" if repeated else "o:"
-            axes.plot(first.ratios, [f.mean for f in found], style, ms=4, color=color, label=arm)
-            if repeated:
-                axes.fill_between(
-                    first.ratios, [f.low for f in found], [f.high for f in found], color=color, alpha=0.15, lw=0
-                )
-        axes.set(title=title, xlabel="burden ratio of the test prompt", ylim=(0, 1.04), xticks=first.ratios)
-    panels[0].set_ylabel("accuracy (exact match)")
-    panels[0].legend(frameon=False, loc="lower left", fontsize=9)
-    return figure
-
-
-def plot_answer_loss(arms: "Mapping[str, AnswerLoss]") -> Figure:
-    """Loss of the clean answers over the scramble ratio, with 95 % intervals over rows."""
-    figure, (axes,) = _axes()
-    for i, (arm, result) in enumerate(arms.items()):
-        found = [bootstrap_interval(nats) for nats in result.nats]
-        color = _color(arm, i)
-        axes.plot(result.ratios, [f.mean for f in found], "o-", ms=4, color=color, label=arm)
-        axes.fill_between(
-            result.ratios, [f.low for f in found], [f.high for f in found], color=color, alpha=0.15, lw=0
-        )
-    axes.set(xlabel="burden ratio of the prompt", ylabel="loss of the answer (nats per token)")
     axes.legend(frameon=False)
     return figure
 

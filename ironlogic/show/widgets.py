@@ -9,7 +9,6 @@ from ironlogic.data.problems import Task, bayes_ceiling, check_answer
 from ironlogic.memory import plan_memory
 from ironlogic.presets import PRESETS
 from ironlogic.show.chat import chat_box
-from ironlogic.show.evidence_widget import robustness_explorer
 from ironlogic.show.explorer import Explorer, picture_html, png_bytes, ratio_slider, text_html
 from ironlogic.show.lens import plot_entropy, plot_layers
 from ironlogic.show.lens_tables import lens_table
@@ -37,7 +36,6 @@ __all__ = [
     "live_rewards",
     "memory_explorer",
     "picture_explorer",
-    "robustness_explorer",
     "sample_explorer",
 ]
 
@@ -105,7 +103,7 @@ def answer_explorer(
     loaded: "LoadedModel", arms: Sequence[str], tasks: Sequence[Task], *, ratio: float = 0.7, seed: int = 0
 ) -> Explorer:
     """One problem, scrambled by slider, answered by the base model and by every adapter it carries."""
-    from ironlogic.evidence.measure import scramble
+    from ironlogic.evidence.items import scramble
 
     def show(problem: int, ratio: float) -> tuple[str, None]:
         task = tasks[problem]

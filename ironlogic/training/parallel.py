@@ -131,9 +131,10 @@ def _side_by_side(
                 unfinished.remove(name)
                 yield _Outcome(name, time.perf_counter() - began, *content)
     finally:
-        for worker in [*idle, *(worker for worker, *_ in busy.values())]:
+        for worker, *_ in busy.values():  # interrupted
             worker.process.kill()
-            worker.process.join()
+        for worker in [*idle, *(worker for worker, *_ in busy.values())]:
+            worker.end()
 
 
 def _next_job(waiting: Mapping[str, Job], unfinished, after: Mapping[str, str]) -> str | None:
@@ -161,6 +162,12 @@ class _Worker:
         with _main_hidden():
             self.process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
+
+    def end(self) -> None:
+        self.connection.close()  # an idle process returns, and cleans up behind it
+        self.process.join(timeout=10)
+        self.process.kill()
+        self.process.join()
 
     def last_words(self) -> str:
         self.process.join()

@@ -1,0 +1,486 @@
+"""What is measured on a model: right answers, loss, thinking, loops, bleeding topics, certainty, speed.
+
+One function a measure; each gives numbers per item, so that arms are compared item by item. `measure` takes them
+all on one model and returns columns, `describe` makes the table of everything.
+"""
+
+import itertools
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ironlogic.burden import Burden, burden_messages
+from ironlogic.data.chats import ChatError
+from ironlogic.data.masking import encode_chat
+from ironlogic.data.problems import Task, bayes_ceiling, check_answer, thinks
+from ironlogic.evidence.items import RATIOS, WORST, Items, scramble, substitute_words
+from ironlogic.evidence.results import Arms, Columns
+from ironlogic.evidence.statistics import Interval, adjusted_effect, calibration_error, curve_area
+from ironlogic.generate import Completion, generate
+from ironlogic.models import LoadedModel, as_loaded, inference, use_adapter, with_adapters
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+__all__ = [
+    "Bleeding",
+    "ModeSwitching",
+    "Robustness",
+    "context_bleeding",
+    "decoding_speed",
+    "describe",
+    "loops",
+    "measure",
+    "measure_losses",
+    "mode_switching",
+    "repetition",
+    "reply_scores",
+    "robustness",
+    "substituted",
+]
+
+FEWEST = 3  # items for context bleeding: each needs two others
+
+
+# --- right answers ------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Robustness:
+    """One model on scrambled problems; arrays of shape (ratio, item)."""
+
+    ratios: tuple[float, ...]
+    tasks: tuple[Task, ...]
+    correct: np.ndarray  # 0 or 1
+    ceiling: np.ndarray  # chance that an ideal reader of the scrambled prompt is right; NaN where nobody knows
+    answers: tuple[tuple[Completion, ...], ...]
+
+    def columns(self) -> Columns:
+        """Accuracy, ceiling, tokens, thinking, the right mode and loops, each as `name@ratio` of shape (item,)."""
+        columns: Columns = {}
+        hard = np.array([np.nan if task.hard is None else float(task.hard) for task in self.tasks])
+        for row, ratio in enumerate(self.ratios):
+            replies = self.answers[row]
+            thought = np.array([thinks(reply.text) for reply in replies], float)
+            columns[f"correct@{ratio:g}"] = self.correct[row]
+            columns[f"ceiling@{ratio:g}"] = self.ceiling[row]
+            columns[f"tokens@{ratio:g}"] = np.array([reply.tokens for reply in replies], float)
+            columns[f"think@{ratio:g}"] = thought
+            columns[f"mode@{ratio:g}"] = np.where(np.isnan(hard), np.nan, thought == hard)
+            columns[f"loop@{ratio:g}"] = np.array([loops(reply) for reply in replies], float)
+        return columns
+
+
+def robustness(
+    loaded: LoadedModel | Any,
+    tasks: Sequence[Task],
+    *,
+    ratios: Sequence[float] = RATIOS,
+    seed: int = 0,
+    max_new_tokens: int = 72,
+    batch_size: int = 128,
+) -> Robustness:
+    """Answers every problem at every scramble ratio, greedily, and checks it by exact match."""
+    prompts = [
+        [scramble(task.prompt, ratio, seed=seed, item=i) for i, task in enumerate(tasks)] for ratio in ratios
+    ]
+    replies = generate(
+        loaded, list(itertools.chain(*prompts)), max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    count = len(tasks)
+    answers = tuple(tuple(replies[row * count : (row + 1) * count]) for row in range(len(ratios)))
+    correct = [_right(tasks, row) for row in answers]
+    ceiling = [
+        [_ceiling(task, prompt, ratio) for task, prompt in zip(tasks, row, strict=True)]
+        for ratio, row in zip(ratios, prompts, strict=True)
+    ]
+    return Robustness(tuple(ratios), tuple(tasks), np.array(correct), np.array(ceiling), answers)
+
+
+def _right(tasks: Sequence[Task], replies: Sequence[Completion]) -> np.ndarray:
+    """1 where a reply has the answer, else 0; of shape (item,)."""
+    return np.array([check_answer(task, reply.text) for task, reply in zip(tasks, replies, strict=True)], float)
+
+
+def _ceiling(task: Task, prompt: str, ratio: float) -> float:
+    if not ratio or task.order == "free":
+        return 1.0
+    return bayes_ceiling(task, prompt, ratio) if task.rearrangements else float("nan")
+
+
+def substituted(
+    loaded: LoadedModel | Any,
+    items: Items,
+    *,
+    ratio: float = WORST,
+    seed: int = 0,
+    max_new_tokens: int = 72,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """The floor: correctness where as many words are replaced by words of other questions instead of moved."""
+    words = [word for task in items.tasks for word in task.prompt.split()]
+    prompts = [substitute_words(t.prompt, ratio, words, seed=seed, item=i) for i, t in enumerate(items.tasks)]
+    replies = generate(loaded, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return _right(items.tasks, replies)
+
+
+# --- loss and certainty -------------------------------------------------------------------------------------
+def measure_losses(
+    loaded: LoadedModel | Any,
+    chats: Sequence[Sequence[dict[str, Any]]],
+    *,
+    ratios: Sequence[float] = RATIOS,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Columns:
+    """How surprised a model is by the reference answers, with user turns scrambled: columns `loss@ratio` of (row,).
+
+    Nats per answer token; NaN for rows that can't be encoded or have no answer within the context.
+    """
+    loaded = as_loaded(loaded)
+    rows, versions = [], []  # versions: of each row (ids, labels) at every ratio
+    for i, messages in enumerate(chats):
+        try:
+            encoded = [
+                _encode(loaded, burden_messages(messages, Burden(ratio=ratio), seed=seed, row=i))
+                for ratio in ratios
+            ]
+        except ChatError:
+            continue
+        if all(any(label >= 0 for label in labels[1:]) for _, labels in encoded):
+            rows.append(i)
+            versions.append(encoded)
+    columns: Columns = {}
+    for k, ratio in enumerate(ratios):
+        scores = _row_scores(loaded, [encoded[k] for encoded in versions], batch_size)
+        columns[f"loss@{ratio:g}"] = np.full(len(chats), np.nan)
+        columns[f"loss@{ratio:g}"][rows] = [loss for loss, _, _ in scores]
+    return columns
+
+
+def reply_scores(
+    loaded: LoadedModel | Any, prompts: Sequence[str], replies: Sequence[str], *, batch_size: int | None = None
+) -> Columns:
+    """How sure a model is of given replies (its own greedy ones, say), their end-of-turn token included.
+
+    Columns of shape (reply,), NaN where a reply can't be encoded: `entropy` of the next-token distribution in nats,
+    mean over the reply's tokens, and `sure`, the probability of the whole reply.
+    """
+    loaded = as_loaded(loaded)
+    rows, encoded = [], []
+    for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        try:
+            chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+            encoded.append(_encode(loaded, chat))
+        except ChatError:
+            continue
+        rows.append(i)
+    scores = np.full((len(prompts), 3), np.nan)
+    if rows:
+        scores[rows] = _row_scores(loaded, encoded, batch_size)
+    loss, entropy, tokens = scores.T
+    return {"entropy": entropy, "sure": np.exp(-loss * tokens)}
+
+
+def _encode(loaded: LoadedModel, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a conversation, cut to the context."""
+    encoded = encode_chat(messages, loaded.tokenizer)
+    return encoded.input_ids[: loaded.max_length], encoded.labels[: loaded.max_length]
+
+
+def _row_scores(
+    loaded: LoadedModel, rows: Sequence[tuple[list[int], list[int]]], batch_size: int | None
+) -> list[tuple[float, float, int]]:
+    """(loss, entropy, tokens) of each row: means in nats over its labelled tokens, and how many those are."""
+    batch_size = batch_size or (1 if loaded.device.type == "cuda" else 16)  # logits of a row take gibibytes
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    scores = [(0.0, 0.0, 0)] * len(rows)
+    pad = loaded.tokenizer.pad_token_id
+    with inference(loaded) as model:
+        for begin in range(0, len(order), batch_size):
+            batch = order[begin : begin + batch_size]
+            longest = max(len(rows[i][0]) for i in batch)
+
+            def padded(lists: Sequence[list[int]], value: int, longest=longest) -> torch.Tensor:
+                full = [row + [value] * (longest - len(row)) for row in lists]
+                return torch.tensor(full).to(loaded.device)
+
+            ids = padded([rows[i][0] for i in batch], pad)
+            labels = padded([rows[i][1] for i in batch], -100)
+            mask = padded([[1] * len(rows[i][0]) for i in batch], 0)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            for i, row_logits, row_labels in zip(batch, logits, labels, strict=True):
+                scores[i] = _mean_scores(row_logits[:-1], row_labels[1:])
+    return scores
+
+
+def _mean_scores(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float, int]:
+    """(loss, entropy, tokens) over the labelled tokens; logits of shape (token, vocabulary)."""
+    labelled = labels >= 0
+    count = int(labelled.sum())
+    if not count:
+        return math.nan, math.nan, 0
+    loss = entropy = 0.0
+    # only so many rows of a large vocabulary are ever float32
+    for part, target in zip(logits[labelled].split(512), labels[labelled].split(512), strict=True):
+        logp = part.float().log_softmax(-1)
+        loss += F.nll_loss(logp, target, reduction="sum").item()
+        entropy -= (logp.exp() * logp).sum().item()
+    return loss / count, entropy / count, count
+
+
+# --- thinking -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class ModeSwitching:
+    """Thinking on hard items and not on easy ones, as a detector of hard items."""
+
+    precision: float  # share of thinking replies that were to hard items; NaN if it never thinks
+    recall: float  # share of hard items that it thinks on
+    f1: float
+    at_equal_length: Interval  # how much likelier it thinks on a hard item than on an easy one as long
+
+
+def mode_switching(thought: Sequence[float], hard: Sequence[bool], prompts: Sequence[str]) -> ModeSwitching:
+    """Does it think where it should? The length of the prompt (words) is taken out: it may give the class away."""
+    thought, hard = np.array(thought, dtype=bool), np.array(hard, dtype=bool)
+    hits = float((thought & hard).sum())
+    length = [len(prompt.split()) for prompt in prompts]
+    return ModeSwitching(
+        precision=hits / thought.sum() if thought.any() else float("nan"),
+        recall=hits / hard.sum(),
+        f1=2 * hits / (thought.sum() + hard.sum()),
+        at_equal_length=adjusted_effect(thought, hard, length),
+    )
+
+
+# --- loops --------------------------------------------------------------------------------------------------
+def repetition(reply: str, *, n: int = 4) -> float:
+    """Share of the word n-grams of a reply that stood in it before (seq-rep-n, Welleck et al. 2020).
+
+    >>> repetition("a b c d a b c d")  # 5 four-grams, the last repeats the first
+    0.2
+    """
+    grams = _ngrams(reply, n)
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+def loops(completion: Completion, *, n: int = 4, times: int = 3) -> bool:
+    """Whether a reply says the same four words three times, or repeats half of itself until the limit stops it."""
+    counts = Counter(_ngrams(completion.text, n))
+    if max(counts.values(), default=0) >= times:
+        return True
+    return not completion.finished and repetition(completion.text) > 0.5
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+# --- an earlier topic ---------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Bleeding:
+    """Second turns after an unrelated first one; arrays of shape (item,)."""
+
+    found: np.ndarray  # 1 where the reply has a word of the first turn that its own question does not give
+    permuted: np.ndarray  # the same with the words of another first turn: what chance finds
+    replies: tuple[Completion, ...]
+
+
+def context_bleeding(
+    loaded: LoadedModel | Any, items: Items, *, seed: int = 0, max_new_tokens: int = 72, batch_size: int = 64
+) -> Bleeding:
+    """Asks each item after an unrelated turn and looks for that turn's words in the reply.
+
+    A word counts if it is in the first turn (question or reply), in less than a tenth of all conversations, and
+    neither in the second question nor in its reference reply.
+    """
+    count = len(items)
+    if count < FEWEST:
+        raise ValueError(f"context_bleeding: {count} items; expected {FEWEST} or more")
+    words = [_content_words(" ".join(message["content"] for message in chat)) for chat in items.chats]
+    frequency = Counter(word for chat_words in words for word in chat_words)
+    common = {word for word, chats in frequency.items() if chats > max(2, count / 10)}
+    ring = np.random.default_rng(seed).permutation(count)
+    position = np.argsort(ring)
+    first, other = ring[(position + 1) % count], ring[(position + 2) % count]  # turn before; turn for chance
+    asked = [[*items.chats[first[i]], items.chats[i][0]] for i in range(count)]
+    replies = generate(loaded, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    reply_words = [_content_words(reply.text) for reply in replies]
+
+    def bled(turns: np.ndarray) -> np.ndarray:
+        foreign = [words[turns[i]] - words[i] - common for i in range(count)]
+        return np.array([bool(reply_words[i] & foreign[i]) for i in range(count)], float)
+
+    return Bleeding(bled(first), bled(other), tuple(replies))
+
+
+def _content_words(text: str) -> set[str]:
+    return {word.lower() for word in re.findall(r"[^\W\d_]{3,}", text)}
+
+
+# --- speed --------------------------------------------------------------------------------------------------
+def decoding_speed(
+    loaded: LoadedModel, adapters: Mapping[str, Path], prompts: Sequence[str], *, tokens: int = 24, repeats: int = 4
+) -> dict[str, np.ndarray]:
+    """Seconds a token at a forced length, by arm ("base" is the model without adapter); arrays of shape (prompt,).
+
+    All arms answer a prompt in turn, in every order, the repeats far apart in time, so that whatever else the
+    machine does hits all alike; the median over `repeats` is kept. The length is forced, or an arm that says less
+    would look quicker.
+    """
+    loaded = with_adapters(loaded, adapters)
+    arms = [None, *adapters]
+    orders = list(itertools.permutations(range(len(arms))))
+    seconds = np.zeros((len(arms), repeats, len(prompts)))
+    with inference(loaded) as model:
+        for repeat in range(-1, repeats):  # -1: warm up
+            for p, prompt in enumerate(prompts if repeat >= 0 else prompts[:1]):
+                text = loaded.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                )
+                inputs = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(loaded.device)
+                for arm in orders[(p + repeat) % len(orders)]:
+                    with use_adapter(loaded, arms[arm]):
+                        spent = _decode(model, inputs, tokens, loaded.tokenizer.pad_token_id)
+                    if repeat >= 0:
+                        seconds[arm, repeat, p] = spent / tokens
+    return {arm or "base": np.median(seconds[k], axis=0) for k, arm in enumerate(arms)}
+
+
+def _decode(model, inputs, tokens: int, pad: int) -> float:
+    """Seconds of decoding exactly `tokens` tokens."""
+    began = time.perf_counter()
+    out = model.generate(
+        **inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, pad_token_id=pad, use_cache=True
+    ).cpu()  # the copy waits for the card
+    spent = time.perf_counter() - began
+    decoded = out.shape[1] - inputs["input_ids"].shape[1]
+    if decoded != tokens:
+        raise RuntimeError(f"decoding_speed: {decoded} tokens came where {tokens} were forced")
+    return spent
+
+
+# --- all of it on one model ---------------------------------------------------------------------------------
+def measure(
+    loaded: LoadedModel | Any,
+    items: Items,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    seed: int = 0,
+    max_new_tokens: int = 72,
+    brief: bool = False,
+) -> Columns:
+    """Every measure on one model. Columns that need a checkable answer are absent where there is none.
+
+    `brief`: only accuracy, thinking and the loss of the reference replies, clean and at the ratio WORST.
+    """
+    loaded = as_loaded(loaded)
+    ratios = (0.0, WORST) if brief else tuple(ratios)
+    batch_size = 64 if loaded.device.type == "cuda" else 512  # small models: a batch takes hardly longer than a row
+    options = {"seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    answered = robustness(loaded, items.tasks, ratios=ratios, **options)
+    columns = answered.columns()
+    if not items.checkable:
+        columns = {name: c for name, c in columns.items() if not name.startswith(("correct", "ceiling"))}
+    columns |= measure_losses(loaded, items.chats, ratios=(0.0, WORST), seed=seed)
+    if brief:
+        return columns
+    prompts = [task.prompt for task in items.tasks]
+    columns |= reply_scores(loaded, prompts, [reply.text for reply in answered.answers[ratios.index(0.0)]])
+    columns["ln tokens"] = np.log(columns["tokens@0"])
+    if len(items) >= FEWEST:
+        bled = context_bleeding(loaded, items, **options)
+        columns |= {"bleed": bled.found, "bleed by chance": bled.permuted}
+        columns["bleed excess"] = bled.found - bled.permuted
+        if items.checkable:
+            columns["correct second"] = _right(items.tasks, bled.replies)
+    if items.checkable:
+        columns["correct substituted"] = substituted(loaded, items, **options)
+    return columns
+
+
+# --- every measure in figures -------------------------------------------------------------------------------
+# Means over items and trainings: label, column, items
+_MEANS = (
+    ("accuracy after an unrelated turn", "correct second", "all"),
+    ("loss of the reply, clean (nats a token)", "loss@0", "all"),
+    (f"loss of the reply at {WORST} (nats a token)", f"loss@{WORST}", "all"),
+    ("entropy of its own reply (nats a token)", "entropy", "all"),
+    ("probability of its own reply", "sure", "all"),
+    ("replies that think", "think@0", "all"),
+    ("replies that loop", "loop@0", "all"),
+    ("replies with a word of the turn before", "bleed", "all"),
+    ("the same by chance", "bleed by chance", "all"),
+    ("tokens an answer", "tokens@0", "all"),
+)
+
+
+def describe(arms: Arms, items: Items, *, ratios: Sequence[float] = RATIOS) -> pd.DataFrame:
+    """Every measure of every arm: a row each, columns (arm, "mean") and (arm, "sd") over its trainings.
+
+    NaN: can't be measured on these items, or (the deviation) one training only. Learning curves are left out.
+    """
+    columns = {}
+    for arm, trainings in arms.items():
+        if arm.endswith(" rows"):
+            continue
+        each = [dict(_figures([training], items, ratios)) for training in trainings.values()]
+        columns[arm, "mean"] = pd.Series(dict(_figures(list(trainings.values()), items, ratios)))
+        columns[arm, "sd"] = pd.DataFrame(each).std()
+    return pd.DataFrame(columns).dropna(how="all")
+
+
+def _figures(trainings: Sequence[Columns], items: Items, ratios: Sequence[float]) -> Iterator[tuple[str, float]]:
+    """(label, value) of every measure, pooled over trainings; NaN where it was not measured."""
+
+    def pooled(column: str, among: str) -> np.ndarray:
+        parts = [columns[column][items.among(among)] for columns in trainings if column in columns]
+        return np.concatenate(parts or [np.array([])])
+
+    def mean(column: str, among: str = "all") -> float:
+        values = pooled(column, among)
+        values = values[np.isfinite(values)]
+        return float(values.mean()) if values.size else float("nan")
+
+    sorts = [sort for sort in ("free", "bound") if items.among(sort).any()] or ["all"]  # all: nobody marked them
+    for sort in sorts:
+        ending = "" if sort == "all" else f", order-{sort}"
+        accuracy = [mean(f"correct@{ratio:g}", sort) for ratio in ratios]
+        yield f"accuracy, clean{ending}", accuracy[0]
+        yield f"accuracy at {WORST}{ending}", mean(f"correct@{WORST}", sort)
+        yield f"area under the curve{ending}", float(curve_area(ratios, accuracy))
+        yield f"retention at {ratios[-1]:g}{ending}", accuracy[-1] / (accuracy[0] or float("nan"))
+        if sort == "bound":
+            ceiling = mean(f"ceiling@{WORST}", sort)
+            yield f"share of the ceiling at {WORST}{ending}", mean(f"correct@{WORST}", sort) / ceiling
+        else:
+            floor = mean("correct substituted", sort)
+            above = mean("correct@0", sort) - floor
+            kept = (mean(f"correct@{WORST}", sort) - floor) / above if above > 0 else float("nan")
+            yield f"accuracy at {WORST}, words substituted{ending}", floor
+            yield f"kept above that floor at {WORST}{ending}", kept
+    for label, column, among in _MEANS:
+        yield label, mean(column, among)
+    yield "milliseconds a token, forced length", 1e3 * math.exp(mean("ln seconds"))
+    sort = "easy" if items.among("easy").any() else "all"  # after its own reasoning every model is sure
+    sure, right = pooled("sure", sort), pooled("correct@0", sort)
+    known = np.isfinite(sure)
+    calibrated = known.any() and sure.size == right.size
+    error = calibration_error(sure[known], right[known]) if calibrated else float("nan")
+    yield "calibration error, clean", error
+    if items.among("easy").any() and items.among("hard").any():
+        marked = items.among("hard") | items.among("easy")
+        prompts = [task.prompt for task in np.array(items.tasks, dtype=object)[marked]]
+        hard = items.among("hard")[marked]
+        modes = [mode_switching(columns["think@0"][marked], hard, prompts) for columns in trainings]
+        yield "thinking: precision", float(np.mean([mode.precision for mode in modes]))
+        yield "thinking: recall", float(np.mean([mode.recall for mode in modes]))
+        yield "thinking: F1", float(np.mean([mode.f1 for mode in modes]))
+        gaps = [mode.at_equal_length.mean for mode in modes]
+        yield "thinking: hard minus easy at equal length", float(np.mean(gaps))

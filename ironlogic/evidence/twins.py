@@ -1,0 +1,283 @@
+"""Fragmented Training beside its control twin: the same rows, order, steps and settings, with and without a burden.
+
+`train_twins` trains both over seeds and gives two arms to be measured and subtracted; `train_arms` does the same
+for any recipes. Every training is a run folder of its own, `<run>/<arm>-<seed>`, so an interrupted call goes on
+where it stopped, and what was measured lies beside the run.
+
+>>> train, test = load_chats("my.jsonl").split(0.1)                                            # doctest: +SKIP
+>>> ft, sft = train_twins("nano", train, burden=Burden(ratio=0.7), run="first")                # doctest: +SKIP
+>>> print(ft.measure(test) - sft.measure(test))                                                # doctest: +SKIP
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ironlogic.burden import Burden
+from ironlogic.evidence.items import Items, delete_words
+from ironlogic.evidence.measures import measure, measure_losses
+from ironlogic.evidence.results import Columns, Measurement
+from ironlogic.models import free_memory, load_model
+from ironlogic.presets import PRESETS, Preset, TrainSettings
+from ironlogic.training.parallel import run_parallel
+from ironlogic.training.runs import Run, RunError, open_run, run_folder, write_json
+from ironlogic.training.sft import train_sft
+from ironlogic.training.stages import content_hash
+
+import numpy as np
+from datasets import Dataset
+
+__all__ = ["Arm", "Recipe", "Source", "make_recipes", "train_arms", "train_twins"]
+
+Chats = Dataset | Sequence[Sequence[dict[str, Any]]]
+_NEFTUNE_ALPHA, _DELETED, _VERSION = 5.0, 0.3, 1
+
+
+# --- recipes ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Recipe:
+    """How an arm is trained: what differs between an arm and its control stands here and nowhere else."""
+
+    settings: TrainSettings
+    burden: Burden | None = None
+    deleted: float = 0.0  # share of the words of a user turn left out
+    after: str = ""  # the arm whose adapter this one goes on training
+    rows: int = 0  # only the first ones, for a learning curve; 0: all
+    seeds: tuple[int, ...] | None = None  # fewer trainings than the other arms
+
+
+def make_recipes(settings: TrainSettings, burden: Burden) -> dict[str, Recipe]:
+    """The arms of the evidence by name: SFT, the control twin, FT with `burden`, its variants and other noise."""
+    plain, burdened = Recipe(settings), Recipe(settings, burden)
+    as_the_seed = Burden(ratio=burden.ratio, unit="seed", redraw=False)
+    return {
+        "SFT": plain,
+        "FT": burdened,
+        "FT mixed": replace(burdened, burden=replace(burden, mix=0.5)),
+        "FT as the seed": Recipe(replace(settings, loss="all"), as_the_seed),
+        "FT 0.3": replace(burdened, burden=replace(burden, ratio=0.3)),
+        "deletion": replace(plain, deleted=_DELETED),
+        "NEFTune": Recipe(replace(settings, neftune_alpha=_NEFTUNE_ALPHA)),
+        "SFT then SFT": replace(plain, after="SFT"),
+        "FT then SFT": replace(plain, after="FT"),
+    }
+
+
+# --- arms ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Source:
+    """The model that all arms start from."""
+
+    model: str
+    four_bit: bool = True
+    max_length: int = 2048  # tokens
+
+    def load(self, adapter: str | Path = "", *, seed: int = 0):
+        return load_model(adapter or self.model, four_bit=self.four_bit, max_length=self.max_length, seed=seed)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One recipe, trained once a seed; the untrained base has the one seed 0 and no adapter in its folder."""
+
+    name: str
+    source: Source
+    folders: Mapping[int, Path]
+    seed: int = 0  # of the scrambles in its measurements
+    max_new_tokens: int = 72
+    brief: bool = False  # measured as a point of a learning curve
+
+    @property
+    def runs(self) -> list[Run]:
+        """The finished runs, in the order of their seeds."""
+        return [open_run(folder) for folder in self.folders.values()]
+
+    def measure(self, test: Items | Chats, *, processes: int | None = None) -> Measurement:
+        """What every training does on the same held-out rows (loss of their answers) or items (every measure).
+
+        What was measured before is read from the run's folder.
+        """
+        jobs = {
+            f"{self.name}, seed {seed}": partial(_measure_folder, self, seed, test)
+            for seed in self.folders
+            if not self.measured(seed, test).exists()
+        }
+        run_parallel(jobs, processes=processes)
+        return Measurement({seed: _read_columns(self.measured(seed, test)) for seed in self.folders})
+
+    def measured(self, seed: int, test: Items | Chats) -> Path:
+        """The file of that training's measurements on that test."""
+        if isinstance(test, Items):
+            asked = [[asdict(task) for task in test.tasks], test.chats]
+        else:
+            asked = [list(_messages(test))]
+        asked += [self.seed, self.max_new_tokens, self.brief, _VERSION]
+        name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+        return self.folders[seed] / f"evidence-{name}.json"
+
+
+def _measure_folder(arm: Arm, seed: int, test: Items | Chats, *, watch: Any = None) -> None:
+    folder = arm.folders[seed]
+    loaded = arm.source.load(folder / "adapter" if (folder / "run.json").exists() else "")
+    if isinstance(test, Items):
+        columns = measure(loaded, test, seed=arm.seed, max_new_tokens=arm.max_new_tokens, brief=arm.brief)
+    else:
+        columns = measure_losses(loaded, _messages(test), seed=arm.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(arm.measured(seed, test), {name: values.tolist() for name, values in columns.items()})
+    del loaded
+    free_memory()
+
+
+def _read_columns(file: Path) -> Columns:
+    return {name: np.array(values, float) for name, values in json.loads(file.read_text(encoding="utf-8")).items()}
+
+
+# --- training -----------------------------------------------------------------------------------------------
+def train_twins(
+    model: str | Preset,
+    chats: Chats | Mapping[int, Chats],
+    *,
+    burden: Burden,
+    run: str | Path,
+    settings: TrainSettings | None = None,
+    seeds: int | Iterable[int] = 1,
+    **options: Any,
+) -> tuple[Arm, Arm]:
+    """(FT, its control SFT): trained over seeds on the same rows, in the same order, with the same settings.
+
+    `model`: a preset, its name, or what `load_model` takes. `chats`: conversations, or other ones for each training
+    seed. `settings`: by default the preset's; its seed also draws the scrambles of a test. `seeds`: how many
+    trainings an arm, from `settings.seed` on, or which. `run`: a name in the results folder or a path. `options`
+    as in `train_arms`.
+    """
+    source, settings = find_source(model, settings)
+    if isinstance(seeds, int):
+        seeds = range(settings.seed, settings.seed + seeds)
+    recipes = make_recipes(settings, burden)
+    twins = {name: recipes[name] for name in ("FT", "SFT")}
+    options = {"scramble_seed": settings.seed} | options
+    arms = train_arms(source, chats, twins, seeds=seeds, run=run, **options)
+    return arms["FT"], arms["SFT"]
+
+
+def find_source(model: str | Preset, settings: TrainSettings | None = None) -> tuple[Source, TrainSettings]:
+    """The model of a preset with its settings, or any model that `load_model` takes."""
+    preset = model if isinstance(model, Preset) else PRESETS.get(model)
+    if preset is None:
+        settings = settings or TrainSettings()
+        return Source(str(model), max_length=settings.max_length), settings
+    settings = settings or preset.train
+    return Source(preset.model, preset.four_bit, settings.max_length), settings
+
+
+def train_arms(
+    source: Source,
+    chats: Chats | Mapping[int, Chats],
+    recipes: Mapping[str, Recipe | None],
+    *,
+    seeds: Iterable[int],
+    run: str | Path,
+    further: Mapping[int, Chats] | None = None,
+    test: Items | Chats | None = None,
+    scramble_seed: int = 0,
+    max_new_tokens: int = 72,
+    **options: Any,
+) -> dict[str, Arm]:
+    """Every recipe trained once a seed, several at a time, what is finished left as it is; arms by name.
+
+    A recipe None is the model as it is. `chats` as in `train_twins`; `further`: rows for recipes that go on `after`
+    another, by seed. `test`: every model is measured on it in the process that trained it, so that a later
+    `Arm.measure` has nothing left to do. `options` (processes, watch, report) as in `run_parallel`.
+
+    Raises `RunError` when a folder holds another run, before anything is trained, or when a training failed.
+    """
+    folder, seeds = run_folder(run), list(seeds)
+    rows_of = chats if isinstance(chats, Mapping) else dict.fromkeys(seeds, chats)
+    arms, jobs, after = {}, {}, {}
+    for name, recipe in recipes.items():
+        if recipe is None:
+            folders = {0: folder / name}
+        else:
+            folders = {seed: _arm_folder(folder, name, seed) for seed in (recipe.seeds or seeds)}
+        brief = recipe is not None and recipe.rows > 0
+        arms[name] = arm = Arm(name, source, folders, scramble_seed, max_new_tokens, brief)
+        for seed in folders:
+            rows, start = None, ""
+            if recipe is not None:
+                rows = _prepare_rows(further[seed] if recipe.after and further else rows_of[seed], recipe, seed)
+            if recipe is not None and recipe.after:
+                start = str(_arm_folder(folder, recipe.after, seed) / "adapter")
+                after[f"{name}, seed {seed}"] = f"{recipe.after}, seed {seed}"
+            trained = recipe is None or _is_trained(folders[seed], rows, recipe, seed)
+            if not trained or (test is not None and not arm.measured(seed, test).exists()):
+                jobs[f"{name}, seed {seed}"] = partial(_train_and_measure, arm, seed, recipe, rows, start, test)
+    run_parallel(jobs, after=after, **options)
+    return arms
+
+
+def _arm_folder(folder: Path, arm: str, seed: int) -> Path:
+    return folder / f"{arm.replace(' ', '-')}-{seed}"
+
+
+def _messages(chats: Chats) -> Sequence[Sequence[dict[str, Any]]]:
+    return chats["messages"] if isinstance(chats, Dataset) else chats
+
+
+def _prepare_rows(chats: Chats, recipe: Recipe, seed: int) -> Chats:
+    if recipe.rows:
+        first = range(min(recipe.rows, len(chats)))
+        chats = chats.select(first) if isinstance(chats, Dataset) else [chats[row] for row in first]
+    if recipe.deleted:
+        return [
+            delete_words(messages, recipe.deleted, seed=seed, row=row)
+            for row, messages in enumerate(_messages(chats))
+        ]
+    return chats
+
+
+def _is_trained(folder: Path, rows: Chats, recipe: Recipe, seed: int) -> bool:
+    """Raises `RunError` when another training has finished in this folder."""
+    try:
+        record = open_run(folder).record
+    except RunError:
+        return False
+    settings = asdict(replace(recipe.settings, seed=seed))
+    burden = recipe.burden and asdict(recipe.burden)
+    same = {
+        "rows": record["data_sha256"] == content_hash(_messages(rows)),
+        "settings": record["settings"].items() <= json.loads(json.dumps(settings)).items(),
+        "burden": record["burden"] == json.loads(json.dumps(burden)),
+    }
+    if other := [name for name, equal in same.items() if not equal]:
+        raise RunError(
+            f"{folder} was trained otherwise: it differs in {', '.join(other)}. "
+            "Choose another name for this run, or delete the folder"
+        )
+    return True
+
+
+def _train_and_measure(
+    arm: Arm,
+    seed: int,
+    recipe: Recipe | None,
+    rows: Chats | None,
+    start: str,
+    test: Items | Chats | None,
+    *,
+    watch: Any = None,
+) -> None:
+    """What one process does. `start`: the adapter that this training goes on from."""
+    folder = arm.folders[seed]
+    if recipe is not None and not _is_trained(folder, rows, recipe, seed):
+        loaded = arm.source.load(start, seed=seed)
+        settings = replace(recipe.settings, seed=seed)
+        train_sft(loaded, rows, settings, run=folder, burden=recipe.burden, watch=watch)
+        del loaded  # a card has room for one model
+        free_memory()
+    if test is not None and not arm.measured(seed, test).exists():
+        _measure_folder(arm, seed, test)

@@ -1,0 +1,187 @@
+"""Arms and studies: twins differ in their burden alone, nothing is done twice; one small study up to verdicts."""
+
+import json
+from dataclasses import replace
+
+from ironlogic.burden import Burden
+from ironlogic.data.chats import ChatError, load_chats, split_chats
+from ironlogic.evidence import twins
+from ironlogic.evidence.claims import CLAIMS, judge_claims
+from ironlogic.evidence.items import load_items
+from ironlogic.evidence.study import CURVE, measure_adapters, open_study, run_study, time_twins
+from ironlogic.evidence.twins import Recipe, find_source, make_recipes, train_arms, train_twins
+from ironlogic.presets import find_preset
+from ironlogic.show.report import findings_html
+from ironlogic.training.runs import RunError
+
+import numpy as np
+import pytest
+
+NANO = find_preset("nano")
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """(study, recipes, measured, lines): base, SFT, FT and FT then SFT, trained in two processes."""
+    study = open_study(NANO, tmp_path_factory.mktemp("runs"), rows=24, seeds=1, questions=17)
+    recipes = {"FT then SFT": study.recipes["FT then SFT"]} | study.twins()
+    lines = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IRONLOGIC_BACKEND", "transformers")  # imports faster
+        measured = run_study(study, recipes, processes=2, report=lines.append)
+    time_twins(study, measured)
+    return study, recipes, measured, lines
+
+
+# -- plans
+
+
+def test_twins_differ_in_what_their_name_says_and_in_nothing_else(tmp_path):
+    study = open_study(NANO, tmp_path, rows=40, seeds=2, questions=34)
+    recipes = make_recipes(NANO.train, replace(NANO.burden, ratio=0.7))
+    for arm, recipe in recipes.items():
+        changed = {"FT as the seed": {"loss": "all"}, "NEFTune": {"neftune_alpha": 5.0}}.get(arm, {})
+        assert recipe.settings == replace(NANO.train, **changed)
+        assert (recipe.burden is not None) == (arm.startswith("FT") and "then" not in arm)
+        assert (recipe.deleted > 0) == (arm == "deletion")
+        assert recipe.after == (arm.partition(" then ")[0] if " then " in arm else "")
+    assert recipes["FT"].burden == replace(NANO.burden, ratio=0.7)
+    assert (recipes["FT 0.3"].burden.ratio, recipes["FT mixed"].burden.mix) == (0.3, 0.5)
+    asked = {task.prompt for task in study.items.tasks}
+    assert not asked & {chat[0]["content"] for rows in study.chats.values() for chat in rows}
+    path = tmp_path / "two.jsonl"
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
+    path.write_text(json.dumps(chat) + "\n")
+    with pytest.raises(ChatError, match="too few to hold some out"):
+        open_study(NANO, tmp_path, data=str(path))
+
+
+def test_every_claim_has_its_runs_in_the_full_plan(tmp_path):
+    study = open_study(NANO, tmp_path, seeds=5, rows=1200)
+    recipes, sizes = study.full()
+    assert {arm for claim in CLAIMS for arm in (claim.ours, claim.control)} <= set(recipes)
+    assert sizes == (*CURVE, 1200)
+    assert recipes["FT 248 rows"] == replace(study.recipes["FT"], rows=248)
+    assert open_study(NANO, tmp_path, seeds=1, rows=100).full()[1] == (30, 100)
+    assert not study.has_twins()
+    assert list(study.short()) == ["base", "SFT", "FT"]
+
+
+def test_each_training_gets_its_rows_and_its_start_and_lies_where_notebook_02_puts_it(tmp_path, monkeypatch):
+    plans = {}
+
+    def note(jobs, *, after, **options):
+        for name, job in jobs.items():
+            arm, seed, _, rows, start, _ = job.args
+            plans[name] = (arm.folders[seed].relative_to(tmp_path).as_posix(), rows, start, after.get(name))
+
+    monkeypatch.setattr(twins, "run_parallel", note)
+    study = open_study(NANO, tmp_path, rows=40, seeds=2, questions=17)
+    recipes = {arm: study.recipes[arm] for arm in ("FT as the seed", "deletion", "FT then SFT")}
+    study.train(recipes | {"base": None, "FT 7 rows": replace(study.recipes["FT"], rows=7)})
+    folder = "02_nano_problems_40_0.7"
+    assert plans["FT as the seed, seed 3408"] == (f"{folder}/FT-as-the-seed-3408", study.chats[3408], "", None)
+    assert plans["FT 7 rows, seed 3407"][:2] == (f"{folder}/FT-7-rows-3407", study.chats[3407][:7])
+    start = str(tmp_path / folder / "FT-3408/adapter")
+    assert plans["FT then SFT, seed 3408"][1:] == (study.further[3408], start, "FT, seed 3408")
+    deleted = plans["deletion, seed 3407"][1]
+    assert all(len(a[0]["content"]) < len(b[0]["content"]) for a, b in zip(deleted, study.chats[3407], strict=True))
+    assert "base, seed 0" not in plans  # nothing is measured here
+
+
+# -- one small study
+
+
+@pytest.mark.slow
+def test_from_training_to_verdict_and_again_from_disk(studied):
+    study, recipes, measured, lines = studied
+    seeds = {arm: list(trainings) for arm, trainings in measured.items()}
+    assert seeds == {"FT then SFT": [3407], "base": [0], "SFT": [3407], "FT": [3407]}
+    assert len(lines) == 4
+    assert study.has_twins()
+    findings = judge_claims(measured, study.items)
+    assert findings["faster"].effect
+    assert findings["emerges"].verdict == "can't be told here"
+    again = run_study(study, recipes, report=lines.append)
+    assert len(lines) == 4
+    for arm, trainings in again.items():
+        for seed, columns in trainings.items():
+            for name, values in columns.items():
+                assert np.array_equal(values, measured[arm][seed][name], equal_nan=True), (arm, seed, name)
+    assert set(study.short()) == set(recipes)
+    other = replace(study, chats={3407: study.chats[3407][::-1]})
+    with pytest.raises(RunError, match="trained otherwise: it differs in rows"):
+        run_study(other, study.twins())
+    hotter = Recipe(replace(NANO.train, learning_rate=1e-3))
+    with pytest.raises(RunError, match="it differs in settings"):
+        study.train({"SFT": hotter})
+
+
+@pytest.mark.slow
+def test_other_questions_are_measured_anew(studied, monkeypatch):
+    study, _, measured, _ = studied
+    arm = study.train({"SFT": study.recipes["SFT"]})["SFT"]
+    calls = []
+    monkeypatch.setattr(twins, "measure", lambda *_, **options: calls.append(options) or {"a": np.array([np.nan])})
+    assert arm.measure(study.items)[3407].keys() == {
+        name for name in measured["SFT"][3407] if name not in ("ln seconds", "ln time")
+    }
+    assert not calls
+    fewer = replace(study.items, tasks=study.items.tasks[:3], chats=study.items.chats[:3])
+    for _ in range(2):
+        assert np.isnan(arm.measure(fewer)[3407]["a"][0])
+    assert len(calls) == 1
+    replace(arm, seed=99).measure(fewer)
+    assert [options["seed"] for options in calls] == [3407, 99]
+
+
+@pytest.mark.slow
+def test_own_adapter_and_own_items_give_the_same_table(studied, tmp_path):
+    study, _, measured, _ = studied
+    path = tmp_path / "mine.jsonl"
+    rows = [{"prompt": t.prompt, "answer": t.answer, "order": t.order, "hard": t.hard} for t in study.items.tasks]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items, rejected = load_items(path)
+    assert not rejected
+    adapter = study.folder / "FT-3407/adapter"
+    arms = measure_adapters({"yours": adapter}, items, tmp_path / "own", max_new_tokens=72, seed=study.seed)
+    assert np.array_equal(arms["yours"][0]["correct@0.7"], measured["FT"][3407]["correct@0.7"])
+    findings = judge_claims(arms, items, names={"FT": "yours", "SFT": "base"})
+    for finding in findings:
+        if (finding.claim.ours, finding.claim.control, finding.claim.form) == ("yours", "base", "gain"):
+            assert finding.effect or "needed" in finding.note, finding.claim.key
+    assert "yours" in findings_html(findings)
+    with pytest.raises(RunError, match="holds no adapter"):
+        measure_adapters({"yours": adapter, "control": "nano"}, items, tmp_path / "own")
+
+
+@pytest.mark.slow
+def test_the_ten_lines_of_the_control(tmp_path, studied, capsys):
+    chats = tmp_path / "my.jsonl"
+    rows = studied[0].chats[3407] * 3
+    chats.write_text("".join(json.dumps({"messages": chat, "id": i}) + "\n" for i, chat in enumerate(rows)))
+    train, test = split_chats(load_chats(chats)[0], holdout=0.1)
+    ft, sft = train_twins("nano", train, burden=Burden(ratio=0.7), run=tmp_path / "first", processes=1)
+    print(ft.measure(test) - sft.measure(test))
+    printed = capsys.readouterr().out.splitlines()[-3:]
+    assert printed[0].startswith("loss of the answer, clean (nats a token): ")
+    assert printed[1].startswith("loss of the answer at 0.7 (nats a token): ")
+    assert "1 training x " in printed[2]
+    records = [arm.runs[0].record for arm in (ft, sft)]
+    assert [record["burden"] is None for record in records] == [False, True]
+    differing = {name for name in records[0] if records[0][name] != records[1][name]}
+    assert differing <= {"stage", "burden", "seconds", "peak_gib", "data"}
+    base = train_arms(find_source("nano")[0], train, {"base": None}, seeds=[3407], run=tmp_path / "first")["base"]
+    assert (sft.measure(test) - base.measure(test)).interval("loss@0").mean < 0
+
+
+def test_the_command_says_what_is_wrong_before_it_trains(tmp_path, capsys):
+    from ironlogic.__main__ import main
+
+    assert main(["evidence", "--preset", "huge", "--out", str(tmp_path)]) == 2
+    assert "unknown preset 'huge'" in capsys.readouterr().err
+    assert (
+        main(["evidence", "--preset", "nano", "--items", str(tmp_path / "none.jsonl"), "--out", str(tmp_path)]) == 2
+    )
+    assert "can't be read" in capsys.readouterr().err
+    assert not list(tmp_path.glob("02_*"))
