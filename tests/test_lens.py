@@ -1,17 +1,19 @@
 """Readings against closed forms and other readings, on every architecture; each known mistake has to be caught."""
 
+import copy
 import json
 import math
+from dataclasses import replace
 
+from ironlogic.lens import compare as comparing
 from ironlogic.lens import probe
 from ironlogic.lens import read as lens
 from ironlogic.lens.attention import read_attention, read_routing
+from ironlogic.lens.compare import compare_layers
 from ironlogic.lens.parts import decoder_layers, embedding, final_norm, lora_factors, output_head, routers
-from ironlogic.lens.probe import pick_positions, settled, sum_up, token_text
+from ironlogic.lens.probe import LensError, pick_positions, settled, sum_up, token_text
 from ironlogic.lens.read import (
-    LensError,
     check_reading,
-    compare,
     entropy_without_norm,
     read_generation,
     read_layers,
@@ -293,6 +295,18 @@ def test_half_precision_models_are_read_in_float32(dtype):
         normed = final_norm(model)(torch.cat(states).float()).double()
         right = (normed @ output_head(model).weight.double().T).log_softmax(-1)
     assert reading.entropy[1:] == pytest.approx(-(right.exp() * right).sum(-1).numpy(), abs=1e-4)
+    assert reading.proved, (reading.checks, reading.allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_reading_knows_what_its_type_may_be_off(nano, dtype):
+    """Notebook 04 ends with `reading.proved`: on a card it reads bfloat16, whose rounding is far wider."""
+    model = copy.deepcopy(nano.model).to(dtype)
+    reading = read_layers(replace(nano, model=model), "Who is taller, Ann or Bob?", positions=None)
+    assert reading.proved
+    assert (max(reading.allowed.values()) < 1e-3) == (dtype == torch.float32)
+    assert not replace(reading, checks={name: 2 * gap for name, gap in reading.allowed.items()}).proved
+    assert not replace(reading, checks={}).proved
 
 
 def test_large_heads_are_multiplied_block_by_block(monkeypatch):
@@ -324,7 +338,7 @@ def test_adapters_are_read_where_they_sit(settings, fed):
     after = read_layers(model, IDS)
     assert (after.entropy[1:] != before.entropy[1:]).all()
     assert (np.abs(after.entropy[0] - before.entropy[0]) > 1e-3).all() == fed
-    compare(model, IDS, null_adapters=1)
+    compare_layers(model, IDS, null_adapters=1)
 
 
 def test_merged_model_reads_as_the_adapter(adapted):
@@ -584,7 +598,7 @@ def test_each_end_alone_lets_mistakes_through(dense, monkeypatch):
                 def one_end(reading, proof, end=end):
                     other = {"last": ("lookup", "lookup_slack"), "embedding": ("own", "own_slack")}[end]
                     loose = {other[0]: getattr(proof, other[0]), other[1]: 1e9}
-                    return check_reading(reading, lens.replace(proof, **loose))
+                    return check_reading(reading, replace(proof, **loose))
 
                 patch.setattr(lens, "check_reading", one_end)
                 try:
@@ -604,11 +618,11 @@ def test_base_and_adapter_must_agree_at_the_embedding(adapted, monkeypatch):
     def drifting(*args, **options):
         reading = read_layers(*args, **options)
         calls.append(reading)
-        return lens.replace(reading, entropy=reading.entropy + 0.01 * len(calls))
+        return replace(reading, entropy=reading.entropy + 0.01 * len(calls))
 
-    monkeypatch.setattr(lens, "read_layers", drifting)
+    monkeypatch.setattr(comparing, "read_layers", drifting)
     with pytest.raises(LensError, match="nothing adapted feeds it"):
-        compare(adapted, IDS)
+        compare_layers(adapted, IDS)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
@@ -828,7 +842,7 @@ def test_dense_models_have_no_routing(dense):
 # --- base and adapter -------------------------------------------------------------------------------------------
 def test_comparison_is_of_one_model(adapted):
     before = [p.detach().clone() for p in adapted.parameters()]
-    found = compare(adapted, IDS, positions=(3, -1), null_adapters=3, seed=5)
+    found = compare_layers(adapted, IDS, positions=(3, -1), null_adapters=3, seed=5)
     assert all(
         torch.equal(a, b) for a, b in zip(before, adapted.parameters(), strict=True)
     )  # the trained one is back
@@ -838,9 +852,9 @@ def test_comparison_is_of_one_model(adapted):
     assert found.null_entropy.shape == found.null_kl_to_final.shape == found.null_same_top.shape == (3, 5, 2)
     assert (found.null_entropy[:, 0] == found.base.entropy[0]).all()  # nothing adapted feeds the embedding row
     assert (found.null_entropy[:, 1:].std(axis=0) > 0).all()
-    again = compare(adapted, IDS, positions=(3, -1), null_adapters=3, seed=5)
+    again = compare_layers(adapted, IDS, positions=(3, -1), null_adapters=3, seed=5)
     assert (again.null_entropy == found.null_entropy).all()
-    other = compare(adapted, IDS, positions=(3, -1), null_adapters=3, seed=6)
+    other = compare_layers(adapted, IDS, positions=(3, -1), null_adapters=3, seed=6)
     assert (other.null_entropy[:, 1:] != found.null_entropy[:, 1:]).all()
     low, high = found.null_band
     assert (found.outside == ((found.adapter.entropy < low - 1e-6) | (found.adapter.entropy > high + 1e-6))).all()
@@ -860,7 +874,7 @@ def test_null_updates_have_the_norm_of_the_trained(experts):
 
     before = norms()
     assert len(before) == 4 + (3 * 8 if experts else 0)
-    with lens._random_update(model, "default", seed=(0, 0)):
+    with comparing._random_update(model, "default", seed=(0, 0)):
         inside = norms()
         changed = [layer.get_delta_weight("default").detach().flatten()[:5] for layer in layers]
     assert torch.allclose(before, inside, rtol=1e-4)
@@ -871,7 +885,7 @@ def test_null_updates_have_the_norm_of_the_trained(experts):
 
 def test_a_failed_null_brings_the_trained_adapter_back(adapted):
     before = [p.detach().clone() for p in adapted.parameters()]
-    with pytest.raises(RuntimeError, match="x"), lens._random_update(adapted, "default", seed=(0, 0)):
+    with pytest.raises(RuntimeError, match="x"), comparing._random_update(adapted, "default", seed=(0, 0)):
         raise RuntimeError("x")
     assert all(torch.equal(a, b) for a, b in zip(before, adapted.parameters(), strict=True))
 
@@ -879,7 +893,7 @@ def test_a_failed_null_brings_the_trained_adapter_back(adapted):
 def test_comparison_of_a_mixture_has_routing():
     torch.manual_seed(0)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    found = compare(peft.get_peft_model(roughen(qwen3_moe()), lora).eval(), IDS, null_adapters=2)
+    found = compare_layers(peft.get_peft_model(roughen(qwen3_moe()), lora).eval(), IDS, null_adapters=2)
     assert found.routing_shift.shape == (3,)
     assert found.null_routing_shift.shape == (2, 3)
     assert found.routing_shift[0] > 0  # attention alone moves the routing
@@ -888,11 +902,11 @@ def test_comparison_of_a_mixture_has_routing():
 
 def test_comparison_needs_an_adapter(dense, adapted):
     with pytest.raises(LensError, match="carries no adapter"):
-        compare(dense, IDS)
+        compare_layers(dense, IDS)
     with pytest.raises(LensError, match="no adapter 'x'; the model carries default"):
-        compare(adapted, IDS, adapter="x")
+        compare_layers(adapted, IDS, adapter="x")
     with pytest.raises(LensError, match="null_adapters is 0"):
-        compare(adapted, IDS, null_adapters=0)
+        compare_layers(adapted, IDS, null_adapters=0)
 
 
 # --- exports ----------------------------------------------------------------------------------------------------

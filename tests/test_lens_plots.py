@@ -6,15 +6,16 @@ from html.parser import HTMLParser
 
 from ironlogic.lens.results import AttentionReading, Comparison, LayerReading, RoutingReading
 from ironlogic.show.lens import (
+    lens_table,
     plot_attention,
     plot_entropy,
     plot_layers,
     plot_ribbon,
     plot_routing,
     plot_words,
+    text_columns,
     token_label,
 )
-from ironlogic.show.lens_tables import lens_table, text_columns
 
 import numpy as np
 import pytest

@@ -12,7 +12,6 @@ from ironlogic.evidence.statistics import (
     samples_worth,
     smallest_detectable,
 )
-from ironlogic.lens.compare import entropy, js_divergence
 
 import numpy as np
 import pytest
@@ -66,26 +65,6 @@ def test_refusals():
         bootstrap_interval([1.0, float("nan")])
     with pytest.raises(ValueError, match=r"\(3,\) and \(2,\)"):
         difference_interval([1, 2, 3], [1, 2])
-
-
-def test_entropy_and_divergence_agree_with_scipy():
-    from scipy.spatial.distance import jensenshannon
-    from scipy.stats import entropy as of_scipy
-
-    rng = np.random.default_rng(0)
-    p, q = rng.dirichlet(np.ones(7), size=(2, 5))
-    assert entropy(p) == pytest.approx(of_scipy(p, axis=-1))
-    assert js_divergence(p, q) == pytest.approx(jensenshannon(p, q, axis=-1) ** 2)
-    assert js_divergence(p, p) == pytest.approx(0, abs=1e-12)
-    assert entropy(np.full(1000, 1e-3)) == pytest.approx(np.log(1000))
-
-
-def test_what_is_no_distribution_is_refused():
-    for values in ([0.5, 0.6], [1.5, -0.5], []):
-        with pytest.raises(ValueError, match="sum to 1"):
-            entropy(values)
-    with pytest.raises(ValueError, match="differ"):
-        js_divergence([1.0], [0.5, 0.5])
 
 
 # -- tests and limits

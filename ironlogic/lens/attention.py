@@ -2,7 +2,7 @@
 
 Both are read from what a layer was given and compared with what it put out before they are returned. Large weights
 on the first token are a sink that most models have whatever that token is; a router moves with its input, so that a
-shift of routing says nothing without the null of `lens.compare`.
+shift of routing says nothing without the null of `compare.compare_layers`.
 """
 
 from collections.abc import Callable, Iterable, Mapping

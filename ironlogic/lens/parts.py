@@ -2,7 +2,7 @@
 
 Works on plain, 4-bit, merged, spliced, compiled and adapted models: wrappers come off, adapters stay in place.
 A part that can't be found is refused by name: a norm silently left out is what made seed 002's "Deep Silence".
-Where parts are used (hooks, float32, checks) is the business of `probe` and `lens`.
+Where parts are used (hooks, float32, checks) is the business of `probe` and `read`.
 """
 
 from typing import Any
@@ -72,7 +72,7 @@ def _child(model: Any, names: tuple[str, ...], what: str) -> nn.Module:
     if found is None:
         raise ModelError(
             f"{type(bare_model(model)).__name__}: no {what} found; its decoder {type(decoder).__name__} has "
-            f"{', '.join(children) or 'no parts'}, expected one of {', '.join(names)} (add it to anatomy.py)"
+            f"{', '.join(children) or 'no parts'}, expected one of {', '.join(names)} (add it to lens/parts.py)"
         )
     return found
 

@@ -2,7 +2,7 @@
 
 Every state goes through `readout`, the last one too, so that what holds for the last (the model's own distribution)
 holds for all. Logits and everything after them are float32 whatever the model's type is. Proves nothing by itself:
-that is `lens.check_reading`.
+that is `read.check_reading`.
 """
 
 import math

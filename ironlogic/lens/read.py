@@ -1,4 +1,4 @@
-"""Layer reading: what each layer says, looks at and routes to, base beside adapter, each reading proved before use.
+"""Layer reading (the logit lens): what each layer would say next, proved before it is returned.
 
 The logit lens (nostalgebraist 2020) sends the state after every layer through the model's own final norm and head.
 A reading that leaves the norm out, applies it twice or takes the wrong state looks just as plausible, so none is
@@ -6,21 +6,15 @@ returned before `check_reading` has found both ends right. What a right reading 
 its top token. Early layers live in another basis (tuned lens, arXiv 2303.08112), and one prompt is one sample.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ironlogic.lens.attention import read_attention, read_routing
-from ironlogic.lens.compare import js_divergence
 from ironlogic.lens.parts import (
     embedding,
     final_norm,
-    lora_factors,
     media_ids,
     output_head,
-    readout_is_adapted,
-    routers,
 )
 from ironlogic.lens.probe import (
     LensError,
@@ -36,28 +30,17 @@ from ironlogic.lens.probe import (
     token_text,
     watch_states,
 )
-from ironlogic.lens.results import ACTIVE, Comparison, LayerReading, RoutingReading
-from ironlogic.models import LoadedModel, inference, use_adapter
+from ironlogic.lens.results import ACTIVE, LayerReading
+from ironlogic.models import LoadedModel, inference
 
 import numpy as np
-import peft
 import torch
 from torch import Tensor
 
-__all__ = [
-    "LensError",
-    "Proof",
-    "check_reading",
-    "compare",
-    "entropy_without_norm",
-    "read_attention",
-    "read_generation",
-    "read_layers",
-    "read_routing",
-]
+__all__ = ["Proof", "check_reading", "entropy_without_norm", "read_generation", "read_layers"]
 
 _CHECKED = 8  # positions of a reading that are proved; all of them went through the same code
-_FLOOR = 1e-4  # nats that float32 may be off
+FLOOR = 1e-4  # nats that float32 may be off
 
 
 # --- layers -----------------------------------------------------------------------------------------------------
@@ -178,7 +161,7 @@ def check_reading(reading: LayerReading, proof: Proof) -> tuple[dict[str, float]
     """
     if not np.isfinite(reading.entropy).all():
         raise LensError("the reading has entropies that are not finite: the model puts out NaN or infinity")
-    if reading.entropy.max() > reading.ln_vocabulary + _FLOOR:
+    if reading.entropy.max() > reading.ln_vocabulary + FLOOR:
         raise LensError(
             f"the reading has an entropy of {reading.entropy.max():.4f} nats, more than ln V, "
             f"{reading.ln_vocabulary:.4f}"
@@ -214,15 +197,15 @@ def _gaps(
     ids = torch.as_tensor(reading.top_ids[row, column], device=logits.device)
     best = log_p.topk(len(ids)).values
     said = torch.as_tensor(reading.top_probs[row, column], device=logits.device).log()
-    low, high = ((log_p > np.log(ACTIVE) + shift).sum().item() for shift in (2 * off + _FLOOR, -2 * off - _FLOOR))
+    low, high = ((log_p > np.log(ACTIVE) + shift).sum().item() for shift in (2 * off + FLOOR, -2 * off - FLOOR))
     active = float(reading.active[row, column])
     tiny = -27.0  # float32 probabilities below e^-27 tell nothing
     return {
-        "entropy": (abs(float(reading.entropy[row, column]) - entropy.item()), _FLOOR + 2 * off * sensitivity),
-        "ranking": ((best.clamp_min(tiny) - log_p[ids].clamp_min(tiny)).abs().max().item(), _FLOOR + 2 * off),
+        "entropy": (abs(float(reading.entropy[row, column]) - entropy.item()), FLOOR + 2 * off * sensitivity),
+        "ranking": ((best.clamp_min(tiny) - log_p[ids].clamp_min(tiny)).abs().max().item(), FLOOR + 2 * off),
         "log probability": (
             (said.clamp_min(tiny) - log_p[ids].clamp_min(tiny)).abs().max().item(),
-            _FLOOR + 2 * off,
+            FLOOR + 2 * off,
         ),
         "active count": (max(low - active, active - high, 0.0), 0.0),
     }
@@ -270,102 +253,3 @@ def _lengthened(value: Any, length: int, more: int) -> Any:
     if isinstance(value, Tensor) and value.shape == (1, length) and not value.is_floating_point():
         return torch.cat([value, value.new_zeros(1, more)], dim=1)
     return value
-
-
-# --- base and adapter -------------------------------------------------------------------------------------------
-def compare(
-    loaded: LoadedModel | Any,
-    prompt: Any,
-    *,
-    positions: int | Iterable[int] | None = -1,
-    top_k: int = 5,
-    adapter: str | None = None,
-    null_adapters: int = 8,
-    seed: int = 0,
-) -> Comparison:
-    """Base and adapter read in one loaded model (adapter off, adapter on), with a null from random adapters.
-
-    The null: as many random low-rank updates as asked for, each layer's of the same rank and Frobenius norm as the
-    trained one. A change that they make too says nothing about what was learned. `adapter`: its name, None for the
-    active one. Raises LensError when there is no adapter, or when the embedding rows differ although nothing that
-    feeds them is adapted.
-    """
-    loaded = model_with_tokenizer(loaded)
-    if not isinstance(loaded.model, peft.PeftModel):
-        raise LensError(
-            f"{type(loaded.model).__name__} carries no adapter; load one with load_model or with_adapters"
-        )
-    if null_adapters < 1:
-        raise LensError(f"null_adapters is {null_adapters}; expected 1 or more")
-    name = adapter or loaded.model.active_adapter
-    if name not in loaded.model.peft_config:
-        raise LensError(f"no adapter {name!r}; the model carries {', '.join(loaded.model.peft_config)}")
-    mixture = bool(routers(loaded.model))
-
-    def read() -> tuple[LayerReading, RoutingReading | None]:
-        reading = read_layers(loaded, prompt, positions=positions, top_k=top_k)
-        return reading, read_routing(loaded, prompt) if mixture else None
-
-    with use_adapter(loaded, None):
-        base, base_routing = read()
-    with use_adapter(loaded, name):
-        ours, our_routing = read()
-        _same_start(loaded.model, base, ours)
-        null = []
-        for draw in range(null_adapters):
-            with _random_update(loaded.model, name, seed=(seed, draw)):
-                null.append(read())
-    return Comparison(
-        base=base,
-        adapter=ours,
-        null_entropy=np.stack([one.entropy for one, _ in null]),
-        null_kl_to_final=np.stack([one.kl_to_final for one, _ in null]),
-        null_same_top=np.stack([one.top_ids[:, :, 0] == base.top_ids[:, :, 0] for one, _ in null]),
-        base_routing=base_routing,
-        adapter_routing=our_routing,
-        routing_shift=_shift(base_routing, our_routing) if mixture else None,
-        null_routing_shift=np.stack([_shift(base_routing, one) for _, one in null]) if mixture else None,
-    )
-
-
-def _same_start(model: Any, base: LayerReading, adapter: LayerReading) -> None:
-    """Refuses two embedding rows that differ although no adapter is where they come from."""
-    gap = float(np.abs(base.entropy[0] - adapter.entropy[0]).max())
-    if gap > _FLOOR and not readout_is_adapted(model):
-        raise LensError(
-            f"base and adapter differ by {gap:.2g} nats at the embedding row, but nothing adapted feeds it: one of "
-            "the two readings is wrong"
-        )
-
-
-def _shift(base: RoutingReading, other: RoutingReading) -> np.ndarray:
-    return js_divergence(base.probabilities, other.probabilities).mean(axis=1)
-
-
-@contextmanager
-def _random_update(model: Any, adapter: str, *, seed: tuple[int, int]) -> Iterator[None]:
-    """The adapter's updates replaced by random ones of the same rank and norm; the trained ones come back."""
-    factors = lora_factors(model, adapter)
-    kept = [(a.detach().clone(), b.detach().clone()) for a, b, _ in factors]
-    rng = np.random.default_rng(seed)
-    try:
-        with torch.no_grad():
-            for a, b, experts in factors:
-                norm = _update_norm(a, b, experts)
-                for factor in (a, b):
-                    factor.copy_(torch.from_numpy(rng.standard_normal(factor.shape, dtype=np.float32)))
-                share = norm / _update_norm(a, b, experts)
-                b.mul_(share.repeat(b.shape[1] // experts))  # columns of B: expert fastest
-        yield
-    finally:
-        with torch.no_grad():
-            for (a, b, _), (old_a, old_b) in zip(factors, kept, strict=True):
-                a.copy_(old_a)
-                b.copy_(old_b)
-
-
-def _update_norm(a: Tensor, b: Tensor, experts: int) -> Tensor:
-    """(experts,) Frobenius norms of B A, from the small Gram matrices."""
-    left = b.float().view(len(b), -1, experts).permute(2, 1, 0)  # (experts, rank, out)
-    right = a.float().view(experts, -1, a.shape[1])  # (experts, rank, in)
-    return ((left @ left.mT) * (right @ right.mT)).sum((1, 2)).clamp_min(0).sqrt()

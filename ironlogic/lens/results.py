@@ -1,11 +1,9 @@
 """What a lens saw, as frozen results that know their shapes and units and write themselves as CSV and JSON.
 
-Holds numbers and token texts only: no model, no torch. `lens` makes readings, `lens_plots` draws them.
+Holds numbers and token texts only: no model, no torch. `read` makes readings, `show.lens` draws them.
 Layers are numbered by how many the token has passed: 0 is the embedding, L is after the last layer.
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import pandas
 
 __all__ = ["ACTIVE", "AttentionReading", "Comparison", "LayerReading", "RoutingReading", "layer_name"]
 
@@ -107,12 +106,7 @@ class LayerReading:
 
     def to_csv(self) -> str:
         """`rows` as comma-separated values with a header."""
-        out = io.StringIO()
-        rows = self.rows()
-        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return out.getvalue()
+        return pandas.DataFrame(self.rows()).to_csv(index=False, lineterminator="\n")
 
     def to_json(self) -> str:
         """Everything, token texts as they are."""

@@ -1,24 +1,30 @@
-"""Lens readings as figures. Computes nothing, knows no model; a token's text can break none of them.
+"""Lens readings as figures and as a table. Computes nothing, knows no model; a token's text can break none of them.
 
-A blank is `·`, a line break `↵`, a tab `→`; what no installed font has is written as \\uXXXX. `$` is a dollar. The
-table is in `lens_tables`.
+In figures a blank is `·`, a line break `↵`, a tab `→`; what no installed font has is written as \\uXXXX, and `$` is
+a dollar. In the table a token is its repr, so that a line stays a line; in HTML it is escaped and isolated from the
+direction of its neighbours.
 """
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from html import escape
 from itertools import groupby
 from pathlib import Path
 
 from ironlogic.lens.results import AttentionReading, Comparison, LayerReading, RoutingReading, layer_name
-from ironlogic.show.lens_tables import HEAT, ink_on, text_columns
 from ironlogic.show.plots import COLORS, _axes
 
+import matplotlib
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 __all__ = [
+    "LensTable",
+    "lens_table",
     "plot_attention",
     "plot_entropy",
     "plot_layers",
@@ -28,6 +34,7 @@ __all__ = [
     "token_label",
 ]
 
+HEAT = matplotlib.colormaps["viridis_r"]  # of entropy, 0 to ln V, in tables and figures
 _CJK = ("notosanscjk", "sourcehansans", "droidsansfallback", "wqy-", "msyh", "simhei", "pingfang", "hiragino")
 _SHOWN = {"\n": "↵", "\r": "⇠", "\t": "→", " ": "·"}
 _WORDS_AT_MOST = 1500  # cells of a heat map that get their token written in
@@ -67,6 +74,17 @@ def token_label(token: str, *, width: int = 10) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode()
+
+
+def text_columns(text: str) -> int:
+    """Columns that a text takes in a monospaced line."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 or unicodedata.category(c) == "Cf" for c in text)
+
+
+def ink_on(color: Sequence[float]) -> str:
+    red, green, blue = color[:3]
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
 
 
 def _finished(figure: Figure) -> Figure:
@@ -233,6 +251,78 @@ def plot_words(comparison: Comparison, *, position: int | None = None) -> Figure
     for layer in layers:
         axes.text(0, layer, layer_name(layer), fontsize=8, color="#666666", va="center")
     return _finished(figure)
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LensTable:
+    """A table as text (`str`, print) and as HTML (notebooks)."""
+
+    text: str
+    html: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def lens_table(reading: LayerReading, *, position: int | None = None) -> LensTable:
+    """Seed 002's table: per layer top token, its probability, active tokens, entropy, next four; final top k."""
+    column = reading.column(position)
+    head = ("layer", "top token", "probability", "active > 1 %", "entropy", "top 2-5")
+    rows = []
+    for layer in reading.layers:
+        first, *others = reading.top_tokens[layer][column]
+        share, nats = reading.top_probs[layer, column, 0], reading.entropy[layer, column]
+        cells = (layer_name(layer), first, f"{share:.1%}", str(reading.active[layer, column]), f"{nats:.4f}")
+        rows.append((*cells, others[:4]))
+    final = list(zip(reading.top_tokens[-1][column], reading.top_probs[-1, column], strict=True))
+    after = f"after {reading.tokens[reading.positions[column]]!r} (position {reading.positions[column]})"
+    return LensTable(_as_text(head, rows, final, after), _as_html(reading, column, head, rows, final, after))
+
+
+def _as_text(head, rows, final, after: str) -> str:
+    lines = [head, *((r[0], _isolated(r[1]), *r[2:5], ", ".join(map(_isolated, r[5]))) for r in rows)]
+    widths = [max(text_columns(line[i]) for line in lines) for i in range(len(head))]
+    padded = [
+        " | ".join(cell + " " * (w - text_columns(cell)) for cell, w in zip(line, widths, strict=True))
+        for line in lines
+    ]
+    ending = [f"{i:>4}. {share:7.2%}  {_isolated(token)}" for i, (token, share) in enumerate(final, start=1)]
+    rule = "-" * (sum(widths) + 3 * (len(widths) - 1))
+    return "\n".join(
+        [after, padded[0].rstrip(), rule, *(p.rstrip() for p in padded[1:]), "", "next token", *ending]
+    )
+
+
+def _isolated(token: str) -> str:
+    """The repr; from right to left, within its own cell."""
+    turned = any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in token)
+    return f"\u2068{token!r}\u2069" if turned else repr(token)
+
+
+def _as_html(reading: LayerReading, column: int, head, rows, final, after: str) -> str:
+    left = "style='text-align:left;white-space:pre;font-family:monospace'"
+
+    def cell(text: str) -> str:
+        return f"<td {left}>{text}</td>"
+
+    def token(text: str) -> str:
+        return f"<bdi>{escape(repr(text))}</bdi>"
+
+    body = []
+    for layer, (name, first, share, active, nats, others) in enumerate(rows):
+        color = HEAT(reading.entropy[layer, column] / reading.ln_vocabulary)
+        red, green, blue = (round(255 * part) for part in color[:3])
+        chip = f"<td style='background:rgb({red},{green},{blue});color:{ink_on(color)}'>{nats}</td>"
+        texts = cell(name), cell(token(first)), cell(share), cell(active), chip, cell(", ".join(map(token, others)))
+        body.append(f"<tr>{''.join(texts)}</tr>")
+    titles = "".join(f"<th {left}>{escape(title)}</th>" for title in head)
+    ending = "".join(f"<li>{token(text)} {share:.2%}</li>" for text, share in final)
+    caption = f"<caption>{escape(after)}; entropy in nats, ln V = {reading.ln_vocabulary:.2f}</caption>"
+    return f"<table>{caption}<tr>{titles}</tr>{''.join(body)}</table><p>next token</p><ol>{ending}</ol>"
 
 
 # --- attention and routing --------------------------------------------------------------------------------------
