@@ -714,7 +714,7 @@ def test_models_without_the_parts_are_refused(dense):
     normless = roughen(qwen3())
     normless.model.other = normless.model.norm
     del normless.model.norm
-    with pytest.raises(ModelError, match=r"no final norm found.*add it to anatomy"):
+    with pytest.raises(ModelError, match=r"no final norm found.*add it to lens"):
         final_norm(normless)
     assert final_norm(dense) is dense.model.norm
     assert embedding(dense) is dense.model.embed_tokens
