@@ -148,3 +148,30 @@ def make_notebook():
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A short FT run on nano in 4 bit, shared by everything that needs a trained adapter and no more."""
+    from ironlogic.burden import Burden
+    from ironlogic.data.problems import make_tasks, task_chat
+    from ironlogic.models import load_model
+    from ironlogic.presets import LoraSettings, TrainSettings
+    from ironlogic.training.sft import train_sft
+
+    settings = TrainSettings(
+        **{"learning_rate": 5e-3, "batch_size": 4, "accumulation": 1, "max_length": 128, "save_steps": 99},
+        lora=LoraSettings(rank=4, alpha=8),
+    )
+    chats = [task_chat(task) for task in make_tasks(16, seed=1)]
+    return train_sft(
+        load_model("nano"), chats, settings, run=tmp_path_factory.mktemp("runs") / "ft", burden=Burden()
+    )
+
+
+@pytest.fixture(scope="session")
+def small_merge(small_run, tmp_path_factory):
+    """`small_run` merged into its base."""
+    from ironlogic.export import merge_adapter
+
+    return merge_adapter(small_run, tmp_path_factory.mktemp("exports") / "merged")

@@ -21,8 +21,8 @@ from ironlogic.export import (
     open_export,
     write_modelfile,
 )
+from ironlogic.export.gguf import llama_answers
 from ironlogic.generate import generate, stream
-from ironlogic.llama import llama_answers
 from ironlogic.models import DATA, add_lora, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.training.runs import save_adapter
@@ -43,21 +43,19 @@ LORA = LoraSettings(rank=4, alpha=8)
 SETTINGS = TrainSettings(learning_rate=5e-3, batch_size=4, accumulation=1, max_length=128, save_steps=99, lora=LORA)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return train_sft(
-        load_model("nano"), CHATS, SETTINGS, run=tmp_path_factory.mktemp("runs") / "ft", burden=Burden()
-    )
+@pytest.fixture
+def run(small_run):
+    return small_run
+
+
+@pytest.fixture
+def merged(small_merge):
+    return small_merge
 
 
 @pytest.fixture(scope="module")
-def merged(run, tmp_path_factory):
-    return merge_adapter(run, tmp_path_factory.mktemp("exports") / "merged")
-
-
-@pytest.fixture(scope="module")
-def q8(merged, tmp_path_factory):
-    return export_gguf(merged, tmp_path_factory.mktemp("gguf"), quantization="q8_0")
+def q8(small_merge, tmp_path_factory):
+    return export_gguf(small_merge, tmp_path_factory.mktemp("gguf"), quantization="q8_0")
 
 
 def digest(folder):
@@ -289,7 +287,7 @@ def test_what_gguf_cannot_hold_is_told_with_the_command_to_run_later(tmp_path, m
 
 @pytest.mark.slow
 def test_nothing_is_published_unread(q8, merged, tmp_path, monkeypatch):
-    monkeypatch.setattr("ironlogic.llama.modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES", [])
+    monkeypatch.setattr("ironlogic.export.gguf.modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES", [])
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(ExportError, match="can't be checked here"):
         export_gguf(merged, tmp_path / "x.gguf")

@@ -42,7 +42,6 @@ GROUND_UP = """
 # Files that still have to be folded into the place named behind them
 FOLDED = {
     **{"architectures": "memory", "backends": "models", "setup_cell": "session", "burden_fast": "burden"},
-    **{"artefacts": "export", "gguf_file": "export", "llama": "export", "model_card": "export"},
     "notebooks": "__main__",
 }
 LARGEST_FILE, LARGEST_DATA = 6 * 2**20, 25 * 2**20

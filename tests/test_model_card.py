@@ -5,10 +5,11 @@ from dataclasses import asdict
 
 from ironlogic.evidence.claims import CLAIMS, Finding
 from ironlogic.evidence.statistics import Interval
-from ironlogic.model_card import model_card, write_model_card
+from ironlogic.export.card import model_card, write_model_card
 from ironlogic.training.runs import Run, RunError
 
 import pytest
+import yaml
 
 RECORD = {
     "ironlogic": "0.1",
@@ -43,9 +44,9 @@ def run(tmp_path):
 
 def test_training_comes_from_the_run(run):
     card = model_card(run)
-    assert card.startswith("---\nlicense: other")
-    assert "base_model: google/gemma-3-12b-it" in card
-    assert "- fragmented-training" in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["license"], head["base_model"]) == ("other", "google/gemma-3-12b-it")
+    assert "fragmented-training" in head["tags"]
     assert "70% of the words" in card
     for fact in (
         "2.500, 0.750 nats",

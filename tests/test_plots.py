@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from ironlogic.burden import apply_burden, measure_disorder
 from ironlogic.memory import plan_memory
 from ironlogic.show.plots import (
     plot_disorder,
+    plot_exports,
     plot_losses,
     plot_memory,
     plot_reached,
@@ -50,3 +52,22 @@ def test_drawing_needs_no_torch():
     code = "import ironlogic.show.plots, ironlogic.show.widgets, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_exports_are_drawn_by_size_and_divergence():
+    def point(kind, reader, mebibytes, mean_kl, tolerance):
+        return SimpleNamespace(
+            kind=kind, reader=reader, bytes=mebibytes * 2**20, mean_kl=mean_kl, tolerance=tolerance
+        )
+
+    rows = [
+        point("f32", "transformers", 4, 0.0, 1e-6),
+        point("q8_0", "transformers", 1, 3e-4, 1e-2),
+        point("q8_0", "llama.cpp", 1, 5e-4, 1e-2),
+    ]
+    (axes,) = plot_exports(rows).axes
+    drawn = {c.get_label(): c.get_offsets().tolist() for c in axes.collections}
+    assert drawn["read by transformers"] == [[4.0, 1e-9], [1.0, 3e-4]], "equal is drawn at the floor"
+    assert drawn["read by llama.cpp"] == [[1.0, 5e-4]]
+    assert drawn["allowed"] == [[4.0, 1e-6], [1.0, 1e-2], [1.0, 1e-2]]
+    assert [text.get_text() for text in axes.texts] == ["f32", "q8_0"]

@@ -10,11 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:  # nothing here needs torch
+    from ironlogic.export.artefacts import Comparison
     from ironlogic.memory import MemoryPlan
 
 __all__ = [
     "COLORS",
     "plot_disorder",
+    "plot_exports",
     "plot_losses",
     "plot_memory",
     "plot_reached",
@@ -34,6 +36,10 @@ COLORS = {  # an arm has one colour in every figure
     "yours": "#d62728",
     "control": "#1f77b4",
 }
+
+
+_MARKS = {"transformers": "o", "llama.cpp": "^"}
+_FLOOR = 1e-9  # nats: what equal distributions are drawn at
 
 
 def _color(arm: str, position: int) -> str:
@@ -130,4 +136,25 @@ def plot_reached(units: Sequence[int], displaced: Sequence[float], *, ratio: flo
     axes.axhline(ratio, color="gray", ls=":", lw=1, label="asked for")
     axes.set(xlabel="units (words) in the user's turns", ylabel="share displaced", ylim=(-0.02, 1.02))
     axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_exports(comparisons: "Sequence[Comparison]") -> Figure:
+    """Size against the mean divergence of the next-token distributions, a point per artefact and reader.
+
+    The red bar above a point is what an artefact of its kind may have.
+    """
+    figure, (axes,) = _axes()
+    for reader in dict.fromkeys(c.reader for c in comparisons):
+        mine = [c for c in comparisons if c.reader == reader]
+        x, y = [c.bytes / 2**20 for c in mine], [max(c.mean_kl, _FLOOR) for c in mine]
+        axes.scatter(x, y, marker=_MARKS.get(reader, "s"), label=f"read by {reader}", zorder=3)
+    x, y = [c.bytes / 2**20 for c in comparisons], [c.tolerance for c in comparisons]
+    axes.scatter(x, y, marker="_", s=300, color="tab:red", label="allowed")
+    for kind, c in {c.kind: c for c in comparisons}.items():
+        axes.annotate(kind, (c.bytes / 2**20, c.tolerance), xytext=(0, 5), textcoords="offset points", ha="center")
+    axes.set(yscale="log", xlabel="size, MiB", ylabel="mean KL from its source, nats", ylim=(_FLOOR / 2, 1))
+    axes.set_xlim(left=0)
+    axes.margins(x=0.15)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
     return figure

@@ -1,4 +1,4 @@
-"""A model card: what the model is, how it was trained, what was measured, what it may not be used for.
+"""The model card: what the model is, how it was trained, what was measured, what it may not be used for.
 
 Every figure comes from the run folder, from export.json or from the findings beside a report of notebook 05; where
 nothing was measured, the card says that. Does not know the licence of a base: its own card does.
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ironlogic.training.runs import Run, RunError, open_run
+
+from huggingface_hub import ModelCardData
 
 __all__ = ["model_card", "write_model_card"]
 
@@ -92,11 +94,14 @@ def _stages(run: Run) -> list[Run]:
 
 def _front_matter(base: str, stages: Sequence[Run]) -> str:
     burdened = any(stage.record.get("burden") for stage in stages)
-    tags = ["iron-logic", "lora", *(["fragmented-training"] if burdened else [])]
-    lines = ["---", "license: other", "license_name: see-the-section-licence", "library_name: transformers"]
-    if "/" in base:  # the hub knows owner/name only
-        lines.append(f"base_model: {base}")
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""])
+    data = ModelCardData(
+        license="other",
+        license_name="see-the-section-licence",
+        library_name="transformers",
+        base_model=base if "/" in base else None,  # the hub knows owner/name only
+        tags=["iron-logic", "lora", *(["fragmented-training"] if burdened else [])],
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _how(record: dict[str, Any]) -> str:

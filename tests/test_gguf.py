@@ -3,17 +3,26 @@
 import json
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 from data.make.nano import CHAT_TEMPLATE, DATA
-from ironlogic.gguf_file import (
+from ironlogic.data.problems import make_tasks
+from ironlogic.export import check_export, export_gguf, export_lora_gguf
+from ironlogic.export.gguf import (
     ExportError,
+    convert,
+    find_quantizer,
+    gguf_readers,
+    llama_answers,
     modelfile_text,
     plain_template,
     why_not_gguf,
     write_gguf,
     write_lora_gguf,
 )
+from ironlogic.generate import generate
+from ironlogic.models import load_model
 
 import gguf
 import jinja2
@@ -205,3 +214,72 @@ def test_the_go_template_of_nano():
 def test_templates_that_are_no_row_of_turns_are_refused(template):
     with pytest.raises(ExportError, match="by hand"):
         modelfile_text("x.gguf", Renders(template), stops=[])
+
+
+# --- llama.cpp ----------------------------------------------------------------------------------------------
+PROMPTS = [task.prompt for task in make_tasks(20, seed=5, split="test")]
+needs_llama = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="no llama.cpp here (pip install llama-cpp-python compiles it)"
+)
+
+
+@pytest.fixture(scope="module")
+def answers(small_run):
+    """Of the base in 32 bit with the adapter beside it, by transformers."""
+    return [c.text for c in generate(load_model(small_run.adapter, four_bit=False), PROMPTS, max_new_tokens=72)]
+
+
+@needs_llama
+@pytest.mark.parametrize(("quantization", "equal"), [("f16", 20), ("q8_0", 18), ("q4_k_m", 15)])
+def test_greedy_answers_are_those_of_transformers(small_merge, answers, tmp_path, quantization, equal):
+    path = export_gguf(small_merge, tmp_path, quantization=quantization)
+    found = check_export(path, small_merge)
+    assert {c.reader for c in found} == {"transformers", "llama.cpp"}
+    same = sum(a == b for a, b in zip(answers, llama_answers(path, PROMPTS, like=small_merge), strict=True))
+    print(f"{quantization}: {same} of {len(PROMPTS)} answers the same; {found}")
+    assert same >= equal
+
+
+@needs_llama
+def test_base_and_lora_file_together_are_the_adapter(small_run, answers, tmp_path):
+    base = export_gguf("nano", tmp_path, quantization="f16")
+    lora = export_lora_gguf(small_run, tmp_path)
+    alone = llama_answers(base, PROMPTS, like=NANO)
+    assert llama_answers(base, PROMPTS, like=NANO, lora=lora) == answers != alone
+
+
+@needs_llama
+def test_another_way_of_cutting_words_is_found(small_merge, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "ironlogic.export.gguf._word_rule", lambda _: "qwen2"
+    )  # single digits: nano has whole numbers
+    with pytest.raises(ExportError, match=r"llama\.cpp cuts .* into other tokens"):
+        export_gguf(small_merge, tmp_path, quantization="f16")
+
+
+@pytest.mark.slow
+def test_readers_of_a_file(tmp_path, monkeypatch):
+    path = export_gguf("nano", tmp_path, quantization="q8_0")
+    assert gguf_readers(path)[0] == "q8_0"
+    assert "transformers" in gguf_readers(path)[1]
+    reader = gguf.GGUFReader(path, "r+")
+    reader.fields["qwen3.attention.key_length"].parts[-1][0] = 64
+    reader.data.flush()
+    assert "transformers" not in gguf_readers(path)[1], "its reader would take 128 for granted"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ExportError, match="cut short or damaged"):
+        gguf_readers(path)
+
+
+def test_tools_of_a_checkout(tmp_path, monkeypatch):
+    with pytest.raises(ExportError, match="is no checkout"):
+        convert(tmp_path, NANO, tmp_path / "x.gguf", "f16")
+    tool = tmp_path / "build" / "bin" / "llama-quantize"
+    tool.parent.mkdir(parents=True)
+    tool.touch()
+    assert find_quantizer(tmp_path) == tool
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import sys; open(sys.argv[3], 'w').write(' '.join(sys.argv[1:]))"
+    )
+    convert(tmp_path, NANO, tmp_path / "x.gguf", "f16")
+    assert (tmp_path / "x.gguf").read_text() == f"{NANO} --outfile {tmp_path / 'x.gguf'} --outtype f16"

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ironlogic.artefacts import (
+from ironlogic.export.artefacts import (
     TYPES,
     Comparison,
     Source,
@@ -29,8 +29,20 @@ from ironlogic.artefacts import (
     read_config,
     with_adapter,
 )
-from ironlogic.gguf_file import ExportError, modelfile_text, why_not_gguf, write_gguf, write_lora_gguf
-from ironlogic.llama import convert, find_quantizer, gguf_logits, gguf_readers, load_gguf, open_llama, quantize
+from ironlogic.export.gguf import (
+    ExportError,
+    convert,
+    find_quantizer,
+    gguf_logits,
+    gguf_readers,
+    load_gguf,
+    modelfile_text,
+    open_llama,
+    quantize,
+    why_not_gguf,
+    write_gguf,
+    write_lora_gguf,
+)
 from ironlogic.models import LoadedModel, free_memory, in_plain_process, load_model
 from ironlogic.training.runs import Run, write_json
 
@@ -40,7 +52,6 @@ import transformers
 from safetensors import SafetensorError
 
 __all__ = [
-    "ExportError",
     "check_export",
     "export_gguf",
     "export_lora_gguf",
@@ -140,7 +151,7 @@ def export_gguf(
     """A run, an adapter or a merged folder as one GGUF file (f16, q8_0 or q4_k_m), compared before it is published.
 
     `out`: the file, or a folder that gets `<name>-<quantization>.gguf`. Written by the converter of a llama.cpp
-    checkout (`llama_cpp`, or UNSLOTH_LLAMA_CPP_SCRIPTS_DIR; "": none); else, dense Qwen3 only, by `gguf_file`.
+    checkout (`llama_cpp`, or UNSLOTH_LLAMA_CPP_SCRIPTS_DIR; "": none); else, dense Qwen3 only, by `gguf`.
     q4_k_m also needs a quantizer: `llama-quantize` or the package llama-cpp-python. Nothing is built in this
     process; what is missing is named with the command to run later (`ExportError`).
     """
@@ -206,7 +217,7 @@ def _end_ids(place: str | Path) -> list[int]:
 
 
 def _write(folder: Path, path: Path, quantization: str, checkout: Path | None) -> None:
-    """A whole model as GGUF by the converter of the checkout, or by `gguf_file`; q4_k_m by way of f16."""
+    """A whole model as GGUF by the converter of the checkout, or by `gguf`; q4_k_m by way of f16."""
     tool = find_quantizer(checkout) if quantization == "q4_k_m" else None
     first = path.with_name(f"{path.name}.f16") if quantization == "q4_k_m" else path
     kind = "f16" if quantization == "q4_k_m" else quantization

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ironlogic.backends import _load_processor
-from ironlogic.gguf_file import ExportError
+from ironlogic.export.gguf import ExportError
 from ironlogic.models import ModelError, model_inputs, resolve, split_adapter
 from ironlogic.training.runs import Run, RunError, open_run, run_folder
 
