@@ -7,8 +7,7 @@ with words, Chinese and Japanese characters with such characters, closed sentenc
 of them grow together.
 
 A draw is a pure function of (seed, epoch, row, message): the same bytes for any batch size, order of rows,
-number of processes and platform. `apply_burden` is the readable reference, `apply_burden_many` the quick way
-to the same bytes.
+number of processes and platform.
 
 What this module does not know: what a unit is (`units`), and whether a burden does a model any good
 (`evidence`).
@@ -21,7 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from ironlogic.burden_fast import draw, move_words
 from ironlogic.units import (
     PROTECTED,
     BurdenError,
@@ -29,6 +27,7 @@ from ironlogic.units import (
     Unit,
     check_share,
     check_unit,
+    chosen_count,
     expected_disorder,
     kind_of,
     measure_disorder,
@@ -50,9 +49,7 @@ __all__ = [
     "BurdenError",
     "Disorder",
     "apply_burden",
-    "apply_burden_many",
     "burden_dataset",
-    "burden_ids",
     "burden_messages",
     "expected_disorder",
     "measure_disorder",
@@ -87,6 +84,12 @@ class Burden:
         object.__setattr__(self, "protect", tuple(self.protect))  # a list, when read back from run.json
         object.__setattr__(self, "roles", tuple(self.roles))
 
+    def apply(
+        self, dataset: "datasets.Dataset", *, epochs: int = 1, seed: int = 0, **options
+    ) -> "datasets.Dataset":
+        """`burden_dataset` with this burden: `epochs` times the rows, each epoch with a draw of its own."""
+        return burden_dataset(dataset, self, seed=seed, epochs=epochs, **options)
+
 
 def _check_names(where: str, name: str, value, known: tuple[str, ...]) -> None:
     if not isinstance(value, (tuple, list)) or any(item not in known for item in value):
@@ -100,6 +103,21 @@ def _check(where: str, ratio, unit, protect) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- one text
+# splitmix64 (Steele, Lea and Flood 2014): good random bits from any state, the same on every platform
+_ODD, _GOLDEN = np.uint64(0xD1342543DE82EF95), np.uint64(0x9E3779B97F4A7C15)
+_MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_27, _28, _30, _31 = (np.uint64(bits) for bits in (27, 28, 30, 31))
+
+
+def draw(n: int, number: int, ratio: float) -> np.ndarray:
+    """`chosen_count` of the positions 0..n-1 in a uniform random order, (k,): the first by 36 bits and position."""
+    x = np.arange(n, dtype=np.uint64) * _ODD + np.uint64(number) + _GOLDEN  # uint64 wraps by definition
+    x = (x ^ (x >> _30)) * _MIX1
+    x = (x ^ (x >> _27)) * _MIX2
+    scores = (x ^ (x >> _31)) >> _28
+    return np.argsort(scores, kind="stable")[: chosen_count(n, ratio)]
+
+
 def _number(seed: int, key: Iterable[int | str]) -> int:
     """64 bits that stand for (seed, *key). A field says its type and length, so that none runs into the next."""
     data = b""
@@ -178,55 +196,6 @@ def seed_burden(text: str, ratio: float, rng: random.Random) -> str:
     return " ".join(words)
 
 
-def burden_ids(
-    ids: Sequence[int],
-    movable: Sequence[bool],
-    *,
-    ratio: float = 0.7,
-    seed: int = 0,
-    key: tuple[int | str, ...] = (),
-) -> list[int]:
-    """Token ids with `ratio` of the movable ones in each other's places. `movable` is False for special tokens.
-
-    Raises `BurdenError` when the two lengths differ.
-    """
-    check_share("burden_ids", "ratio", ratio)
-    if len(ids) != len(movable):
-        raise BurdenError(f"burden_ids: {len(ids)} ids but {len(movable)} flags; expected one flag per id")
-    places = np.flatnonzero(np.asarray(movable, bool))
-    drawn = places[draw(len(places), _number(seed, key), ratio)]
-    moved = np.array(ids, np.int64)
-    moved[drawn] = moved[np.sort(drawn)]
-    return moved.tolist()
-
-
-def apply_burden_many(
-    texts: Sequence[str],
-    *,
-    keys: Sequence[tuple[int | str, ...]],
-    ratio: float = 0.7,
-    unit: Unit = "word",
-    seed: int = 0,
-    protect: Sequence[str] = PROTECTED,
-    tokenizer=None,
-) -> list[str]:
-    """`apply_burden` of every text with its own key: the same bytes, words several times as fast. Same errors."""
-    _check("apply_burden_many", ratio, unit, protect)
-    settings = {"ratio": ratio, "unit": unit, "seed": seed, "protect": protect, "tokenizer": tokenizer}
-    if len(texts) != len(keys) or not all(isinstance(text, str) for text in texts):
-        raise BurdenError(
-            f"apply_burden_many: {len(texts)} texts and {len(keys)} keys; expected strings, one key each"
-        )
-    if unit != "word":
-        return [apply_burden(text, key=key, **settings) for text, key in zip(texts, keys, strict=True)]
-    spans = [protected_spans(text, protect) for text in texts]
-    moved = move_words(texts, [_number(seed, key) for key in keys], ratio, spans)
-    return [
-        apply_burden(text, key=key, **settings) if quick is None else quick
-        for text, key, quick in zip(texts, keys, moved, strict=True)
-    ]
-
-
 # ------------------------------------------------------------------------------------- messages and data sets
 def burden_messages(
     messages: Sequence[Mapping],
@@ -242,28 +211,22 @@ def burden_messages(
     The key of a text is (epoch, row, index of its message); the second and later text parts of a list add
     their index. All other fields and parts are kept. Raises `BurdenError`.
     """
-    return _burden_rows([messages], [row], [epoch], burden, seed, tokenizer)[0][0]
+    return _burdened(messages, burden, seed=seed, epoch=epoch, row=row, tokenizer=tokenizer)[0]
 
 
-def _burden_rows(conversations, rows, epochs, burden: Burden, seed: int, tokenizer):
-    """Per conversation its burdened copy and the (before, after) of every text that may have changed."""
-    copies, owners, holders, keys = [], [], [], []
-    for messages, row, epoch in zip(conversations, rows, epochs, strict=True):
-        copies.append(_copied(messages, row))
-        drawn = epoch if burden.redraw else 0
-        texts = _texts(copies[-1], burden.roles, row)
-        if _number(seed, ("mix", drawn, row)) < burden.mix * 2**64:
-            holders += [(holder, field) for _, holder, field in texts]
-            keys += [(drawn, row, *place) for place, _, _ in texts]
-            owners += [len(copies) - 1] * len(texts)
+def _burdened(messages, burden: Burden, *, seed, epoch, row, tokenizer) -> tuple[list[dict], list[tuple[str, str]]]:
+    """The burdened copy of a conversation, and (before, after) of every text that may have changed."""
+    copy, pairs = _copied(messages, row), []
+    drawn = epoch if burden.redraw else 0
+    texts = _texts(copy, burden.roles, row)
+    if _number(seed, ("mix", drawn, row)) >= burden.mix * 2**64:
+        return copy, pairs
     settings = {"ratio": burden.ratio, "unit": burden.unit, "protect": burden.protect, "tokenizer": tokenizer}
-    before = [holder[field] for holder, field in holders]
-    after = apply_burden_many(before, keys=keys, seed=seed, **settings)
-    pairs = [[] for _ in copies]
-    for owner, (holder, field), old, new in zip(owners, holders, before, after, strict=True):
-        holder[field] = new
-        pairs[owner].append((old, new))
-    return list(zip(copies, pairs, strict=True))
+    for end_of_key, holder, field in texts:
+        before = holder[field]
+        holder[field] = apply_burden(before, seed=seed, key=(drawn, row, *end_of_key), **settings)
+        pairs.append((before, holder[field]))
+    return copy, pairs
 
 
 def _copied(messages: Sequence[Mapping], row) -> list[dict]:
@@ -347,7 +310,10 @@ def burden_dataset(
 def _burden_batch(batch, indices: list[int], *, burden: Burden, seed: int, rows: int, tokenizer) -> dict[str, list]:
     keys = batch["row"] if "row" in batch else [index % rows for index in indices]
     epochs = [index // rows for index in indices]
-    done = _burden_rows(batch["messages"], keys, epochs, burden, seed, tokenizer)
+    done = [
+        _burdened(messages, burden, seed=seed, epoch=epoch, row=row, tokenizer=tokenizer)
+        for messages, row, epoch in zip(batch["messages"], keys, epochs, strict=True)
+    ]
     reached = [asdict(pooled_disorder(pairs, unit=burden.unit, tokenizer=tokenizer)) for _, pairs in done]
     columns = {name: [disorder[name] for disorder in reached] for name in _ADDED[1:]}
     return {"messages": [messages for messages, _ in done], "row": keys, "epoch": epochs, **columns}

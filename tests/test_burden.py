@@ -8,15 +8,14 @@ import re
 import time
 from collections import Counter
 
-from ironlogic import burden_fast, units
+from ironlogic import burden as burdens
+from ironlogic import units
 from ironlogic.burden import (
     Burden,
     BurdenError,
     Disorder,
     apply_burden,
-    apply_burden_many,
     burden_dataset,
-    burden_ids,
     burden_messages,
     expected_disorder,
     measure_disorder,
@@ -173,15 +172,14 @@ def test_known_keys_give_known_bytes():
     assert apply_burden(text, unit="seed", key=(0, 0, 0)) == seeded
     sentences = apply_burden("One. Two? Three! Four", unit="sentence", ratio=1, key=(0, 0, 2))
     assert sentences == "Two? One. Three! Four"
-    assert burden_ids(range(10), [True] * 8 + [False] * 2, ratio=0.7) == [4, 0, 2, 3, 1, 5, 7, 6, 8, 9]
 
 
 def test_permutations_are_uniform():
     """Chi-square of the 24 orders of 4 words, and of which 2 of 4 move; 23 and 5 degrees of freedom, p = 1e-4."""
-    orders = Counter(tuple(burden_fast.draw(4, key, 1.0)) for key in map(plain_key, range(6000)))
+    orders = Counter(tuple(burdens.draw(4, key, 1.0)) for key in map(plain_key, range(6000)))
     assert len(orders) == 24
     assert sum((seen - 250) ** 2 / 250 for seen in orders.values()) < 57
-    pairs = Counter(frozenset(burden_fast.draw(4, key, 0.5).tolist()) for key in map(plain_key, range(6000)))
+    pairs = Counter(frozenset(burdens.draw(4, key, 0.5).tolist()) for key in map(plain_key, range(6000)))
     assert len(pairs) == 6
     assert sum((seen - 1000) ** 2 / 1000 for seen in pairs.values()) < 26
 
@@ -202,53 +200,11 @@ def test_fields_of_a_key_do_not_run_into_each_other():
     ("ratio", "n", "k"), [(0.7, 10, 7), (0.7, 5, 4), (0.29, 50, 15), (0.15, 10, 2), (1, 3, 3), (0.7, 90, 63)]
 )
 def test_number_of_units_drawn(ratio, n, k):
-    assert len(burden_fast.draw(n, 1, ratio)) == k
-    assert len(burden_fast._draw_rows(np.array([n]), [1], ratio)) == k
+    assert len(burdens.draw(n, 1, ratio)) == k
 
 
-def test_rows_too_long_for_the_packed_sort_are_drawn_alike():
-    n = (1 << 18) + 1
-    rows = burden_fast._draw_rows(np.array([5, n]), [7, 8], 0.5)
-    assert np.array_equal(rows, np.append(burden_fast.draw(5, 7, 0.5), 5 + burden_fast.draw(n, 8, 0.5)))
-
-
-# ------------------------------------------------------------------------------------------- quick == readable
-@pytest.mark.slow
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(hostile, keys), max_size=8),
-    ratios,
-    st.sampled_from([units.PROTECTED, (), ("code",), ("tag", "url")]),
-)
-def test_many_texts_at_once_give_the_bytes_of_the_reference(rows, ratio, protect):
-    texts = [text for text, _ in rows]
-    many = apply_burden_many(texts, keys=[key for _, key in rows], ratio=ratio, seed=3, protect=protect)
-    assert many == [apply_burden(text, ratio=ratio, seed=3, key=key, protect=protect) for text, key in rows]
-
-
-def test_more_texts_than_one_pass_holds():
-    rng = random.Random(0)
-    texts = ["".join(rng.choices(FRAGMENTS + WORDS, k=rng.randrange(60))) for _ in range(700)]
-    assert apply_burden_many(texts, keys=[(0, i) for i in range(700)]) == [
-        apply_burden(text, key=(0, i)) for i, text in enumerate(texts)
-    ]
-
-
-def test_a_mark_that_opens_a_text_does_not_join_the_text_before():
-    texts = ["é b c d", "\ufe0fx y z w", "❤\ufe0f you and me"]
-    for row in range(20):
-        many = apply_burden_many(texts, keys=[(row, i) for i in range(3)], ratio=1)
-        assert many == [apply_burden(text, key=(row, i), ratio=1) for i, text in enumerate(texts)]
-        assert many[1][0] == "\ufe0f"
-
-
-def test_classes_of_characters_are_those_of_the_patterns():
-    """The table of the quick path against `re` and `str`, code point by code point."""
-    blank = {code for code in range(0x110000) if chr(code).isspace()}
-    assert {int(code) for code in np.flatnonzero(burden_fast._CLASSES == burden_fast._BLANK)} == blank
-    every = "".join(map(chr, range(0x110000)))
-    cjk = {ord(character) for character in units._CJK.findall(every)}
-    assert {int(code) for code in np.flatnonzero(burden_fast._CLASSES == burden_fast._CJK)} == cjk
+def test_which_characters_stand_for_words():
+    cjk = {ord(character) for character in units._CJK.findall("".join(map(chr, range(0x110000))))}
     assert {0x3002, 0xFF0C, 0x3042, 0x30A2, 0x4E2D, 0x20000} <= cjk
     assert not cjk & {ord("a"), ord("é"), ord("한"), ord("ㄱ"), ord("—"), ord("”"), 0x3000, 0x1F600}
 
@@ -480,16 +436,6 @@ def test_tokens_need_a_fast_tokenizer(wrong):
         measure_disorder("a b", "b a", unit="token", tokenizer=wrong)
 
 
-@given(st.lists(st.tuples(st.integers(0, 200_000), st.booleans()), max_size=80), ratios, keys)
-def test_ids_that_may_not_move_do_not(pairs, ratio, key):
-    ids, movable = [token for token, _ in pairs], [flag for _, flag in pairs]
-    moved = burden_ids(ids, movable, ratio=ratio, key=key)
-    assert Counter(moved) == Counter(ids)
-    assert [a for a, flag in zip(moved, movable, strict=True) if not flag] == [a for a, flag in pairs if not flag]
-    text = apply_burden(" ".join(f"{token}" for token, flag in pairs if flag), ratio=ratio, key=key)
-    assert [str(a) for a, flag in zip(moved, movable, strict=True) if flag] == text.split()
-
-
 # ------------------------------------------------------------------------------------------------------ disorder
 def brute_disorder(source):
     """Shares for a permutation given as source positions, pair by pair."""
@@ -528,7 +474,7 @@ def test_expected_disorder_is_the_mean_over_all_draws(n):
 @pytest.mark.parametrize(("n", "ratio"), [(150, 0.7), (40, 0.3), (12, 1.0)])
 def test_disorder_reached_agrees_with_the_expectation(n, ratio):
     text = " ".join(f"w{i}" for i in range(n))
-    many = apply_burden_many([text] * 600, keys=[(0, row, 0) for row in range(600)], ratio=ratio)
+    many = [apply_burden(text, key=(0, row, 0), ratio=ratio) for row in range(600)]
     reached = np.array([shares(measure_disorder(text, one)) for one in many])
     error = reached.std(0, ddof=1) / np.sqrt(len(reached))
     assert (np.abs(reached.mean(0) - shares(expected_disorder(n, ratio))) <= 4 * error + 1e-12).all()
@@ -744,9 +690,8 @@ def test_wrong_settings_are_named(setting, message):
     with pytest.raises(BurdenError, match=re.escape(message)):
         Burden(**setting)
     if setting.keys() <= {"ratio", "unit", "protect"}:
-        for call in (lambda: apply_burden("a b c", **setting), lambda: apply_burden_many([], keys=[], **setting)):
-            with pytest.raises(BurdenError, match=re.escape(message.partition(": ")[2])):
-                call()
+        with pytest.raises(BurdenError, match=re.escape(message.partition(": ")[2])):
+            apply_burden("a b c", **setting)
 
 
 def test_a_burden_read_back_from_json_is_the_same():
@@ -760,9 +705,6 @@ def test_a_burden_read_back_from_json_is_the_same():
         (lambda: apply_burden(None), "apply_burden: text is None; expected a string"),
         (lambda: apply_burden("a b c", key=(1.5,)), "key (1.5,); expected a whole number"),
         (lambda: apply_burden("a b c", key=3), "key 3; expected a whole number"),
-        (lambda: apply_burden_many(["a"], keys=[]), "1 texts and 0 keys"),
-        (lambda: apply_burden_many([None], keys=[()]), "expected strings"),
-        (lambda: burden_ids([1, 2], [True], ratio=1), "2 ids but 1 flags"),
         (lambda: expected_disorder(-1, 0.5), "n is -1; expected a number of units"),
         (lambda: measure_disorder("a", None), "expected two strings"),
         (lambda: measure_disorder("a", "a", unit="line"), "unit is 'line'; expected one of"),
