@@ -50,9 +50,8 @@ SPECIAL = (  # Qwen3's names, so that everything that knows Qwen3 finds them
     "<|vision_start|>",
     "<|vision_end|>",
     "<|image_pad|>",
-    "<think>",
-    "</think>",
 )
+THINKING = ("<think>", "</think>")  # one token each, but text to read, as in Qwen3's tokenizer
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
   {%- if content is string -%}{{- content -}}
@@ -143,13 +142,16 @@ def build_tokenizer(rng: random.Random, *, vocabulary: int = 1024) -> PreTrained
     texts += ["system", "user", "assistant"] * 2_000  # the headers: one token each
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(SPECIAL),
+        special_tokens=[*SPECIAL, *THINKING],  # whole, and the first ids
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    state = json.loads(bpe.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] in SPECIAL
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",

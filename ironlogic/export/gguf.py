@@ -52,7 +52,6 @@ _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-_THINKING = ("<think>", "</think>")  # text to read, as in Qwen3's own tokenizer
 _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 
 
@@ -156,8 +155,7 @@ def _describe_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) 
     kinds = dict.fromkeys(ids.values(), gguf.TokenType.NORMAL)
     for added in tokenizer["added_tokens"]:
         ids[added["content"]] = added["id"]
-        hidden = added["special"] and added["content"] not in _THINKING
-        kinds[added["id"]] = gguf.TokenType.CONTROL if hidden else gguf.TokenType.USER_DEFINED
+        kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     text = {i: token for token, i in ids.items()}
     every = range(max(vocabulary, len(ids)))
     writer.add_tokenizer_model("gpt2")  # llama.cpp's name of byte-level BPE

@@ -98,8 +98,7 @@ def train_grpo(
 
     Rows have a `prompt` (text of a user turn, or messages) and whatever columns the rewards want, for
     `accuracy_reward` an `answer`. A reward takes `completions` and those columns, a value per completion each, and
-    returns a number per completion; several are added up. It gets the text with its `<think>` tags, which TRL
-    drops where they are special tokens. A model that carries an adapter goes on training it.
+    returns a number per completion; several are added up. A model that carries an adapter goes on training it.
 
     Writes, beside what every run has, completions.jsonl: every completion with its rewards (`read_completions`).
     `run` and `watch` as in `train_sft`; resumes by itself. Raises `ValueError` for rows or rewards that can't be
