@@ -4,8 +4,7 @@ import io
 import json
 import re
 
-from ironlogic.data.chat_forms import image_parts
-from ironlogic.data.chats import load_chats
+from ironlogic.data.chats import image_parts, load_chats
 
 import datasets
 import numpy as np

@@ -5,15 +5,20 @@ from ironlogic.data.masking import IGNORED
 from ironlogic.training.runs import RunError
 from ironlogic.vision.answers import answer_pictures, control_rows
 from ironlogic.vision.batches import (
+    Features,
+    Pictures,
+    _too_many,
     batches_for,
+    cached_tower,
     encode_pictures,
     image_length,
     label_loss,
+    look_at,
     open_head,
     order_by_length,
     read_picture_chats,
+    tower_key,
 )
-from ironlogic.vision.image_features import Features, Pictures, _too_many, cached_tower, look_at, tower_key
 from ironlogic.vision.splice import splice
 
 import numpy as np
@@ -218,7 +223,7 @@ def test_files_of_features_that_are_not_whole_are_never_read(tmp_path):
 
 def test_no_room_for_features_is_told(loaded, tmp_path, monkeypatch, capsys):
     usage = type("Usage", (), {"free": 2**20})
-    monkeypatch.setattr("ironlogic.vision.image_features.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("ironlogic.vision.batches.shutil.disk_usage", lambda path: usage)
     assert not _too_many(torch.zeros(1024), 128, tmp_path)  # 512 KiB, half of it
     assert _too_many(torch.zeros(1024), 129, tmp_path)
     assert "features of 129 pictures" in capsys.readouterr().out
@@ -232,7 +237,7 @@ def test_a_disk_that_is_full_while_features_are_written(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("ironlogic.vision.image_features.save_file", full)
+    monkeypatch.setattr("ironlogic.vision.batches.save_file", full)
     with pytest.raises(RunError, match="No space left on device"):
         Features(tmp_path / "features").add({"a": torch.ones(2, 3)})
     assert not list((tmp_path / "features").iterdir())

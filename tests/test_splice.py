@@ -4,8 +4,7 @@ import json
 
 from ironlogic.models import LoadedModel, load_model
 from ironlogic.vision.check import check_splice
-from ironlogic.vision.splice import splice
-from ironlogic.vision.splice_parts import SpliceError, image_template, projector_of, tower_of
+from ironlogic.vision.splice import SpliceError, image_template, projector_of, splice, tower_of
 
 import pytest
 import torch

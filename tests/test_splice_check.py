@@ -4,8 +4,7 @@ import types
 
 from ironlogic.models import LoadedModel, load_model
 from ironlogic.vision.check import check_splice
-from ironlogic.vision.splice import splice
-from ironlogic.vision.splice_parts import SpliceError, projector_of
+from ironlogic.vision.splice import SpliceError, projector_of, splice
 
 import numpy as np
 import peft

@@ -4,8 +4,7 @@ from ironlogic.data.scenes import make_scenes, question_chat, save_scenes
 from ironlogic.presets import VISION_PRESETS
 from ironlogic.vision.check import check_splice
 from ironlogic.vision.faults import FAULTS, break_splice, train_unchecked
-from ironlogic.vision.splice import splice
-from ironlogic.vision.splice_parts import projector_of
+from ironlogic.vision.splice import projector_of, splice
 
 import pytest
 import torch

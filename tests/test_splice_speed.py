@@ -21,8 +21,7 @@ import sys
 import time
 
 from ironlogic.models import load_model
-from ironlogic.vision.batches import batches_for, encode_pictures, label_loss, open_head
-from ironlogic.vision.image_features import cached_tower, look_at
+from ironlogic.vision.batches import batches_for, cached_tower, encode_pictures, label_loss, look_at, open_head
 from ironlogic.vision.splice import splice
 
 import numpy as np

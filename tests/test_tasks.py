@@ -6,6 +6,7 @@ from itertools import combinations, permutations
 
 from ironlogic.burden import apply_burden
 from ironlogic.data.problems import (
+    KINDS,
     _ways,
     accuracy_reward,
     bayes_ceiling,
@@ -17,7 +18,6 @@ from ironlogic.data.problems import (
     task_chat,
     thinks,
 )
-from ironlogic.data.world import KINDS
 
 import numpy as np
 import pytest

@@ -14,8 +14,7 @@ from ironlogic.models import ModelError, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.training.runs import Run, RunError, newest_whole_checkpoint
 from ironlogic.vision.answers import answer_pictures
-from ironlogic.vision.splice import splice
-from ironlogic.vision.splice_parts import SpliceError, projector_of, tower_of
+from ironlogic.vision.splice import SpliceError, projector_of, splice, tower_of
 from ironlogic.vision.train import reopen, save_spliced, train_instruct, train_projector
 
 import numpy as np

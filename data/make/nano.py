@@ -16,8 +16,7 @@ from typing import Literal
 
 from data.make.nano_vision import pretrain_tower, save_tower
 from data.make.pretrain import pretrain
-from ironlogic.data.problems import make_task, make_tasks, task_chat
-from ironlogic.data.world import (
+from ironlogic.data.problems import (
     ANIMALS,
     COLOR,
     GOODS,
@@ -28,6 +27,9 @@ from ironlogic.data.world import (
     OBJECTS,
     OPPOSITE,
     SUPERLATIVE,
+    make_task,
+    make_tasks,
+    task_chat,
 )
 
 import torch

@@ -19,14 +19,16 @@ from ironlogic.training.runs import run_folder
 from ironlogic.vision.batches import (
     Chats,
     PictureRow,
+    Pictures,
     batches_for,
+    cached_tower,
     chat_tokenizer,
     check_places,
     image_length,
+    look_at,
     read_picture_chats,
     take_pictures,
 )
-from ironlogic.vision.image_features import Pictures, cached_tower, look_at
 
 from PIL import Image
 

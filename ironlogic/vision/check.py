@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ironlogic.models import LoadedModel
-from ironlogic.vision.splice_parts import (
+from ironlogic.vision.splice import (
     SpliceError,
     bare,
     feature_fields,

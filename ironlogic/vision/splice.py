@@ -5,31 +5,331 @@ proves that text alone still gives the language model's own logits. What comes o
 without custom code. Whether it sees is for `check_splice` to say; whether it learns, for the two training stages.
 """
 
+import contextlib
 import copy
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+from ironlogic import models
 from ironlogic.backends import four_bit_share
 from ironlogic.models import LoadedModel, as_loaded, load_model
-from ironlogic.vision.check import SpliceReport, check_splice
-from ironlogic.vision.splice_parts import (
-    SpliceError,
-    Tower,
-    add_image_token,
-    as_smolvlm_tower,
-    image_template,
-    open_tower,
-    projector_of,
-    tower_of,
-)
-from ironlogic.vision.train import train_instruct, train_projector
 
+import peft
 import torch
 import transformers
+from PIL import Image
 
-__all__ = ["SpliceError", "SpliceReport", "check_splice", "splice", "train_instruct", "train_projector"]
+# transformers.AutoImageProcessor asks for torchvision, the class itself doesn't
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
+__all__ = [
+    "SpliceError",
+    "Tower",
+    "add_image_token",
+    "as_smolvlm_tower",
+    "bare",
+    "count_features",
+    "feature_fields",
+    "image_template",
+    "image_token_ids",
+    "keeps_image",
+    "open_tower",
+    "projector_name",
+    "projector_of",
+    "splice",
+    "tower_name",
+    "tower_of",
+]
+
+# --- the parts: tower, projector, image token, chat template ----------------------------------------------------
+_PROBE = "zxq probe"
+# Rewrites a list of content parts into one text before the language model's own template runs, unchanged, on it.
+# Sandboxed templates can't append to a list, hence the sums; the last line keeps the body's first blank.
+_PRELUDE = """\
+{%- set flat = namespace(messages=[], text='') -%}
+{%- for message in messages -%}
+  {%- if 'content' in message and message.content is iterable and message.content is not string -%}
+    {%- set flat.text = '' -%}
+    {%- for part in message.content -%}
+      {%- if part is string -%}{%- set flat.text = flat.text + part -%}
+      {%- elif part.type == 'text' -%}{%- set flat.text = flat.text + part.text -%}
+      {%- elif part.type in ('image', 'image_url') -%}{%- set flat.text = flat.text + IMAGE -%}
+      {%- else -%}{{- raise_exception('a message holds a part that is neither text nor image') -}}
+      {%- endif -%}
+    {%- endfor -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}
+  {%- else -%}{%- set flat.messages = flat.messages + [message] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+{{- '' }}"""
+
+
+class SpliceError(models.ModelError):
+    """A vision tower and a language model that can't be joined, or a splice that fails its check."""
+
+
+# --- the tower
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower and what it emits for one picture: (extra + grid * grid, width) features."""
+
+    model: Any
+    image_processor: Any
+    size: int  # pixels of a side
+    patch: int  # pixels of a side
+    grid: int  # patches of a side
+    extra: int  # features besides the patches (CLS, registers)
+
+
+def open_tower(vision_tower: Any, *, layer: int = -2) -> Tower:
+    """A tower from a folder, a hub name, or a loaded model with its image processor (a tuple).
+
+    A whole CLIP, SigLIP or SmolVLM checkpoint will do: its tower is taken out. Raises `SpliceError` when the
+    tower doesn't emit one feature for each patch of a square picture.
+    """
+    if isinstance(vision_tower, tuple):
+        model, image_processor = vision_tower
+        if not isinstance(model, transformers.PreTrainedModel):
+            raise SpliceError(f"vision_tower holds a {type(model).__name__}; expected (model, image processor)")
+        model, image_processor = _take_tower(model), getattr(image_processor, "image_processor", image_processor)
+        if hasattr(image_processor, "do_image_splitting"):
+            image_processor = _without_tiles(image_processor.to_dict(), _side(model.config, "image_size"))
+    else:
+        model, image_processor = _load_tower(vision_tower)
+    size, patch = (_side(model.config, name) for name in ("image_size", "patch_size"))
+    tokens = count_features(model, layer, size)
+    grid = size // patch
+    if tokens < grid * grid:
+        raise SpliceError(
+            f"{type(model).__name__} emits {tokens} features for {grid} x {grid} patches; LLaVA needs one for each"
+        )
+    _check_pictures(image_processor, size, type(model).__name__)
+    return Tower(model, image_processor, size, patch, grid, tokens - grid * grid)
+
+
+def _side(config: Any, name: str) -> int:
+    value = getattr(config, name, None)
+    sides = value if isinstance(value, list | tuple) else [value]
+    if value is None or len(set(sides)) != 1:
+        raise SpliceError(
+            f"the vision tower ({config.model_type}) has {name}={value!r}; LLaVA needs a fixed, square one"
+        )
+    return sides[0]
+
+
+def _take_tower(whole: Any) -> Any:
+    """The vision tower inside a whole checkpoint, as the class that transformers builds from its vision config."""
+    config = getattr(whole.config, "vision_config", None)
+    if config is None:
+        return whole
+    with torch.device("meta"):
+        kind = type(transformers.AutoModel.from_config(config))
+    found = [module for module in whole.modules() if isinstance(module, kind)]
+    if not found:
+        raise SpliceError(f"{type(whole).__name__} holds no {kind.__name__}; pass its vision tower instead")
+    return found[0]
+
+
+def _load_tower(name: Any) -> tuple[Any, Any]:
+    source = models.resolve(name)
+    local = {"local_files_only": Path(source).is_dir(), "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **local)
+        model = _take_tower(transformers.AutoModel.from_pretrained(source, **local, use_safetensors=True))
+        size = _side(model.config, "image_size")
+        image_processor = _load_image_processor(source, size, config.model_type, local)
+    except (OSError, ValueError, KeyError) as error:
+        raise SpliceError(f"{source} can't be loaded as a vision tower: {str(error).splitlines()[0]}") from error
+    return model.eval(), image_processor
+
+
+def _load_image_processor(source: str, size: int, kind: str, local: dict) -> Any:
+    if kind not in ("smolvlm", "idefics3"):
+        return AutoImageProcessor.from_pretrained(source, **local)
+    settings = {}
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        with contextlib.suppress(OSError):
+            path = transformers.utils.cached_file(source, file, **local)
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            settings = found.get("image_processor", found)
+    return _without_tiles(settings, size)
+
+
+def _without_tiles(settings: dict, size: int) -> Any:
+    """What SmolVLM's and Idefics3's do to a picture that they don't cut into tiles; theirs need torchvision."""
+    names = ("image_mean", "image_std", "resample", "rescale_factor")
+    kept = {name: settings[name] for name in names if name in settings}
+    return transformers.SiglipImageProcessorPil(size={"height": size, "width": size}, **kept)
+
+
+@torch.no_grad()
+def count_features(model: Any, layer: int, size: int) -> int:
+    """Features that the tower emits for one picture; on the meta device, those of a small tower of its kind."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        small = {"num_hidden_layers": max(2, abs(layer)), "num_attention_heads": 1}
+        small |= {"hidden_size": 16, "intermediate_size": 16}
+        model = type(model)(type(model.config)(**model.config.to_dict() | small))
+    one = next(model.parameters())
+    blank = torch.zeros(1, model.config.num_channels, size, size, dtype=one.dtype, device=one.device)
+    try:
+        states = model(blank, output_hidden_states=True, return_dict=True).hidden_states[layer]
+    except Exception as error:  # a model of others that wants other inputs fails in its own way
+        raise SpliceError(
+            f"{type(model).__name__} can't be run on pixels alone or has no layer {layer} "
+            f"({type(error).__name__}: {str(error)[:120]}); CLIP, SigLIP, SmolVLM, ViT and DINOv2 towers work"
+        ) from error
+    if states.dim() != 3:
+        raise SpliceError(
+            f"{type(model).__name__} emits features of shape {tuple(states.shape)}, not (1, N, width)"
+        )
+    return states.shape[1]
+
+
+def _check_pictures(image_processor: Any, size: int, tower: str) -> None:
+    wide = Image.new("RGB", (size + 40, size), "gray")
+    shape = tuple(image_processor(wide, return_tensors="pt")["pixel_values"].shape)
+    if shape[-2:] != (size, size):
+        raise SpliceError(
+            f"{type(image_processor).__name__} makes pictures of {shape[-2]} x {shape[-1]} pixels, but {tower} "
+            f"wants {size} x {size}; set its size and crop_size"
+        )
+
+
+def as_smolvlm_tower(tower: Any) -> Any:
+    """The tower as SmolVLM's class has it; SigLIP's and Idefics3's have the same tensors and compute the same."""
+    if tower.config.model_type == "smolvlm_vision":
+        return tower
+    if tower.config.model_type not in ("siglip_vision_model", "idefics3_vision"):
+        raise SpliceError(
+            f"pixel_shuffle takes the tower of SmolVLM, Idefics3 or SigLIP, not {type(tower).__name__}; "
+            "choose projector='mlp2x_gelu'"
+        )
+    fields = {key: value for key, value in tower.config.to_dict().items() if key != "model_type"}
+    with torch.device("meta"):
+        same = SmolVLMVisionTransformer(SmolVLMVisionConfig(**fields))
+    names = same.state_dict().keys()
+    same.load_state_dict({name: value for name, value in tower.state_dict().items() if name in names}, assign=True)
+    return same.eval()
+
+
+# --- the text side
+
+
+def add_image_token(tokenizer: Any, token: str) -> int:
+    """The id of the image token: a reserved one as it is, or a new special token at the end."""
+    if token not in tokenizer.get_added_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        raise SpliceError(f"image token {token!r} becomes {len(ids)} tokens, {ids}; choose another name")
+    return ids[0]
+
+
+def image_template(tokenizer: Any, token: str) -> str:
+    """The tokenizer's chat template, made to write `token` where a message holds an image.
+
+    A template that does so already is kept; one that drops lists of content (Qwen3's) gets a prelude that turns
+    them into text, so that thinking, tools and `{% generation %}` stay what they were.
+    """
+    template = tokenizer.chat_template
+    if not template:
+        raise SpliceError("the language model's tokenizer has no chat template; set tokenizer.chat_template")
+    if keeps_image(tokenizer, token, template):
+        return template
+    around = ("<|vision_start|>", "<|vision_end|>")
+    marked = all(mark in tokenizer.get_added_vocab() for mark in around)
+    image = token.join(around) if marked else token + "\n"
+    template = _PRELUDE.replace("IMAGE", json.dumps(image)) + template
+    if not keeps_image(tokenizer, token, template):
+        raise SpliceError("the language model's chat template drops the text of a user turn; pass a working one")
+    return template
+
+
+def keeps_image(tokenizer: Any, token: str, template: str | None = None) -> str:
+    """The rendered probe when the template writes one image and the question beside it, else an empty string."""
+    parts = [{"type": "image"}, {"type": "text", "text": _PROBE}]
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except Exception:  # a template is a program of others: one that refuses lists may fail in any way
+        return ""
+    return text if text.count(token) == 1 and text.count(_PROBE) == 1 else ""
+
+
+def feature_fields(model: Any) -> dict[str, Any]:
+    """What configuration and processor have to say, so that each patch of the tower, and no CLS, gets a place."""
+    config, vision = model.config, model.config.vision_config
+    shuffled = config.model_type == "smolvlm"
+    layer = -1 if shuffled else config.vision_feature_layer
+    extra = (
+        count_features(tower_of(model), layer, vision.image_size) - (vision.image_size // vision.patch_size) ** 2
+    )
+    strategy = "default" if extra == 1 else "full"
+    fields = {
+        "processor.vision_feature_select_strategy": strategy,
+        "processor.num_additional_image_tokens": extra,
+        "processor.patch_size": vision.patch_size * (config.scale_factor if shuffled else 1),
+    }
+    return fields if shuffled else fields | {"config.vision_feature_select_strategy": strategy}
+
+
+def image_token_ids(model: Any) -> dict[str, int]:
+    """Every copy of the image token's id in a model: in its nested configuration and on its modules."""
+    found, waiting = {}, [("config", model.config.to_dict())]
+    while waiting:
+        place, settings = waiting.pop()
+        for name, value in settings.items():
+            if isinstance(value, dict):
+                waiting.append((f"{place}.{name}", value))
+            elif name in ("image_token_id", "image_token_index") and value is not None:
+                found[f"{place}.{name}"] = value
+    for place, module in (("model", model), ("model.model", model.model)):
+        if "image_token_id" in vars(module):  # SmolVLM's classes keep copies
+            found[f"{place}.image_token_id"] = module.image_token_id
+    return found
+
+
+# --- names inside the two classes
+
+
+def projector_name(model: Any) -> str:
+    """The name of the part between tower and language model: `multi_modal_projector` or `connector`."""
+    return "connector" if model.config.model_type == "smolvlm" else "multi_modal_projector"
+
+
+def tower_name(model: Any) -> str:
+    """The name of the vision tower: `vision_tower` or `vision_model`."""
+    return "vision_model" if model.config.model_type == "smolvlm" else "vision_tower"
+
+
+def bare(model: Any) -> Any:
+    """The LLaVA or SmolVLM model inside an adapter, or the model as it is."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def projector_of(model: Any) -> torch.nn.Module:
+    """The part between tower and language model."""
+    return getattr(bare(model).model, projector_name(model))
+
+
+def tower_of(model: Any) -> torch.nn.Module:
+    """The vision tower."""
+    return getattr(bare(model).model, tower_name(model))
+
+
+# --- the splice -------------------------------------------------------------------------------------------------
 _FOUR_BIT = ("is_loaded_in_4bit", "is_4bit_serializable")
 
 

@@ -33,16 +33,20 @@ from ironlogic.training.stages import (
 )
 from ironlogic.vision.batches import (
     Chats,
+    Features,
     PictureRow,
+    Pictures,
     batches_for,
+    cached_tower,
     encode_pictures,
     label_loss,
+    look_at,
     open_head,
     order_by_length,
+    tower_key,
 )
 from ironlogic.vision.check import check_splice
-from ironlogic.vision.image_features import Features, Pictures, cached_tower, look_at, tower_key
-from ironlogic.vision.splice_parts import bare, projector_name, projector_of
+from ironlogic.vision.splice import bare, projector_name, projector_of
 
 import peft
 import torch
