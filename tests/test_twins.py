@@ -9,7 +9,7 @@ from ironlogic.evidence import twins
 from ironlogic.evidence.claims import CLAIMS, judge_claims
 from ironlogic.evidence.items import load_items
 from ironlogic.evidence.study import CURVE, measure_adapters, open_study, run_study, time_twins
-from ironlogic.evidence.twins import Recipe, find_source, make_recipes, train_arms, train_twins
+from ironlogic.evidence.twins import Recipe, as_preset, make_recipes, train_arms, train_twins
 from ironlogic.presets import find_preset
 from ironlogic.show.report import findings_html
 from ironlogic.training.runs import RunError
@@ -171,7 +171,7 @@ def test_the_ten_lines_of_the_control(tmp_path, studied, capsys):
     assert [record["burden"] is None for record in records] == [False, True]
     differing = {name for name in records[0] if records[0][name] != records[1][name]}
     assert differing <= {"stage", "burden", "seconds", "peak_gib", "data"}
-    base = train_arms(find_source("nano")[0], train, {"base": None}, seeds=[3407], run=tmp_path / "first")["base"]
+    base = train_arms(as_preset("nano"), train, {"base": None}, seeds=[3407], run=tmp_path / "first")["base"]
     assert (sft.measure(test) - base.measure(test)).interval("loss@0").mean < 0
 
 

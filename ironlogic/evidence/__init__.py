@@ -11,9 +11,8 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "items": "load_items made_items scramble",
         "measures": "context_bleeding describe measure robustness",
-        "statistics": "bootstrap_interval difference_interval",
         "claims": "compare_recipes judge_claims",
-        "twins": "train_arms train_twins",
+        "twins": "train_twins",
         "study": "measure_adapters open_study run_study time_twins",
     },
 )

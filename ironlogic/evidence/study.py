@@ -15,9 +15,9 @@ from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.evidence.items import Items, items_of_chats, made_items
 from ironlogic.evidence.measures import decoding_speed
 from ironlogic.evidence.results import Measurement
-from ironlogic.evidence.twins import Arm, Chats, Recipe, Source, find_source, make_recipes, train_arms
+from ironlogic.evidence.twins import Arm, Chats, Recipe, as_preset, make_recipes, train_arms
 from ironlogic.models import LoadedModel, free_memory, resolve, split_adapter
-from ironlogic.presets import Preset
+from ironlogic.presets import Preset, TrainSettings
 from ironlogic.training.runs import RunError, open_run
 from ironlogic.training.stages import content_hash
 
@@ -78,7 +78,7 @@ class Study:
     def train(self, recipes: Recipes, *, test: Items | Chats | None = None, **options: Any) -> dict[str, Arm]:
         """The arms of these recipes, see `train_arms`; measured on `test`, if any, in the same processes."""
         return train_arms(
-            find_source(self.preset)[0],
+            self.preset,
             self.chats,
             recipes,
             seeds=self.seeds,
@@ -175,7 +175,8 @@ def time_twins(study: Study, measured: Mapping[str, Measurement]) -> None:
     """Adds columns of speed to the first training of base, SFT and FT."""
     seed = study.seeds[0]
     adapters = {arm: study.folder / f"{arm}-{seed}" / "adapter" for arm in ("SFT", "FT") if arm in measured}
-    add_speed(measured, find_source(study.preset)[0].load(), adapters, study.items, seed=seed)
+    base = Arm("base", study.preset, {}).load()
+    add_speed(measured, base, adapters, study.items, seed=seed)
     free_memory()
 
 
@@ -227,9 +228,9 @@ def measure_adapters(
     for name, model in {**adapters, "base": base}.items():
         weights = base.encode() if name == "base" else (model / "adapter_model.safetensors").read_bytes()
         digest = hashlib.sha256(weights + bytes([four_bit])).hexdigest()[:12]
-        source = Source(str(model), four_bit, max_length)
-        arm = Arm(name, source, {0: folder / digest}, seed, max_new_tokens)
+        preset = replace(as_preset(str(model), TrainSettings(max_length=max_length)), four_bit=four_bit)
+        arm = Arm(name, preset, {0: folder / digest}, seed, max_new_tokens)
         measured[name] = arm.measure(items)
-    add_speed(measured, Source(base, four_bit, max_length).load(), adapters, items)
+    add_speed(measured, arm.load(), adapters, items)  # the last one is the base
     free_memory()
     return measured

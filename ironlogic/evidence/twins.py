@@ -21,7 +21,7 @@ from ironlogic.burden import Burden
 from ironlogic.evidence.items import Items, delete_words
 from ironlogic.evidence.measures import measure, measure_losses
 from ironlogic.evidence.results import Columns, Measurement
-from ironlogic.models import free_memory, load_model
+from ironlogic.models import LoadedModel, free_memory, load_model
 from ironlogic.presets import PRESETS, Preset, TrainSettings
 from ironlogic.training.parallel import run_parallel
 from ironlogic.training.runs import Run, RunError, open_run, run_folder, write_json
@@ -31,7 +31,7 @@ from ironlogic.training.stages import content_hash
 import numpy as np
 from datasets import Dataset
 
-__all__ = ["Arm", "Recipe", "Source", "make_recipes", "train_arms", "train_twins"]
+__all__ = ["Arm", "Recipe", "as_preset", "make_recipes", "train_arms", "train_twins"]
 
 Chats = Dataset | Sequence[Sequence[dict[str, Any]]]
 _NEFTUNE_ALPHA, _DELETED, _VERSION = 5.0, 0.3, 1
@@ -69,27 +69,21 @@ def make_recipes(settings: TrainSettings, burden: Burden) -> dict[str, Recipe]:
 
 # --- arms ---------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Source:
-    """The model that all arms start from."""
-
-    model: str
-    four_bit: bool = True
-    max_length: int = 2048  # tokens
-
-    def load(self, adapter: str | Path = "", *, seed: int = 0):
-        return load_model(adapter or self.model, four_bit=self.four_bit, max_length=self.max_length, seed=seed)
-
-
-@dataclass(frozen=True)
 class Arm:
     """One recipe, trained once a seed; the untrained base has the one seed 0 and no adapter in its folder."""
 
     name: str
-    source: Source
+    preset: Preset
     folders: Mapping[int, Path]
     seed: int = 0  # of the scrambles in its measurements
     max_new_tokens: int = 72
     brief: bool = False  # measured as a point of a learning curve
+
+    def load(self, adapter: str | Path = "", *, seed: int = 0) -> LoadedModel:
+        """The model that all arms start from, or an adapter of it."""
+        preset = self.preset
+        length = preset.train.max_length
+        return load_model(adapter or preset.model, four_bit=preset.four_bit, max_length=length, seed=seed)
 
     @property
     def runs(self) -> list[Run]:
@@ -122,7 +116,7 @@ class Arm:
 
 def _measure_folder(arm: Arm, seed: int, test: Items | Chats, *, watch: Any = None) -> None:
     folder = arm.folders[seed]
-    loaded = arm.source.load(folder / "adapter" if (folder / "run.json").exists() else "")
+    loaded = arm.load(folder / "adapter" if (folder / "run.json").exists() else "")
     if isinstance(test, Items):
         columns = measure(loaded, test, seed=arm.seed, max_new_tokens=arm.max_new_tokens, brief=arm.brief)
     else:
@@ -155,28 +149,30 @@ def train_twins(
     trainings an arm, from `settings.seed` on, or which. `run`: a name in the results folder or a path. `options`
     as in `train_arms`.
     """
-    source, settings = find_source(model, settings)
-    if isinstance(seeds, int):
-        seeds = range(settings.seed, settings.seed + seeds)
-    recipes = make_recipes(settings, burden)
-    twins = {name: recipes[name] for name in ("FT", "SFT")}
-    options = {"scramble_seed": settings.seed} | options
-    arms = train_arms(source, chats, twins, seeds=seeds, run=run, **options)
+    preset = as_preset(model, settings)
+    first = preset.train.seed
+    recipes = make_recipes(preset.train, burden)
+    arms = train_arms(
+        preset,
+        chats,
+        {name: recipes[name] for name in ("FT", "SFT")},
+        seeds=range(first, first + seeds) if isinstance(seeds, int) else seeds,
+        run=run,
+        **{"scramble_seed": first} | options,
+    )
     return arms["FT"], arms["SFT"]
 
 
-def find_source(model: str | Preset, settings: TrainSettings | None = None) -> tuple[Source, TrainSettings]:
-    """The model of a preset with its settings, or any model that `load_model` takes."""
+def as_preset(model: str | Preset, settings: TrainSettings | None = None) -> Preset:
+    """The preset of that name, or one of any model that `load_model` takes; with other `settings`, if given."""
     preset = model if isinstance(model, Preset) else PRESETS.get(model)
     if preset is None:
-        settings = settings or TrainSettings()
-        return Source(str(model), max_length=settings.max_length), settings
-    settings = settings or preset.train
-    return Source(preset.model, preset.four_bit, settings.max_length), settings
+        preset = Preset(str(model), str(model), card_gib=0, train=TrainSettings(), burden=Burden())
+    return replace(preset, train=settings) if settings else preset
 
 
 def train_arms(
-    source: Source,
+    preset: Preset,
     chats: Chats | Mapping[int, Chats],
     recipes: Mapping[str, Recipe | None],
     *,
@@ -205,7 +201,7 @@ def train_arms(
         else:
             folders = {seed: _arm_folder(folder, name, seed) for seed in (recipe.seeds or seeds)}
         brief = recipe is not None and recipe.rows > 0
-        arms[name] = arm = Arm(name, source, folders, scramble_seed, max_new_tokens, brief)
+        arms[name] = arm = Arm(name, preset, folders, scramble_seed, max_new_tokens, brief)
         for seed in folders:
             rows, start = None, ""
             if recipe is not None:
@@ -274,7 +270,7 @@ def _train_and_measure(
     """What one process does. `start`: the adapter that this training goes on from."""
     folder = arm.folders[seed]
     if recipe is not None and not _is_trained(folder, rows, recipe, seed):
-        loaded = arm.source.load(start, seed=seed)
+        loaded = arm.load(start, seed=seed)
         settings = replace(recipe.settings, seed=seed)
         train_sft(loaded, rows, settings, run=folder, burden=recipe.burden, watch=watch)
         del loaded  # a card has room for one model

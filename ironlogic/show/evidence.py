@@ -279,7 +279,7 @@ def robustness_explorer(arms: Arms, items: Items, *, shown: tuple[str, ...] = ("
     )
 
 
-def live_arms(*, every: float = 2.0) -> Callable[[str, list[dict[str, Any]]], None]:
+def live_arms(*, every: float = 5.0) -> Callable[[str, list[dict[str, Any]]], None]:
     """A `watch` for `train_twins` and its like: a line for each training and all loss curves, while they train.
 
     `every`: seconds between two pictures.
