@@ -1,6 +1,7 @@
 """Weights that would not fit are refused with the arithmetic, before they are loaded."""
 
-from ironlogic import backends, memory
+from ironlogic import memory
+from ironlogic import models as backends
 from ironlogic.models import DATA, ModelError, load_model
 
 import pytest
@@ -67,5 +68,5 @@ def test_unsloth_is_never_asked_for_more_than_the_context(monkeypatch):
 
     monkeypatch.setattr(backends, "_load_with_unsloth", load)
     config = transformers.AutoConfig.from_pretrained(DATA / "nano")
-    backends.load_weights(str(DATA / "nano"), config, backend="unsloth", four_bit=False, max_length=2048, seed=1)
+    backends._load_weights(str(DATA / "nano"), config, backend="unsloth", four_bit=False, max_length=2048, seed=1)
     assert asked == [512]

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ironlogic import models  # first: it brings Unsloth in before the others
-from ironlogic.backends import WHY_NOT_UNSLOTH
+from ironlogic.models import WHY_NOT_UNSLOTH
 from ironlogic.presets import PRESETS
 
 import pytest

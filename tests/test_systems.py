@@ -84,7 +84,7 @@ def qwen3_moe():
 
 
 def qwen3_vl():
-    from ironlogic.backends import _StillQwen3VLProcessor
+    from ironlogic.models import _StillQwen3VLProcessor
 
     tokenizer, text = tokens()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|video_pad|>"]})

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ironlogic.backends import _load_processor
 from ironlogic.export.gguf import ExportError
-from ironlogic.models import ModelError, model_inputs, resolve, split_adapter
+from ironlogic.models import ModelError, _load_processor, model_inputs, resolve, split_adapter
 from ironlogic.training.runs import Run, RunError, open_run, run_folder
 
 import numpy as np

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ironlogic import models
-from ironlogic.backends import four_bit_share
-from ironlogic.models import LoadedModel, as_loaded, load_model
+from ironlogic.models import LoadedModel, as_loaded, four_bit_share, load_model
 
 import peft
 import torch

@@ -138,8 +138,7 @@ def write_weights(shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
 
 
 def write_processor(config: Any, tokenizer: Any, folder: Path) -> None:
-    from ironlogic.backends import _StillQwen3VLProcessor
-    from ironlogic.models import DATA
+    from ironlogic.models import DATA, _StillQwen3VLProcessor
 
     import transformers
 
