@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import importlib
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from types import ModuleType
 
 from ironlogic.__main__ import build_parser
 from ironlogic.session import ROOT
@@ -158,6 +160,16 @@ def test_no_module_imports_itself_in_a_circle():
         for path, tree in trees.items()
     }
     TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_every_name_at_a_door_is_there_and_there_are_not_too_many():
+    names = []
+    for door in ("ironlogic", *(f"ironlogic.{path.parent.name}" for path in ROOT.glob("ironlogic/*/__init__.py"))):
+        module = importlib.import_module(door)
+        for name in getattr(module, "__all__", ()):
+            assert not isinstance(getattr(module, name), ModuleType), f"{door}.{name} is a module, not a verb"
+            names.append(name)
+    assert len(set(names)) <= 120
 
 
 def test_imports_are_seen():

@@ -1,0 +1,82 @@
+"""The five jobs in ten lines each, as README and the rooms' docstrings show them, on nano."""
+
+import json
+from dataclasses import replace
+
+import ironlogic
+from ironlogic import (
+    Burden,
+    check_splice,
+    compare_layers,
+    judge_claims,
+    load_chats,
+    load_model,
+    read_layers,
+    splice,
+    split_chats,
+    train_instruct,
+    train_projector,
+    train_twins,
+)
+from ironlogic.data import caption_chat, make_scenes, question_chat, save_scenes
+from ironlogic.evidence import made_items
+from ironlogic.models import DATA
+from ironlogic.presets import PRESETS, VISION_PRESETS
+
+import pytest
+
+SMALL = replace(PRESETS["nano"].train, max_length=128)
+
+
+def test_the_front_door_is_instant_and_every_name_behind_it_is_there():
+    assert len(ironlogic.__all__) <= 24
+    for name in ironlogic.__all__:
+        assert callable(getattr(ironlogic, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ironlogic.nothing  # noqa: B018
+
+
+def test_burden(tmp_path):
+    chats, rejected = load_chats(DATA / "reasoning-248.jsonl")
+    burdened = Burden(ratio=0.7).apply(chats, epochs=3)
+    burdened.to_json(tmp_path / "burdened.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "burdened.jsonl").read_text().splitlines()]
+    assert (len(rows), rejected) == (3 * 248, [])
+    assert rows[0]["messages"][-1] == chats[0]["messages"][-1]
+
+
+@pytest.mark.slow
+def test_control_and_evidence(tmp_runs):
+    chats, _ = load_chats(DATA / "reasoning-248.jsonl")
+    train, test = split_chats(chats, holdout=0.2)
+    train, test = train.select(range(32)), test.select(range(12))
+    here = {"processes": 1}  # starting others takes longer than so small a training
+    ft, sft = train_twins("nano", train, burden=Burden(ratio=0.7), settings=SMALL, run="first", **here)
+    difference = ft.measure(test, **here) - sft.measure(test, **here)
+    assert "[" in str(difference), "an interval"
+    items = made_items(17, seed=1)
+    findings = judge_claims({"FT": ft.measure(items, **here), "SFT": sft.measure(items, **here)}, items)
+    table = findings.table()
+    assert {"said", "effect", "verdict"} <= set(table.columns)
+    assert len(table) == len(findings)
+
+
+@pytest.mark.slow
+def test_splice(tmp_runs):
+    stage = VISION_PRESETS["nano-vision"]
+    scenes = make_scenes(32, seed=1)
+    shown = list(zip(scenes, save_scenes(scenes, tmp_runs / "pictures"), strict=True))
+    model = splice("nano-vision", "nano")
+    assert check_splice(model).passed
+    one = train_projector(model, [caption_chat(*scene) for scene in shown], stage.projector_stage, run="eyes-1")
+    questions = [question_chat(*scene, "number") for scene in shown]
+    two = train_instruct(one.loaded, questions, stage.instruct_stage, run="eyes-2")
+    assert (two.folder / "run.json").is_file()
+
+
+def test_lens(small_run):
+    model = load_model(small_run.adapter)
+    reading = read_layers(model, "Who is taller, Ann or Bob?")
+    comparison = compare_layers(model, "Who is taller, Ann or Bob?", null_adapters=2)
+    assert reading.proved
+    assert comparison.entropy_change.shape == reading.entropy.shape
