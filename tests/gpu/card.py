@@ -35,6 +35,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
@@ -137,7 +139,7 @@ def largest_allocations(folder: Path, system: str, length: int, steps: int, tiny
 
 def lines_of(frames: list[dict[str, Any]]) -> str:
     """The innermost lines of a stack outside torch, innermost first."""
-    ours = [frame for frame in frames if "/torch/" not in frame["filename"]]
+    ours = [frame for frame in frames if "site-packages/torch/" not in frame["filename"]]
     return " < ".join(f"{Path(f['filename']).name}:{f['line']} {f['name']}" for f in ours[:5])
 
 
@@ -162,6 +164,8 @@ def seed_script(folder: Path, system: str, length: int, steps: int, tiny: bool) 
 
     from weights import conversations
 
+    if not torch.cuda.is_available() and system != "qwen3-30b-a3b":
+        return {"skipped": "without a card Unsloth takes no model that sees"}
     model, processor = FastLanguageModel.from_pretrained(
         model_name=str(folder),
         max_seq_length=length,
@@ -355,26 +359,79 @@ def run_part(part: Part, folder: Path, *, tiny: bool) -> dict[str, Any]:
 
     on_card = torch.cuda.is_available()
     if part.cap and on_card:
-        total = torch.cuda.get_device_properties(0).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(min(part.cap / total, 1.0))
-    if part.float16 and on_card:  # what a T4 says of itself
-        torch.cuda.is_bf16_supported = lambda *_, **__: False
-        torch.cuda.get_device_capability = lambda *_: (7, 5)
+        be_as_small_as(part.cap)
+    if part.float16 and on_card:
+        speak_as_t4()
     settings = dict(part.settings)
     if tiny:
         settings |= dict.fromkeys(settings.keys() & {"length"}, 128)
     if part.system:
         settings |= {"folder": folder} | {"system": part.system}
     began = time.perf_counter()
-    result = part.run(**settings, tiny=tiny)
+    try:
+        result = part.run(**settings, tiny=tiny)
+    except Exception as error:
+        short = [cause for cause in causes_of(error) if "out of memory" in str(cause)]  # torch's, or the package's
+        if not short:
+            raise
+        result = {"out_of_memory": str(short[-1])[:300], "traceback": traceback.format_exc()[-3000:]}
     result["seconds_in_all"] = round(time.perf_counter() - began, 1)
-    if on_card:
-        result |= {
-            "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-            "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
-            "summary": torch.cuda.memory_summary(abbreviated=True)[:3000],
-        }
-    return result
+    return result | (memory_taken() if on_card else {})
+
+
+def be_as_small_as(gib: float) -> None:
+    """Takes no more than `gib`, and says so: Unsloth cuts its loss into pieces by the memory that is free."""
+    import torch
+
+    asked, cap = torch.cuda.mem_get_info, int(gib * 2**30)
+    total = torch.cuda.get_device_properties(0).total_memory
+    if cap >= total:
+        return
+    torch.cuda.set_per_process_memory_fraction(cap / total)
+
+    def mem_get_info(*device: Any, **named: Any) -> tuple[int, int]:
+        free, _ = asked(*device, **named)
+        return max(min(free, cap - torch.cuda.memory_reserved()), 0), cap
+
+    torch.cuda.mem_get_info = mem_get_info
+
+
+def speak_as_t4() -> None:
+    """A T4 has no bfloat16. torch and Triton compile for the card that is there and have to know the truth."""
+    import torch
+
+    asked = torch.cuda.get_device_capability
+
+    def get_device_capability(*device: Any, **named: Any) -> tuple[int, int]:
+        caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        return asked(*device, **named) if caller in ("torch", "triton") else (7, 5)
+
+    torch.cuda.get_device_capability = get_device_capability
+    torch.cuda.is_bf16_supported = lambda *_, **__: False
+
+
+def memory_taken() -> dict[str, Any]:
+    """Peaks of this process in GiB, and what the CUDA context takes on top of what torch has reserved."""
+    import torch
+
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
+    told = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    used = re.search(rf"^{os.getpid()}, (\d+)$", told, flags=re.MULTILINE)  # MiB; containers hide the ids
+    context = used and int(used[1]) / 2**10 - torch.cuda.memory_reserved() / 2**30
+    return {
+        "allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "context_gib": context and round(context, 2),
+        "summary": torch.cuda.memory_summary(abbreviated=True)[:3000],
+    }
+
+
+def causes_of(error: BaseException) -> list[BaseException]:
+    """The error, what raised it, and so on down to the first."""
+    causes = [error]
+    while following := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(following)
+    return causes
 
 
 def child(part: Part, folder: Path, *, tiny: bool) -> None:
@@ -384,17 +441,17 @@ def child(part: Part, folder: Path, *, tiny: bool) -> None:
         with contextlib.redirect_stdout(log):
             result = run_part(part, folder, tiny=tiny)
     except BaseException as error:
-        causes, cause = [], error
-        while cause is not None:
-            causes.append(f"{type(cause).__name__}: {str(cause)[:300]}")
-            cause = cause.__cause__
+        causes = [f"{type(cause).__name__}: {str(cause)[:300]}" for cause in causes_of(error)]
         result = {"failed": " <- ".join(causes), "traceback": traceback.format_exc()[-3000:]}
     print(json.dumps({"result": result, "log": log.getvalue()[-1500:]}))
 
 
 # --- all of them ------------------------------------------------------------------------------------------------
 class Results:
-    """results.jsonl: a line a part; of several lines of one part the last counts, and a failed part runs again."""
+    """results.jsonl: a line a part; of several lines of one part the last counts, and a failed part runs again.
+
+    To run out of a card's memory is a result, and final.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -402,13 +459,19 @@ class Results:
 
     def read(self) -> dict[str, dict[str, Any]]:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        return {line["part"]: line for line in map(json.loads, lines)}
+        measured: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # cut while it was written
+                measured[json.loads(line)["part"]] = json.loads(line)
+        return measured
 
     def add(self, part: str, result: dict[str, Any]) -> None:
         line = {"part": part, "date": str(date.today()), "card": card_name(), "commit": commit()} | result
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        shown = {key: value for key, value in result.items() if key not in ("summary", "traceback", "log")}
+        shown = {
+            key: value for key, value in result.items() if key not in ("summary", "traceback", "log", "at_peak")
+        }
         print(f"{part}: {json.dumps(shown)[:600]}", flush=True)
 
 
@@ -420,20 +483,44 @@ def card_name() -> str:
 
 
 def commit() -> str:
-    """The commit that is measured; IRONLOGIC_COMMIT where the tree came without its history."""
+    """The commit that is measured, "-dirty" when files differ; IRONLOGIC_COMMIT where the tree came without it."""
     if named := os.environ.get("IRONLOGIC_COMMIT"):
         return named
     done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or "unknown"
 
 
+def seconds_for(limit: float, chosen: argparse.Namespace) -> float:
+    """Seconds that something may still take; 0: not worth a start any more."""
+    left = chosen.deadline - time.time() if chosen.deadline else limit
+    return min(limit, left) if left > 20 else 0
+
+
+def run_limited(
+    command: list[str], seconds: float, folder: Path, environ: dict[str, str]
+) -> tuple[int | None, str, str]:
+    """(exit code, output, errors); None: it ran too long, and it and the processes that it started were ended."""
+    with (folder / "out.txt").open("wb") as out, (folder / "err.txt").open("wb") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environ, cwd=folder)
+        try:
+            code = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.wait()
+    texts = [(folder / name).read_text(encoding="utf-8", errors="replace") for name in ("out.txt", "err.txt")]
+    return code, *texts
+
+
 def start_part(part: Part, weights: Path, results: Results, chosen: argparse.Namespace) -> None:
     """Runs one part as a process and writes down what came of it."""
-    if chosen.deadline and time.time() + 20 > chosen.deadline:
+    seconds = seconds_for(part.seconds, chosen)
+    if not seconds:
         return
-    seconds = min(part.seconds, chosen.deadline - time.time()) if chosen.deadline else part.seconds
     scratch = chosen.scratch / re.sub(r"\W+", "-", part.name)
     environ = {
         **os.environ,
@@ -453,33 +540,32 @@ def start_part(part: Part, weights: Path, results: Results, chosen: argparse.Nam
     ]
     command += ["--tiny"] * chosen.tiny
     scratch.mkdir(parents=True, exist_ok=True)
+    code, out, err = run_limited(command, seconds, scratch, environ)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=seconds, cwd=scratch)
-        told = json.loads(done.stdout.splitlines()[-1])
+        told = json.loads(out.splitlines()[-1])
         result = told["result"] | ({"log": told["log"]} if "failed" in told["result"] else {})
-    except subprocess.TimeoutExpired as error:
-        tail = (error.stdout or b"")[-300:] + (error.stderr or b"")[-700:]
-        result = {"failed": f"not done in {seconds:.0f} s", "log": tail.decode(errors="replace")}
     except (json.JSONDecodeError, IndexError):
-        result = {"failed": f"ended with code {done.returncode}", "log": done.stderr[-1500:]}
+        failed = f"not done in {seconds:.0f} s" if code is None else f"ended with code {code}"
+        result = {"failed": failed, "log": out[-300:] + err[-1200:]}
     results.add(part.name, result)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
 def run_system(system: str, parts: list[Part], results: Results, chosen: argparse.Namespace) -> None:
     """The parts of one system after each other, around weights that are written once and deleted after."""
-    folder = chosen.scratch / f"weights-{system}" if system else chosen.scratch
-    if system:
-        build = [sys.executable, __file__, "--build", system, "--folder", str(folder)] + ["--tiny"] * chosen.tiny
-        done = subprocess.run(build, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        if done.returncode:
-            for part in parts:
-                results.add(part.name, {"failed": "its weights could not be written", "log": done.stderr[-1500:]})
-            return
+    folder = chosen.scratch / f"weights-{system}"
+    build = [sys.executable, __file__, "--build", system, "--folder", str(folder)] + ["--tiny"] * chosen.tiny
+    seconds = seconds_for(300, chosen)
+    if not seconds:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    code, _, err = run_limited(build, seconds, folder, {**os.environ, "HF_HUB_OFFLINE": "1"})
     for part in parts:
-        start_part(part, folder, results, chosen)
-    if system:
-        shutil.rmtree(folder, ignore_errors=True)
+        if code == 0:
+            start_part(part, folder, results, chosen)
+        elif code is not None:
+            results.add(part.name, {"failed": "its weights could not be written", "log": err[-1500:]})
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_all(chosen: argparse.Namespace) -> None:
@@ -510,7 +596,8 @@ def table(chosen: argparse.Namespace) -> str:
         if line is None:
             lines.append(f"| {part.name} | not run | | | | |")
             continue
-        what = f"failed: {line['failed'][:120]}" if "failed" in line else "passed"
+        what = "out of memory" if "out_of_memory" in line else line.get("skipped", "passed")
+        what = f"failed: {line['failed'][:120]}" if "failed" in line else what
         numbers = [line.get(key, "") for key in ("allocated_gib", "reserved_gib", "tokens_per_second")]
         shown = [f"{number:,.2f}" if isinstance(number, float) else "" for number in numbers]
         where = f"{line['card']}, {line['date']}, {line['commit']}"
