@@ -76,6 +76,7 @@ def run_notebook(name: str, parameters: dict[str, Any], tiny: bool) -> dict[str,
     for number, cell in enumerate(code, start=1):
         source = "".join(cell["source"])
         if "parameters" in cell["metadata"].get("tags", []):
+            assert all(f"{key} = " in source for key in parameters), f"{name} has not all of {[*parameters]}"
             source += "".join(f"\n{key} = {value!r}" for key, value in ({"PRESET": "auto"} | parameters).items())
         try:
             exec(compile(source, f"{name}, code cell {number}", "exec"), scope)
@@ -231,7 +232,7 @@ def seed_script(folder: Path, system: str, length: int, steps: int, tiny: bool) 
 
 
 def read_in_4_bit(folder: Path, system: str, length: int, steps: int, tiny: bool) -> dict[str, Any]:
-    """`read_layers` proves its reading or raises; the gaps it found."""
+    """`read_layers` proves its reading or raises; the gaps it found, and its speed."""
     from ironlogic.lens.read import read_layers
     from ironlogic.models import load_model
 
