@@ -88,7 +88,6 @@ def run_notebook(name: str, parameters: dict[str, Any], tiny: bool) -> dict[str,
 # --- b, d: a stage on a model of true shapes --------------------------------------------------------------------
 def our_stage(folder: Path, system: str, length: int, steps: int, tiny: bool) -> dict[str, Any]:
     """Our stage with the preset's settings, one row a step."""
-    from ironlogic.data import chats
     from ironlogic.models import load_model
     from ironlogic.presets import PRESETS
     from ironlogic.training.sft import train_sft
@@ -100,7 +99,6 @@ def our_stage(folder: Path, system: str, length: int, steps: int, tiny: bool) ->
     loaded = load_model(folder, four_bit=True, max_length=length)
     memory = after_loading(loaded)
     rows = conversations(length, steps)
-    rows = chats.make_chats(rows) if hasattr(chats, "make_chats") else rows
     run = train_sft(loaded, rows, settings, run=folder / f"run-{time.time_ns()}", burden=preset.burden)
     return memory | {"tokens_per_second": length / step_seconds([line["seconds"] for line in run.metrics])}
 
@@ -247,7 +245,6 @@ def read_in_4_bit(folder: Path, system: str, length: int, steps: int, tiny: bool
 
 # --- c: float16 -------------------------------------------------------------------------------------------------
 def ft_in_float16(tiny: bool) -> dict[str, Any]:
-    from ironlogic.data import chats
     from ironlogic.data.problems import make_tasks, task_chat
     from ironlogic.models import load_model
     from ironlogic.presets import PRESETS
@@ -255,7 +252,6 @@ def ft_in_float16(tiny: bool) -> dict[str, Any]:
 
     nano = PRESETS["nano"]
     rows = [task_chat(task) for task in make_tasks(640, seed=3407)]
-    rows = chats.make_chats(rows) if hasattr(chats, "make_chats") else rows
     run = train_sft(load_model("nano", max_length=256), rows, nano.train, run="float16", burden=nano.burden)
     losses = [round(line["loss"], 3) for line in run.metrics]
     assert losses[-1] < losses[0], f"the loss did not fall: {losses}"
