@@ -1,21 +1,38 @@
 """Does it fit? One step of LoRA training in GiB, by arithmetic, before anything is downloaded.
 
 Parameters are counted exactly, on the model that transformers builds from a configuration without storage.
-Activations are a closed form (`LayerWidths`) that agrees within a tenth with what a CPU measures.
+Activations are a closed form (`LayerWidths`) that agrees within a tenth with what a CPU measures. The logits, the
+largest term of the large systems, are fitted to what Unsloth 2026.10 took on a card, rows of 4,096 tokens
+(GiB by torch, without the CUDA context; the rest: allocated in the step, per token and entry of the vocabulary):
 
-What it does not know: what else draws on the card (a desktop takes 0.5-2 GiB), vLLM, training without LoRA,
-Unsloth's thriftier kernels. It is within 15 % of the peaks that 12 public notebooks print; `tests/test_memory.py`
-says what had to be assumed for two of them.
+    system          weights   allocated   reserved   the rest
+    Gemma-3-27B     15.8      22.28       24.52      6 bytes: the logits of all tokens, in bfloat16 and in float32
+    Qwen3-VL-4B      3.3       7.00        8.20      6 bytes
+    Qwen3-30B-A3B   15.6      28.65       29.40      22 bytes: 12.7 of the 13 GiB above its weights
+
+The experts are not what is large: their stacks are unpacked one at a time and once more for the backward pass
+(unsloth_zoo, temporary_patches/moe_utils.py, `_GroupedMMRecompute`), and the layers' inputs do leave for RAM
+(gradient_checkpointing.py, `UnslothCheckpointFunction`). A mixture pays more than the others because PEFT passes
+arguments on that the zoo's chunked loss does not know (fused_losses/cross_entropy_loss.py, `_use_chunked_ce`), so
+its older loss runs, with five float32 copies of the logits. Which call keeps the logits of all tokens for the other
+two was not seen; tests/gpu/README.md says what would cut them, and how to look.
+Terms that don't peak at the same moment are added up all the same: torch keeps the blocks of the layers while the
+loss asks for larger ones, which is the gap between allocated and reserved.
+
+What the plan does not know: what else draws on the card (a desktop takes 0.5-2 GiB), vLLM, training without LoRA.
+`tests/test_memory.py` holds it against the systems measured on a card (never below), against the peaks that 12
+public notebooks print and against 15 simulated steps (15 %).
 `plan_memory` imports transformers: where Unsloth is used, import `models` before calling it.
 """
 
 import copy
 import itertools
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ironlogic.architectures import ARCHITECTURES, ModelCount, PlanError, count_model
+from ironlogic import IronLogicError
 from ironlogic.presets import (
     PRESETS,
     VISION_PRESETS,
@@ -28,26 +45,208 @@ from ironlogic.presets import (
 
 import psutil  # comes with accelerate
 
-__all__ = ["ARCHITECTURES", "NF4_BYTES", "MemoryPlan", "PlanError", "plan_memory"]
+__all__ = [
+    "ARCHITECTURES",
+    "GIB",
+    "NF4_BYTES",
+    "MemoryPlan",
+    "ModelCount",
+    "PlanError",
+    "count_model",
+    "plan_memory",
+]
 
 GIB = 2**30
+DATA = Path(__file__).resolve().parent.parent / "data"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
 # nf4 with double quantisation: 4 bits, an 8-bit scale per 64 values, a 32-bit scale per 256 of those scales
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-CONTEXT_GIB = 1.0  # CUDA context and libraries; on a CPU Python and torch themselves
-FRAGMENTATION = 0.05
-USABLE = 0.98  # a "24 GB" card offers its programs 23.5 GiB
-CHUNK = 256  # tokens whose logits TRL's fused loss holds at a time
-LOSS_BYTES = {True: 16, False: 12}  # per logit; the fused loss also takes the entropy
-# bytes per trained parameter; paged states count as if they stayed on the card
-OPTIMIZER_BYTES = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), 8)
-OPTIMIZER_BYTES |= dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), 2) | {"sgd": 0}
 # Unsloth's dynamic 4 bit leaves some layers in 16 bit; its repositories say which, their names only that it is so.
 # Gemma-3-27B then holds 19.07 GiB with its adapter (printed by a public notebook), where plain nf4 takes 15.92.
 DYNAMIC, DYNAMIC_BYTES = "unsloth-bnb-4bit", 0.13  # bytes per parameter on top of nf4
-DATA = Path(__file__).resolve().parent.parent / "data"
-_NO_LORA = LoraSettings(attention=False, mlp=False)  # a splice's first stage
+# bytes per trained parameter; paged states count as if they stayed on the card
+OPTIMIZER_BYTES = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), 8)
+OPTIMIZER_BYTES |= dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), 2) | {"sgd": 0}
+
+CHUNK = 256  # tokens whose logits TRL's chunked loss holds at a time
+# Bytes per logit. "vision" and "mixture": Unsloth's loss on a card, for the logits of all tokens at once. Of the 22
+# bytes of a mixture some fit into the blocks that the layers have left.
+LOGIT_BYTES = {"chunked": 16, "all": 12, "vision": 6, "mixture": 20.5}
+# On a card the CUDA context, 0.6, and small tensors; on a CPU Python and torch themselves
+CONTEXT_GIB = {"card": 0.7, "cpu": 1.0}
+FRAGMENTATION = 0.04  # of everything but the weights
+USABLE = 0.98  # a "24 GB" card offers its programs 23.5 GiB
 
 
+# transformers' arguments of the seeds' models by name, so that a plan needs no download
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((Path(__file__).parent / "configs").glob("*.json"))
+}
+
+
+class PlanError(IronLogicError, ValueError):
+    """Something that can't be planned; the message says what came and what is expected."""
+
+
+# --- what a model is made of --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LayerWidths:
+    """The widths of a decoder layer, in values per token, and what they cost in a training step.
+
+    Assumes: attention never stores its T x T matrix (SDPA, flash) nor copies keys and values per query head;
+    norms compute in float32; in 16 bit (autocast) PEFT copies its input for each adapted projection; dropout 0;
+    ranks, heads and router are too narrow to count. LoRA on experts is not measured, the rest is.
+    """
+
+    hidden: int
+    query: int
+    key: int
+    inner: int  # width of the MLP; 0 where there are only experts
+    norms: int  # widths of all norms, added up
+    routed: int  # experts per token x hidden
+    routed_inner: int  # experts per token x width of one
+
+    def saved(self, width: int, lora: LoraSettings) -> int:
+        """Bytes per token that this layer keeps for its backward pass; `width` in bytes per value."""
+        copies = width == 2  # nothing is cast in float32, so neighbours share one input
+        adapted = 0
+        if lora.attention:
+            adapted += 3 * self.hidden + self.query if copies else self.hidden
+        if lora.mlp and self.inner:
+            adapted += (1 + copies) * self.hidden + self.inner
+        if lora.experts:
+            adapted += self.routed + self.routed_inner
+        attention = 2 * self.query + 2 * self.key
+        feed_forward = 3 * self.inner + 3 * self.routed_inner + self.routed
+        return 4 * self.norms + width * (adapted + attention + feed_forward)
+
+    def in_flight(self, width: int) -> int:
+        """Bytes per token on top at the worst moment of the layer's gradient; its multiples are measured."""
+        return 13 * self.hidden + (4 + width) * self.inner + 3 * width * self.routed
+
+
+@dataclass(frozen=True)
+class EyeWidths:
+    """The vision tower, frozen: nothing is kept for a backward pass, so its widest moment is what counts."""
+
+    patches: int  # of one picture
+    tokens: int  # that stand for it in a row
+    widest: int  # values per patch at that moment
+
+
+@dataclass(frozen=True)
+class ModelCount:
+    """Numbers of parameters by kind. Embeddings, head, norms, router and vision: `total` less the others."""
+
+    total: int
+    linear: int  # matrices that 4 bit applies to
+    experts: int  # fused experts of a mixture
+    largest: int  # largest of the matrices in 4 bit
+    largest_stack: int  # largest fused stack of experts
+    adapted: dict[str, int]  # of LoRA per rank: attention, mlp, experts
+    layers: int
+    vocabulary: int
+    layer: LayerWidths
+    sliding: int  # layers that attend to the last `window` tokens only
+    window: int
+    eyes: EyeWidths | None
+    projector: int = 0  # what joins the eyes to the decoder
+    dynamic: bool = False  # Unsloth's dynamic 4 bit
+
+
+def count_model(name: str, config: Any) -> ModelCount:
+    """Parameters by kind, on a model without storage; `linear` lacks what a 4-bit repository says it skips."""
+    import torch
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    builder = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    text = config.get_text_config()
+    try:
+        with torch.device("meta"):
+            model = builder.from_config(config)
+        layers = model.get_decoder().layers
+        widths = [_layer_widths(layer, text) for layer in layers]
+    except Exception as error:
+        raise PlanError(f"{name}: transformers makes no decoder with layers of it: {error!r:.300}") from error
+    layer = max(widths, key=lambda layer: layer.saved(2, LoraSettings()))
+    if not layer.query:
+        raise PlanError(f"{name}: no layer has {', '.join(ATTENTION)}, which LoRA adapts")
+    linears = {path: m for path, m in layers.named_modules() if isinstance(m, torch.nn.Linear)}
+    stacks = [p for path, p in layers.named_parameters() if p.ndim == 3 and "experts" in path]
+    skipped = (config.to_dict().get("quantization_config") or {}).get("llm_int8_skip_modules") or ()
+    kept = tuple(f"{n.split('layers.', 1)[1]}." for n in skipped if "layers." in n and "vis" not in n)
+    quantised = [m.weight.numel() for path, m in linears.items() if not f"{path}.".startswith(kept)]
+    adapted = {
+        where: sum(m.in_features + m.out_features for path, m in linears.items() if path.endswith(names))
+        for where, names in (("attention", ATTENTION), ("mlp", MLP))
+    }
+    adapted["experts"] = sum(len(p) * sum(p.shape[1:]) for p in stacks)
+    joins = ("multi_modal_projector", "connector")
+    return ModelCount(
+        total=sum(p.numel() for p in model.parameters()),
+        linear=sum(quantised),
+        experts=sum(p.numel() for p in stacks),
+        largest=max(quantised, default=0),
+        largest_stack=max((p.numel() for p in stacks), default=0),
+        adapted=adapted,
+        layers=len(layers),
+        vocabulary=text.vocab_size,
+        layer=layer,
+        sliding=text.to_dict().get("layer_types", []).count("sliding_attention"),
+        window=text.to_dict().get("sliding_window") or 0,
+        eyes=_eye_widths(config) if sees else None,
+        projector=sum(p.numel() for path, p in model.named_parameters() if any(join in path for join in joins)),
+    )
+
+
+def _layer_widths(layer: Any, text: Any) -> LayerWidths:
+    """The widths of one decoder layer, read off the shapes of its parameters."""
+    shapes = {path.removesuffix(".weight"): p.shape for path, p in layer.named_parameters()}
+
+    def width(name: str, side: int = 0) -> int:
+        return sum(s[side] for path, s in shapes.items() if path.endswith(name) and len(s) < 3)
+
+    norms = width("norm")
+    if width("q_norm"):  # norms of queries and keys hold one head's width but work on all of them
+        norms += width(".q_proj") - width("q_norm") + width(".k_proj") - width("k_norm")
+    down = [s for path, s in shapes.items() if path.endswith("experts.down_proj") and len(s) == 3]
+    return LayerWidths(
+        hidden=text.hidden_size,
+        query=width(".q_proj"),
+        key=width(".k_proj"),
+        inner=width(".down_proj", side=1),
+        norms=norms,
+        routed=text.num_experts_per_tok * text.hidden_size if down else 0,
+        routed_inner=text.num_experts_per_tok * (down[0][1:].numel() // text.hidden_size) if down else 0,
+    )
+
+
+def _eye_widths(config: Any) -> EyeWidths | None:
+    """The vision tower's widths and how many tokens stand for a picture; None for kinds that were not measured."""
+    if config.model_type not in ("gemma3", "llava", "smolvlm", "qwen3_vl"):
+        return None
+    eyes, side = config.vision_config, config.vision_config.to_dict().get("image_size") or 512
+    patches = (side // eyes.patch_size) ** 2
+    match config.model_type:
+        case "gemma3":
+            tokens = config.mm_tokens_per_image
+        case "llava":
+            tokens = config.image_seq_length
+        case "smolvlm":
+            tokens = patches // config.scale_factor**2
+        case _:
+            tokens = patches // eyes.spatial_merge_size**2
+    # measured: CLIP's quick GELU holds a third copy, and Qwen3-VL turns queries and keys in float32
+    inner = (3 if eyes.hidden_act == "quick_gelu" else 2) * eyes.intermediate_size
+    turning = 21 * eyes.hidden_size if config.model_type == "qwen3_vl" else 0
+    return EyeWidths(patches, tokens, max(4 * eyes.hidden_size + inner, turning))
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class MemoryPlan:
     """The peak of one training step. All sizes in GiB."""
@@ -67,21 +266,30 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
+class _Stage:
+    """A stage of training with what it trains: a splice trains its projector first, then that and LoRA."""
+
+    settings: TrainSettings
+    lora: bool = True
+    projector: bool = False
+
+
+@dataclass(frozen=True)
 class _Setup:
     """What can be chosen about a training step."""
 
     length: int  # tokens per row
     batch_size: int  # rows per forward pass
     four_bit: bool
-    lora: LoraSettings
+    lora: LoraSettings | None  # None: the projector alone
+    projector: bool  # whether a splice's projector is trained
     optimizer: str
     checkpointing: str  # offload, card, none
-    fused_loss: bool
+    loss: str  # a key of LOGIT_BYTES
     experts_too: bool  # whether 4 bit reaches fused experts
     samples: int  # answers that GRPO writes at a time; 0: no GRPO
     pictures: int  # in a row
     width: int  # bytes of a value that is not in 4 bit: 2 on a card, 4 on a CPU
-    projector: bool = False  # whether a splice's projector is trained too
 
 
 def plan_memory(
@@ -94,7 +302,7 @@ def plan_memory(
     lora: LoraSettings | None = None,
     optimizer: str | None = None,
     checkpointing: bool | Literal["offload", "card"] = True,
-    fused_loss: bool = True,
+    fused_loss: bool | Literal["chunked"] = True,
     fused_experts_quantized: bool = True,
     samples: int = 0,
     pictures: int = 0,
@@ -107,7 +315,10 @@ def plan_memory(
     A splice (`VISION_PRESETS`) is planned for its larger stage, a picture in every row, checkpoints on the card.
     `length` in tokens, `batch_size` in rows per forward pass.
     `checkpointing`: "offload" (or True) keeps the layers' inputs in RAM, as Unsloth does; "card" on the card, as
-    transformers does; False keeps all activations. `fused_loss`: logits of 256 tokens at a time, else of all.
+    transformers does; False keeps all activations.
+    `fused_loss`: True is the loss as it runs: on a card Unsloth's, which holds the logits of all tokens for
+    vision-language models and mixtures; of 256 tokens elsewhere. "chunked": of 256 tokens everywhere. False: of all
+    tokens, by transformers.
     `fused_experts_quantized`: False for plain transformers, whose 4 bit leaves fused experts as they are.
     `samples`: answers that GRPO writes at a time with plain transformers, prompt and answer in `length`; their keys
     and values are kept. Its reference model is the base without the adapter and costs nothing.
@@ -115,29 +326,30 @@ def plan_memory(
     for 512 x 512 pixels.
     `card_gib` 0 or None plans a CPU run as `models` sets it up (float32 but for the 4-bit weights, no
     checkpointing, no 8-bit optimizer), against `ram_gib` or else all of this machine's RAM.
-    Activations, logits and the cache are added up, though they don't peak at the same moment: the safe side. Raises
-    `PlanError` for a model or a setting that can't be planned.
+    Raises `PlanError` for a model or a setting that can't be planned.
     """
-    name, config, stages, quantised = _find(preset_or_config)
+    name, config, stages, quantised = _resolve(preset_or_config)
     model = replace(count_model(name, config), dynamic=name.endswith(DYNAMIC))
-    cpu, splice = not card_gib, len(stages) > 1 or stages[0].lora == _NO_LORA
-    keep = {True: "card" if splice else "offload", False: "none"}.get(checkpointing, checkpointing)
-    room, plans = card_gib or ram_gib or psutil.virtual_memory().total / GIB, []
-    for settings in stages:
-        optim = optimizer or settings.optimizer
+    cpu, splice = not card_gib, any(stage.projector for stage in stages)
+    room = card_gib or ram_gib or psutil.virtual_memory().total / GIB
+    kept = {True: "card" if splice else "offload", False: "none"}.get(checkpointing, checkpointing)
+    plans = []
+    for stage in stages:
+        settings = stage.settings
+        asked = optimizer or settings.optimizer
         setup = _Setup(
             length=settings.max_length if length is None else length,
             batch_size=settings.batch_size if batch_size is None else batch_size,
             four_bit=quantised if four_bit is None else four_bit,
-            lora=settings.lora if lora is None or settings.lora == _NO_LORA else lora,
-            optimizer="adamw_torch" if cpu and "8bit" in optim else optim,
-            checkpointing="none" if cpu and keep == "offload" else keep,
-            fused_loss=fused_loss,
+            lora=(lora or settings.lora) if stage.lora else None,
+            projector=stage.projector,
+            optimizer="adamw_torch" if cpu and "8bit" in asked else asked,
+            checkpointing="none" if cpu and kept == "offload" else kept,
+            loss=_loss_kind(fused_loss, model, whole=cpu or splice),
             experts_too=(fused_experts_quantized and not cpu) or not model.experts,  # packed on a card only
             samples=samples,
             pictures=pictures or int(splice),
             width=4 if cpu else 2,
-            projector=splice,
         )
         _check(name, model, setup, room)
         plans.append(_plan(name, model, setup, room))
@@ -147,17 +359,55 @@ def plan_memory(
     return replace(largest, advice="; ".join(f"stage {n}: {plan.advice}" for n, plan in enumerate(plans, 1)))
 
 
-def _plan(name: str, model: ModelCount, setup: _Setup, room: float) -> MemoryPlan:
-    parts = _parts(model, setup)
-    peak = sum(parts.values())
-    words = [text for key, text in _say(setup).items() if key != "experts_too" or model.experts * setup.four_bit]
-    title = f"{name}, {model.total / 1e6:,.1f} M parameters: {', '.join(words)}"
-    return MemoryPlan(peak <= USABLE * room, peak, parts, room, _advise(model, setup, room), title)
+def _resolve(what: Any) -> tuple[str, Any, list[_Stage], bool]:
+    """(name, configuration, stages, 4 bit) of whatever stands for a model."""
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    if isinstance(what, str):
+        what = (PRESETS | VISION_PRESETS).get(what, what)
+    stages, four_bit = [_Stage(TrainSettings())], True
+    if isinstance(what, Preset):
+        stages, four_bit, what = [_Stage(what.train)], what.four_bit, what.model
+    elif isinstance(what, VisionPreset):
+        stages = [_Stage(what.projector_stage, lora=False, projector=True)]
+        if what.instruct_stage:
+            stages.append(_Stage(what.instruct_stage, projector=True))
+        four_bit, what = what.four_bit, what.name
+    if isinstance(what, PreTrainedConfig):
+        return what.model_type, what, stages, four_bit
+    model = str(what)
+    for folder in (Path(model).expanduser(), DATA / model):
+        if (folder / "config.json").is_file():
+            try:
+                config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:
+                raise PlanError(f"{folder / 'config.json'}: transformers can't read it: {error!r:.300}") from error
+            return folder.name, config, stages, four_bit
+    for name, known in ARCHITECTURES.items():
+        if Path(model).name.lower().startswith(name.lower()):
+            arguments = copy.deepcopy(known)
+            config = CONFIG_MAPPING[arguments.pop("model_type")](**arguments)
+            title = f"{name}-{DYNAMIC}" if model.lower().endswith(DYNAMIC) else name
+            return title, config, stages, four_bit
+    names = f"a preset ({', '.join(PRESETS)}) or a model known here ({', '.join(ARCHITECTURES)})"
+    raise PlanError(f"{model}: not a folder with a config.json, nor a transformers configuration, nor {names}")
+
+
+def _loss_kind(fused: bool | str, model: ModelCount, *, whole: bool) -> str:
+    """The key of LOGIT_BYTES. `whole`: a CPU run or a splice, whose loss is chunked whatever the model."""
+    if not fused:
+        return "all"
+    if fused == "chunked" or whole:
+        return "chunked"
+    if model.experts:
+        return "mixture"
+    return "vision" if model.eyes else "chunked"
 
 
 def _check(name: str, model: ModelCount, setup: _Setup, room: float) -> None:
-    if not (min(setup.length, setup.batch_size, setup.lora.rank) >= 1 and room > 0):
-        sizes = f"length {setup.length}, batch_size {setup.batch_size}, lora.rank {setup.lora.rank}, {room} GiB"
+    rank = setup.lora.rank if setup.lora else 1
+    if not (min(setup.length, setup.batch_size, rank) >= 1 and room > 0):
+        sizes = f"length {setup.length}, batch_size {setup.batch_size}, lora.rank {rank}, {room} GiB"
         raise PlanError(f"{sizes}: expected 1 or more of each, and more than 0 GiB (card_gib=None: no card)")
     if min(setup.samples, setup.pictures) < 0:
         raise PlanError(f"samples {setup.samples}, pictures {setup.pictures}: expected 0 or more of each")
@@ -172,104 +422,58 @@ def _check(name: str, model: ModelCount, setup: _Setup, room: float) -> None:
         raise PlanError(f"checkpointing is {setup.checkpointing!r}; expected True, False, 'offload' or 'card'")
 
 
-def _find(what: Any) -> tuple[str, Any, list[TrainSettings], bool]:
-    """(name, configuration, settings of each stage, 4 bit) of whatever stands for a model."""
-    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-
-    what = (PRESETS | VISION_PRESETS).get(what, what) if isinstance(what, str) else what
-    rest = ([TrainSettings()], True)
-    if isinstance(what, Preset):
-        rest, what = ([what.train], what.four_bit), what.model
-    elif isinstance(what, VisionPreset):
-        stages = [replace(what.projector_stage, lora=_NO_LORA), what.instruct_stage]
-        rest, what = ([stage for stage in stages if stage], what.four_bit), what.name
-    if isinstance(what, PreTrainedConfig):
-        return what.model_type, what, *rest
-    model = str(what)
-    for folder in (Path(model).expanduser(), DATA / model):
-        if (folder / "config.json").is_file():
-            try:
-                return (
-                    folder.name,
-                    AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
-                    *rest,
-                )
-            except Exception as error:
-                raise PlanError(f"{folder / 'config.json'}: transformers can't read it: {error!r:.300}") from error
-    for name, known in ARCHITECTURES.items():
-        if Path(model).name.lower().startswith(name.lower()):
-            arguments = {key: value for key, value in known.items() if key not in ("total", "model_type")}
-            title = f"{name}-{DYNAMIC}" if model.lower().endswith(DYNAMIC) else name
-            return title, CONFIG_MAPPING[known["model_type"]](**copy.deepcopy(arguments)), *rest
-    names = f"a preset ({', '.join(PRESETS)}) or a model known here ({', '.join(ARCHITECTURES)})"
-    raise PlanError(f"{model}: not a folder with a config.json, nor a transformers configuration, nor {names}")
+def _plan(name: str, model: ModelCount, setup: _Setup, room: float) -> MemoryPlan:
+    parts = _parts(model, setup)
+    peak = sum(parts.values())
+    described = _describe(setup)
+    if not (model.experts and setup.four_bit):
+        del described["experts_too"]
+    title = f"{name}, {model.total / 1e6:,.1f} M parameters: {', '.join(described.values())}"
+    return MemoryPlan(peak <= USABLE * room, peak, parts, room, _advise(model, setup, room), title)
 
 
 def _parts(model: ModelCount, setup: _Setup) -> dict[str, float]:
     """The terms of the peak, in GiB."""
-    quantised = setup.four_bit * (model.linear + model.experts * setup.experts_too)
-    buffer = setup.four_bit * max(model.largest, model.layer_experts * setup.experts_too)
-    tokens, width = setup.batch_size * setup.length, setup.width
-    one, inputs = model.layer.saved(width, setup.lora), model.layer.hidden * width
-    kept = {"offload": inputs, "card": model.layers * inputs, "none": (model.layers - 1) * one}
-    trained = setup.projector * model.projector + setup.lora.rank * sum(
-        rows * vars(setup.lora)[where] for where, rows in model.adapted.items()
-    )
-    at_once = min(CHUNK, tokens) if setup.fused_loss else tokens
-    sizes = {
+    width, lora = setup.width, setup.lora or LoraSettings(attention=False, mlp=False)
+    quantised = buffer = 0
+    if setup.four_bit:
+        quantised = model.linear + model.experts * setup.experts_too
+        buffer = max(model.largest, model.largest_stack * setup.experts_too)
+    trained = model.projector * setup.projector
+    trained += lora.rank * sum(rows for where, rows in model.adapted.items() if getattr(lora, where))
+    weights = {
         "quantised weights": quantised * (NF4_BYTES + DYNAMIC_BYTES * model.dynamic),
         "other weights": (model.total - quantised) * width,
+    }
+    tokens = setup.batch_size * setup.length
+    layer, layer_input = model.layer.saved(width, lora), model.layer.hidden * width
+    kept = {"offload": layer_input, "card": model.layers * layer_input, "none": (model.layers - 1) * layer}
+    logits = min(CHUNK, tokens) if setup.loss == "chunked" else tokens
+    work = {
         "LoRA and optimizer": trained * (4 + 4 + OPTIMIZER_BYTES[setup.optimizer]),
-        "activations": tokens * (kept[setup.checkpointing] + one + model.layer.in_flight(width)),
+        "activations": tokens * (kept[setup.checkpointing] + layer + model.layer.in_flight(width)),
         "dequantisation buffer": buffer * width,
-        "logits": model.vocabulary * at_once * LOSS_BYTES[setup.fused_loss],
+        "logits": logits * model.vocabulary * LOGIT_BYTES[setup.loss],
     }
     if setup.samples:
-        remembered = (model.layers - model.sliding) * setup.length + model.sliding * min(setup.length, model.window)
-        sizes["key-value cache"] = setup.samples * remembered * 2 * model.layer.key * width
+        remembered = (model.layers - model.sliding) * setup.length
+        remembered += model.sliding * min(setup.length, model.window)
+        work["key-value cache"] = setup.samples * remembered * 2 * model.layer.key * width
     if setup.pictures:
-        sizes["vision tower at work"] = (
-            setup.batch_size * setup.pictures * model.eyes.patches * model.eyes.widest * width
-        )
-    parts = {name: size / GIB for name, size in sizes.items()}
-    return parts | {"margin": CONTEXT_GIB + FRAGMENTATION * sum(parts.values())}
+        patches = setup.batch_size * setup.pictures * model.eyes.patches
+        work["vision tower at work"] = patches * model.eyes.widest * width
+    margin = CONTEXT_GIB["card" if width == 2 else "cpu"] * GIB + FRAGMENTATION * sum(work.values())
+    return {name: size / GIB for name, size in (weights | work | {"margin": margin}).items()}
 
 
-def _options(model: ModelCount, setup: _Setup) -> dict[str, list[Any]]:
-    """Values of each setting (some twice), from the present one to the one that saves most memory."""
-    heavy = OPTIMIZER_BYTES[setup.optimizer] > 2 and setup.width == 2
-    least = max(256, 2 * setup.pictures * model.eyes.tokens) if setup.pictures else 256
-    lora = replace(setup.lora, rank=min(setup.lora.rank, 8), experts=setup.lora.experts and not model.experts)
-    return {
-        "fused_loss": [setup.fused_loss, True],
-        "checkpointing": [
-            setup.checkpointing,
-            "offload" if setup.width == 2 and not setup.projector else setup.checkpointing,
-        ],
-        "experts_too": [setup.experts_too, setup.experts_too or setup.width == 2],
-        "batch_size": [setup.batch_size >> n for n in range(setup.batch_size.bit_length())],
-        "optimizer": [setup.optimizer, "paged_adamw_8bit" if heavy else setup.optimizer],
-        "four_bit": [setup.four_bit, True],
-        "length": [
-            setup.length,
-            *range(setup.length, least, -max(setup.length // 16, 256)),
-            min(setup.length, least),
-        ],
-        "samples": [setup.samples >> n for n in range(setup.samples.bit_length())] or [0],
-        "lora": [setup.lora, lora],
-    }
-
-
-def _distance(setup: _Setup, other: _Setup) -> tuple[int, ...]:
-    """How far `other` is: changes of what is learnt, changes, tokens lost."""
-    changed = {field for field, value in vars(other).items() if value != vars(setup)[field]}
-    sizes = (other.length, other.batch_size, other.samples)
-    return len(changed & {"four_bit", "length", "lora"}), len(changed), *(-size for size in sizes)
+# --- advice -------------------------------------------------------------------------------------------------------
+LEARNT = ("four_bit", "length", "lora")  # suggestions that change what is learnt, the nearest first
 
 
 def _advise(model: ModelCount, setup: _Setup, room: float) -> str:
     """How much is to spare, or which term to cut and the nearest setting that fits, or that nothing does."""
-    parts, where, note = _parts(model, setup), f"{room:.4g} GiB", ""
+    parts, where = _parts(model, setup), f"{room:.4g} GiB"
+    note = ""
     if setup.four_bit and not setup.experts_too:
         stay, weights = model.experts * setup.width / GIB, parts["quantised weights"] + parts["other weights"]
         size = f"{model.experts:,} parameters x {setup.width} bytes = {stay:.1f} of {weights:.1f} GiB of weights"
@@ -278,34 +482,98 @@ def _advise(model: ModelCount, setup: _Setup, room: float) -> str:
     if spare >= 0:
         tight = ", so close what else draws on it" if spare < 0.05 * room else ""
         return f"fits on {where} with {spare:.1f} GiB to spare{tight}{note}"
-    options = _options(model, setup)
-    values = itertools.product(*map(dict.fromkeys, options.values()))
-    setups = [replace(setup, **dict(zip(options, chosen, strict=True))) for chosen in values]
-    fitting = [s for s in setups if sum(_parts(model, s).values()) <= USABLE * room]
-    least = _parts(model, setups[-1])
-    nearest = min(fitting, key=lambda s: _distance(setup, s), default=setups[-1])
-    new, old = _say(nearest), _say(setup)
+    suggestions = _suggestions(model, setup)
+    smallest = replace(setup, **{field: values[-1] for field, values in suggestions.items()})
+    nearest = _nearest(model, setup, suggestions, room)
+    old, new = _describe(setup), _describe(nearest or smallest)
     settings = ", ".join(new[field] for field in new if new[field] != old[field]) or "these settings"
-    if not fitting:
-        other = (
-            f"; the preset for that is {pick_preset(room).name}" if setup.width == 2 and not setup.projector else ""
-        )
+    least = _parts(model, smallest)
+    if nearest is None:
+        general = setup.width == 2 and not setup.projector
+        other = f"; the preset for that is {pick_preset(room).name}" if general else ""
         return f"nothing fits on {where}: even {settings} would take {sum(least.values()):.1f} GiB{other}{note}"
     largest = max((name for name in parts if name != "margin" and least[name] < parts[name]), key=parts.get)
     return f"largest term to cut: {largest} ({parts[largest]:.1f} GiB); fits on {where} with {settings}{note}"
 
 
-def _say(setup: _Setup) -> dict[str, str]:
+def _suggestions(model: ModelCount, setup: _Setup) -> dict[str, list[Any]]:
+    """Other values of a setting, the nearest first; settings that change nothing learnt come first."""
+    on_card = setup.width == 2
+    options: dict[str, list[Any]] = {}
+    if setup.loss == "all":
+        usual = _loss_kind(True, model, whole=not on_card or setup.projector)
+        options["loss"] = [usual] if usual != "mixture" else []  # which holds more
+    if on_card and not setup.projector:
+        options["checkpointing"] = ["offload"]
+    if on_card and not setup.experts_too:
+        options["experts_too"] = [True]
+    options["batch_size"] = _halves(setup.batch_size)
+    if on_card and OPTIMIZER_BYTES[setup.optimizer] > 2:
+        options["optimizer"] = ["paged_adamw_8bit"]
+    options["samples"] = _halves(setup.samples)
+    options["four_bit"] = [True]
+    least = max(256, 2 * setup.pictures * model.eyes.tokens) if setup.pictures else 256
+    lengths = [*range(setup.length, least, -max(setup.length // 16, 256)), least]
+    options["length"] = [length for length in lengths if length < setup.length]
+    if setup.lora:
+        narrow = replace(setup.lora, experts=setup.lora.experts and not model.experts)
+        options["lora"] = [narrow, replace(narrow, rank=min(narrow.rank, 8))]
+    changed = {
+        field: [value for value in values if value != getattr(setup, field)] for field, values in options.items()
+    }
+    return {field: values for field, values in changed.items() if values}
+
+
+def _halves(count: int) -> list[int]:
+    """count / 2, count / 4, ... 1."""
+    return [count >> n for n in range(1, count.bit_length())]
+
+
+def _nearest(model: ModelCount, setup: _Setup, suggestions: dict[str, list[Any]], room: float) -> _Setup | None:
+    """The setting that fits with the fewest changes of what is learnt, and none that it could do without."""
+
+    def fits(changes: dict[str, Any]) -> bool:
+        return sum(_parts(model, replace(setup, **changes)).values()) <= USABLE * room
+
+    strongest = {field: values[-1] for field, values in suggestions.items()}
+    harmless = {field: value for field, value in strongest.items() if field not in LEARNT}
+    learnt = [field for field in LEARNT if field in strongest]
+    for number in range(len(learnt) + 1):
+        for fields in itertools.combinations(learnt, number):
+            changes = harmless | {field: strongest[field] for field in fields}
+            if not fits(changes):
+                continue
+            for field in reversed(list(changes)):  # take back what is not needed, the dearest first
+                values = [getattr(setup, field), *suggestions[field]]
+                changes[field] = next(value for value in values if fits(changes | {field: value}))
+            return replace(setup, **changes)
+    return None
+
+
+def _describe(setup: _Setup) -> dict[str, str]:
     """Settings in words."""
-    where = ", ".join(name for name in ("attention", "mlp", "experts") if vars(setup.lora)[name])
-    kept = {"offload": "checkpoints in RAM (Unsloth)", "card": "checkpoints on the card", "none": "no checkpoints"}
-    return {
+    words = {
         "four_bit": "4 bit" if setup.four_bit else f"{8 * setup.width} bit",
         "experts_too": "experts quantised by Unsloth" if setup.experts_too else "experts not quantised",
-        "lora": f"LoRA rank {setup.lora.rank} ({where})" if where else "the projector alone",
+        "lora": "the projector alone",
         "batch_size": f"batch size {setup.batch_size}",
         "length": f"length {setup.length}",
         "optimizer": setup.optimizer,
-        "checkpointing": kept[setup.checkpointing],
-        "fused_loss": "fused loss" if setup.fused_loss else "all logits at once",
-    } | ({"samples": f"{setup.samples} samples at a time"} if setup.samples else {})
+        "checkpointing": {
+            "offload": "checkpoints in RAM (Unsloth)",
+            "card": "checkpoints on the card",
+            "none": "no checkpoints",
+        }[setup.checkpointing],
+        "loss": {
+            "all": "all logits at once",
+            "chunked": "chunked loss",
+            "vision": "Unsloth's loss (all logits at once)",
+            "mixture": "Unsloth's loss (all logits at once)",
+        }[setup.loss],
+    }
+    if setup.lora:
+        where = ", ".join(name for name in ("attention", "mlp", "experts") if getattr(setup.lora, name))
+        words["lora"] = f"LoRA rank {setup.lora.rank} ({where})"
+    if setup.samples:
+        words["samples"] = f"{setup.samples} samples at a time"
+    return words

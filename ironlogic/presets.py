@@ -70,7 +70,8 @@ class Preset:
     data: str = "problems"  # hub dataset or file of chats; "problems": made by `tasks`
     four_bit: bool = True
     evaluation_seeds: int = 1  # repetitions of each arm in notebook 02
-    note: str = ""
+    note: str = ""  # shown by notebook 00
+    measured_gib: float = 0.0  # peak of a step on a card, CUDA context included (tests/gpu); 0: planned only
 
 
 # "As the seed": the published script (seed 001), line by line. It is the only one of its author: seeds 000 and 002
@@ -110,7 +111,54 @@ _CARD = TrainSettings(
 )
 _LARGE = replace(_CARD, learning_rate=1e-4)  # from 33 B on in the same paper; 27 B and 30 B are nearer to that
 _BURDEN = Burden(ratio=0.7)  # a fresh draw every epoch, and code, links and formulas stay whole
-_QWEN_MOE, _QWEN_VL = "Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-VL-4B-Instruct"
+
+_NANO = TrainSettings(
+    learning_rate=5e-3,
+    batch_size=16,
+    accumulation=1,
+    max_length=256,
+    save_steps=100,
+    log_steps=10,
+    lora=LoraSettings(rank=16, alpha=32),
+)
+
+# `measured_gib`: on an H200 held to the memory of such a card, through Unsloth, weights of the true shapes
+_T4 = Preset(
+    name="t4",
+    model="Qwen/Qwen3-4B-Instruct-2507",
+    card_gib=14,
+    train=_CARD,
+    burden=_BURDEN,
+    data=SEED_DATA,
+    note="Colab or Kaggle, 16 GB",
+)
+_GEMMA = replace(
+    _T4,
+    name="gemma-3-27b",
+    model="google/gemma-3-27b-it",
+    card_gib=30,
+    train=_LARGE,
+    note="seed 001's model, 32 GB",
+    measured_gib=25.12,
+)
+# Attention only: at rank 8 LoRA on 6,144 experts has 315 M parameters, of which a token trains a sixteenth.
+_QWEN_MOE = replace(
+    _GEMMA,
+    name="qwen3-30b-a3b",
+    model="Qwen/Qwen3-30B-A3B-Instruct-2507",
+    card_gib=31.4,
+    note="seed 002's model, 32 GB with nothing else on the card; needs Unsloth",
+    measured_gib=30.0,
+)
+_QWEN_VL = replace(
+    _T4,
+    name="qwen3-vl-4b",
+    model="Qwen/Qwen3-VL-4B-Instruct",
+    note="seed 000's model, stage 1: FT",
+    measured_gib=8.8,
+)
+_AS_SEED = {"train": _SEED, "burden": _SEED_BURDEN, "measured_gib": 0.0}
+_SECOND_STAGE = {"burden": _NO_BURDEN, "data": SEED_SFT_DATA}
 
 PRESETS = {
     preset.name: preset
@@ -119,80 +167,49 @@ PRESETS = {
             name="nano",
             model="nano",
             card_gib=0,
-            train=TrainSettings(
-                learning_rate=5e-3,
-                batch_size=16,
-                accumulation=1,
-                max_length=256,
-                save_steps=100,
-                log_steps=10,
-                lora=LoraSettings(rank=16, alpha=32),
-            ),
+            train=_NANO,
             burden=Burden(),
             evaluation_seeds=5,
             note="shipped in data/, runs on any laptop",
         ),
-        Preset("t4", "Qwen/Qwen3-4B-Instruct-2507", 14, _CARD, _BURDEN, SEED_DATA, note="Colab or Kaggle, 16 GB"),
-        Preset("24gb", "google/gemma-3-12b-it", 22, _CARD, _BURDEN, SEED_DATA, note="RTX 3090 or 4090"),
-        Preset("32gb", "google/gemma-3-27b-it", 30, _LARGE, _BURDEN, SEED_DATA, note="RTX 5090"),
-        Preset(
-            "gemma-3-27b", "google/gemma-3-27b-it", 30, _LARGE, _BURDEN, SEED_DATA, note="seed 001's model, 32 GB"
-        ),
-        Preset(
-            "gemma-3-27b-as-seed",
-            "google/gemma-3-27b-it",
-            30,
-            _SEED,
-            _SEED_BURDEN,
-            SEED_DATA,
+        _T4,
+        replace(_T4, name="24gb", model="google/gemma-3-12b-it", card_gib=22, note="RTX 3090 or 4090"),
+        replace(_GEMMA, name="32gb", note="RTX 5090"),
+        _GEMMA,
+        replace(
+            _GEMMA,
+            name="gemma-3-27b-as-seed",
             note="seed 001 exactly: one shuffle for all epochs, loss on every token",
+            **_AS_SEED,
         ),
-        # Attention only: at rank 8 LoRA on 6,144 experts has 315 M parameters, of which a token trains a sixteenth.
-        Preset(
-            "qwen3-30b-a3b",
+        _QWEN_MOE,
+        replace(
             _QWEN_MOE,
-            31,
-            _LARGE,
-            _BURDEN,
-            SEED_DATA,
-            note="seed 002's model, 32 GB with nothing else on the card; needs Unsloth",
-        ),
-        Preset(
-            "qwen3-30b-a3b-as-seed",
-            _QWEN_MOE,
-            40,
-            replace(_SEED, lora=replace(_SEED.lora, experts=True)),  # finetune_mlp_modules=True means every expert
-            _SEED_BURDEN,
-            SEED_DATA,
+            name="qwen3-30b-a3b-as-seed",
+            card_gib=40,
             note="seed 002's model with seed 001's script; needs Unsloth",
+            # finetune_mlp_modules=True means every expert
+            **_AS_SEED | {"train": replace(_SEED, lora=replace(_SEED.lora, experts=True))},
         ),
-        Preset("qwen3-vl-4b", _QWEN_VL, 14, _CARD, _BURDEN, SEED_DATA, note="seed 000's model, stage 1: FT"),
-        Preset(
-            "qwen3-vl-4b-sft",
+        _QWEN_VL,
+        replace(
             _QWEN_VL,
-            14,
-            replace(_CARD, epochs=1),  # four times the rows: about as many steps as stage 1
-            _NO_BURDEN,
-            SEED_SFT_DATA,
+            name="qwen3-vl-4b-sft",
+            train=replace(_CARD, epochs=1),  # four times the rows: about as many steps as stage 1
             note="stage 2, plain SFT: give it the model of stage 1",
+            **_SECOND_STAGE,
         ),
-        Preset(
-            "qwen3-vl-4b-as-seed",
+        replace(
             _QWEN_VL,
-            14,
-            _SEED,
-            _SEED_BURDEN,
-            SEED_DATA,
+            name="qwen3-vl-4b-as-seed",
             note="seed 000, stage 1, with seed 001's script",
+            **_AS_SEED,
         ),
-        Preset(
-            "qwen3-vl-4b-sft-as-seed",
+        replace(
             _QWEN_VL,
-            14,
-            _SEED,
-            _NO_BURDEN,
-            SEED_SFT_DATA,
+            name="qwen3-vl-4b-sft-as-seed",
             note="seed 000, stage 2, plain SFT: give it the model of stage 1",
+            **_AS_SEED | _SECOND_STAGE,
         ),
     )
 }
@@ -213,6 +230,7 @@ class VisionPreset:
     data: tuple[str, ...] = ()  # hub data sets, one a stage
     rows: int = 0  # of the first stage's data; 0: all
     note: str = ""
+    measured_gib: float = 0.0  # of its larger stage
 
 
 # Seed 003, stage 1. It names no optimizer, weight decay, length or seed: those are LLaVA-1.5's script. For the
@@ -286,6 +304,7 @@ VISION_PRESETS = {
             four_bit=True,  # 5 GiB less; the seed had 141 GB
             data=_LLAVA_DATA,
             note="seed 003's model, in 4 bit",
+            measured_gib=11.34,
         ),
         VisionPreset(
             name="vqwen3-4b-as-seed",
@@ -319,6 +338,7 @@ VISION_PRESETS = {
             data=("HuggingFaceM4/the_cauldron",),
             rows=60_000,
             note="seed 004's model, with a second stage",
+            measured_gib=4.73,
         ),
         VisionPreset(
             name="qwen3-smvl-as-seed",

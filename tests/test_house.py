@@ -43,7 +43,7 @@ GROUND_UP = """
 """
 # Files that still have to be folded into the place named behind them
 FOLDED = {
-    **{"architectures": "memory", "setup_cell": "session"},
+    "setup_cell": "session",
     "notebooks": "__main__",
 }
 LARGEST_FILE, LARGEST_DATA = 6 * 2**20, 25 * 2**20
