@@ -56,6 +56,8 @@ class TrainSettings:
     seed: int = 3407
     lora: LoraSettings = field(default_factory=LoraSettings)
     projector_learning_rate: float | None = None  # of a splice's projector beside LoRA; None: the same
+    padding_free: bool = False  # text stages: the rows of a forward pass one behind the other, without padding
+    report_to: str = "none"  # a tracker that is installed, by transformers' name: trackio, tensorboard, wandb, ...
 
 
 @dataclass(frozen=True)

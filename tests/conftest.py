@@ -106,6 +106,14 @@ def tmp_runs(tmp_path, monkeypatch) -> Path:
     return runs
 
 
+@pytest.fixture(scope="session")
+def ft_run(tmp_path_factory):
+    """A finished run of `trained.train_ft`, its model in memory; nobody writes into its folder."""
+    from trained import train_ft
+
+    return train_ft(tmp_path_factory.mktemp("runs") / "ft")
+
+
 def _why_no_browser() -> str:
     names = ("chromium", "chromium-browser", "google-chrome")
     if not os.environ.get("IRONLOGIC_CHROMIUM") and not any(map(shutil.which, names)):

@@ -384,11 +384,13 @@ def test_from_fragments_to_gguf(tmp_path):
 
     tasks = make_tasks(16, seed=2)
     fragmented = train_sft(load_model("nano"), CHATS, SETTINGS, run=tmp_path / "ft", burden=Burden())
-    polished = train_sft(fragmented.model(), CHATS, replace(SETTINGS, learning_rate=1e-3), run=tmp_path / "sft")
+    polished = train_sft(
+        fragmented.load_model(), CHATS, replace(SETTINGS, learning_rate=1e-3), run=tmp_path / "sft"
+    )
     grpo = GrpoSettings(
         steps=2, generations=4, batch_size=8, accumulation=1, max_new_tokens=32, learning_rate=1e-3, lora=LORA
     )
-    rewarded = train_grpo(polished.model(), tasks, grpo, run=tmp_path / "grpo")
+    rewarded = train_grpo(polished.load_model(), tasks, grpo, run=tmp_path / "grpo")
     merged = merge_adapter(rewarded, tmp_path / "merged")
     ours = [c.text for c in generate(load_model(rewarded.adapter, four_bit=False), PROMPTS, max_new_tokens=40)]
     for quantization, least in (("f16", 20), ("q8_0", 18)):

@@ -154,7 +154,7 @@ def test_one_step_of_ft_in_four_bit(system):
 
 def test_what_was_saved_reloads_generates_and_is_read(system):
     _, _, run = system
-    again = open_run(run.folder).model()
+    again = open_run(run.folder).load_model()
     ids = torch.randint(10, 900, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = (loaded.model.eval()(input_ids=ids).logits for loaded in (run.loaded, again))

@@ -289,7 +289,7 @@ def test_both_stages_over_a_4_bit_base_merge_into_its_16_bit_weights(tmp_path):
     one = train_projector(loaded, CHATS, SETTINGS, run=tmp_path / "one", cache=tmp_path / "features")
     assert one.loaded.model.is_quantized
     two = train_instruct(one.loaded, CHATS, SETTINGS, run=tmp_path / "two", cache=tmp_path / "features")
-    again = Run(two.folder, two.record).model()  # base and adapter from disk
+    again = Run(two.folder, two.record).load_model()  # base and adapter from disk
     assert logits(again).equal(logits(two.loaded))
     whole = load_model(save_spliced(two, tmp_path / "whole"), four_bit=False)
     apart = (logits(whole) - logits(two.loaded)).std() / logits(two.loaded).std()

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
+from numbers import Real
 from typing import Any, Literal
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "final_answer",
     "format_reward",
     "make_tasks",
+    "normal_answer",
     "task_chat",
     "thinks",
 ]
@@ -426,13 +428,30 @@ def final_answer(text: str) -> str:
     return text.rsplit("</think>", 1)[-1].rsplit("Answer:", 1)[-1].strip()
 
 
+def normal_answer(answer: Any) -> str:
+    """An answer of a data set as the text to compare with: stripped, whole numbers without `.0`.
+
+    Raises ValueError for what is neither a text, a number nor a list of one of them.
+
+    >>> [normal_answer(answer) for answer in (" 7\\n", 7, 7.0, ["7"])]
+    ['7', '7', '7', '7']
+    """
+    if isinstance(answer, list | tuple) and len(answer) == 1:
+        answer = answer[0]
+    if not isinstance(answer, str | Real):
+        raise ValueError(f"the answer is {answer!r:.80}; expected a text or a number")
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    return str(answer).strip()
+
+
 def check_answer(expected: str | Task, reply: str) -> bool:
     """Exact match of the final answer; blanks at the ends do not count.
 
     >>> check_answer("7", "<think>3 + 4 = 7</think> Answer: 7")
     True
     """
-    return final_answer(reply) == (expected.answer if isinstance(expected, Task) else expected)
+    return final_answer(reply) == normal_answer(expected.answer if isinstance(expected, Task) else expected)
 
 
 # --- rewards: trl.GRPOTrainer calls them with all completions of a step and every column of the rows -------

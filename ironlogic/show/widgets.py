@@ -10,10 +10,10 @@ from ironlogic.memory import plan_memory
 from ironlogic.presets import PRESETS
 from ironlogic.show.chat import chat_box
 from ironlogic.show.explorer import Explorer, picture_html, png_bytes, ratio_slider, text_html
+from ironlogic.show.grpo import completions_table, live_rewards, sample_explorer
 from ironlogic.show.lens import lens_table, plot_entropy, plot_layers
 from ironlogic.show.picture_widget import picture_explorer
 from ironlogic.show.plots import plot_disorder, plot_losses, plot_memory
-from ironlogic.show.rlvr_widget import completions_table, live_rewards, sample_explorer
 from ironlogic.units import count_units
 
 import ipywidgets

@@ -1,44 +1,64 @@
 """Reinforcement learning with verifiable rewards: TRL's GRPO around problems whose answers can be checked.
 
 A step samples several completions of every prompt, scores them by plain functions and makes those above their
-group's mean likelier. Knows what was rewarded, not whether the reward deserves trust: hence the measures of
-problems held out (`sample_answers`) and the completions on disk, tags included.
+group's mean likelier. Whether a reward deserves trust, only problems held out (`sample_answers`) and the
+completions themselves can tell: they are on disk, tags included.
 """
 
 import functools
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ironlogic.data.problems import Task, accuracy_reward, check_answer, thinks
+from ironlogic import IronLogicError
+from ironlogic.data.problems import Task, accuracy_reward, check_answer, normal_answer, thinks
 from ironlogic.generate import Completion, end_ids, generate, visible_text
-from ironlogic.models import LoadedModel, add_lora, as_loaded
+from ironlogic.models import LoadedModel, as_loaded
 from ironlogic.presets import LoraSettings
-from ironlogic.training.runs import Run, read_metrics, run_folder, save_adapter, start_or_join
+from ironlogic.training.runs import (
+    Run,
+    drop_later_steps,
+    find_run,
+    read_steps,
+    run_folder,
+    save_adapter,
+    start_or_join,
+)
 from ironlogic.training.stages import (
     Watch,
     content_hash,
     describe_stage,
     finish_stage,
+    finished_run,
     fit,
     stage_callbacks,
     trainer_arguments,
+    with_trained_adapter,
 )
 
 import datasets
 import numpy as np
-import peft
+import pyarrow as pa
 import transformers
 import trl
 from scipy.special import comb
 
-__all__ = ["GrpoSettings", "Samples", "read_completions", "rejection_chats", "sample_answers", "train_grpo"]
+__all__ = [
+    "GrpoError",
+    "GrpoSettings",
+    "Samples",
+    "read_completions",
+    "rejection_chats",
+    "sample_answers",
+    "train_grpo",
+]
 
-Reward = Callable[..., list[float | None]]
-_COLUMNS = (  # of TRL's log, into metrics.jsonl; a column for every reward joins them
+Reward = Callable[..., Sequence[float | None]]
+_LOGGED = (  # of TRL's log, into metrics.jsonl; a column for every reward joins them
     "reward",
     "reward_std",
     "frac_reward_zero_std",
@@ -47,6 +67,12 @@ _COLUMNS = (  # of TRL's log, into metrics.jsonl; a column for every reward join
     "completions/clipped_ratio",
     "entropy",
 )
+_RECORDED = {"step", "completion", "tokens"}  # of every line of completions.jsonl, beside the row's own columns
+_PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+
+
+class GrpoError(IronLogicError, ValueError):
+    """Settings, rows or rewards that GRPO can't use; the message names them."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +95,13 @@ class GrpoSettings:
     log_steps: int = 1
     seed: int = 3407
     lora: LoraSettings = field(default_factory=LoraSettings)
+    report_to: str = "none"  # a tracker that is installed, by transformers' name
 
     def __post_init__(self) -> None:
         if self.generations < 2:
-            raise ValueError(f"GrpoSettings: generations is {self.generations}; a group needs 2 or more to compare")
+            raise GrpoError(f"GrpoSettings: generations is {self.generations}; a group needs 2 or more to compare")
         if self.batch_size * self.accumulation % self.generations:
-            raise ValueError(
+            raise GrpoError(
                 f"GrpoSettings: batch_size * accumulation is {self.batch_size} * {self.accumulation} completions a "
                 f"step; it has to be a multiple of generations, {self.generations}"
             )
@@ -87,7 +114,7 @@ class GrpoSettings:
 
 def train_grpo(
     loaded: LoadedModel | Any,
-    tasks_or_rows: Sequence[Task] | Sequence[Mapping[str, Any]] | datasets.Dataset,
+    problems: Sequence[Task] | Sequence[Mapping[str, Any]] | datasets.Dataset,
     settings: GrpoSettings,
     *,
     run: str | Path,
@@ -96,56 +123,48 @@ def train_grpo(
 ) -> Run:
     """GRPO (Shao et al. 2024, arXiv 2402.03300) of a LoRA adapter, without a reference model.
 
-    Rows have a `prompt` (text of a user turn, or messages) and whatever columns the rewards want, for
-    `accuracy_reward` an `answer`. A reward takes `completions` and those columns, a value per completion each, and
-    returns a number per completion; several are added up. A model that carries an adapter goes on training it.
+    A problem is a `Task`, or a row with a `prompt` (text of a user turn, or messages) and whatever columns the
+    rewards want; an `answer` becomes text (`normal_answer`). A reward takes `completions` and those columns, a
+    value per completion each, and returns a number per completion, None where it does not apply; several are added
+    up. A model that carries an adapter goes on training it.
 
     Writes, beside what every run has, completions.jsonl: every completion with its rewards (`read_completions`).
-    `run` and `watch` as in `train_sft`; resumes by itself. Raises `ValueError` for rows or rewards that can't be
+    `run` and `watch` as in `train_sft`; resumes by itself. Raises `GrpoError` for rows or rewards that can't be
     used, `RunError` when the folder holds another run or can't be written.
     """
     loaded, folder = as_loaded(loaded), run_folder(run)
-    names = _reward_names(rewards)
-    rows, left_out = _prepare(loaded, tasks_or_rows, settings, needs_answer=accuracy_reward in rewards)
-    wanted = describe_stage("grpo", loaded, len(rows), content_hash(rows), settings)
-    wanted["settings"] |= {"rewards": names, "max_length": loaded.max_length}  # Run.model() wants the latter
-    previous = start_or_join(folder, wanted)
+    rows, left_out = _prepare(loaded, problems, settings, needs_answer=accuracy_reward in rewards)
+    names = _reward_names(rewards, rows)
+    record = describe_stage("grpo", loaded, len(rows), content_hash(rows), settings)
+    record["settings"] |= {"rewards": names, "max_length": loaded.max_length}  # Run.load_model wants the latter
+    previous = find_run(folder, record)
     if previous.get("finished"):
-        if watch and (lines := read_metrics(folder)):
-            watch(lines)
-        return Run(folder, previous)
+        return finished_run(folder, previous, watch)
+    start_or_join(folder, record)
     transformers.set_seed(settings.seed)  # before any weight is drawn
-    loaded = _with_adapter(loaded, settings)
+    loaded = with_trained_adapter(loaded, settings.lora, seed=settings.seed)
     trainer = _trainer(loaded, rows, settings, folder, rewards, watch)
     seconds = fit(trainer, folder)
     save_adapter(loaded, folder)
     data = f"{len(rows)} prompts" + (f", {left_out} left out: too long for the context" if left_out else "")
-    return finish_stage(folder, wanted, trainer, loaded, data=data, seconds=round(seconds, 3))
+    if all(line.get("frac_reward_zero_std") == 1 for line in read_steps(folder / "metrics.jsonl")):
+        data += "; NOTHING WAS LEARNED: in no group of completions did the rewards differ"
+        print(f"{folder.name}: {data}. Read them with read_completions")
+    return finish_stage(folder, record, trainer, loaded, data=data, seconds=round(seconds, 3))
 
 
 def read_completions(run: Run | str | Path) -> list[dict[str, Any]]:
     """Every completion of a run: step, prompt, completion, tokens, a number per reward, the rows' columns."""
     folder = run.folder if isinstance(run, Run) else run_folder(run)
-    lines = (folder / "completions.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return read_steps(folder / "completions.jsonl")
 
 
-# --- rows and rewards -------------------------------------------------------------------------------------
-def _reward_names(rewards: Sequence[Reward]) -> list[str]:
-    nameless = [r for r in rewards if not callable(r) or not hasattr(r, "__name__")]
-    names = [r.__name__ for r in rewards if r not in nameless]
-    if nameless or not names or len(set(names)) < len(names):
-        raise ValueError(
-            f"train_grpo: rewards are {list(rewards)!r}; expected functions, each with a name of its own"
-        )
-    return names
-
-
+# --- rows -------------------------------------------------------------------------------------------------
 def _prepare(
-    loaded: LoadedModel, tasks_or_rows: Any, settings: GrpoSettings, *, needs_answer: bool
+    loaded: LoadedModel, problems: Any, settings: GrpoSettings, *, needs_answer: bool
 ) -> tuple[list[dict[str, Any]], int]:
     """Rows with prompts as messages, and how many were left out, as prompt and completion exceed the context."""
-    rows = [_row(row, i, needs_answer) for i, row in enumerate(tasks_or_rows)]
+    rows = [_row(problem, i, needs_answer) for i, problem in enumerate(problems)]
     texts = [
         loaded.tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
         for row in rows
@@ -154,32 +173,39 @@ def _prepare(
     ids = loaded.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     kept = [row for row, tokens in zip(rows, ids, strict=True) if len(tokens) <= room]
     if not kept:
-        raise ValueError(
+        raise GrpoError(
             f"train_grpo: none of {len(rows)} rows can be used; a prompt may have {room} tokens, which is the "
             f"context of {loaded.max_length} less max_new_tokens {settings.max_new_tokens}"
         )
     return kept, len(rows) - len(kept)
 
 
-def _row(row: Any, position: int, needs_answer: bool) -> dict[str, Any]:
+def _row(problem: Any, position: int, needs_answer: bool) -> dict[str, Any]:
     where = f"train_grpo: row {position}"
-    if isinstance(row, Task):
-        row = {"prompt": row.prompt, "answer": row.answer, "kind": row.kind}
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where} is a {type(row).__name__}; expected a Task or a mapping with a prompt")
+    if isinstance(problem, Task):
+        problem = {"prompt": problem.prompt, "answer": problem.answer, "kind": problem.kind}
+    if not isinstance(problem, Mapping):
+        raise GrpoError(f"{where} is a {type(problem).__name__}; expected a Task or a mapping with a prompt")
+    row = dict(problem)
     needed = ("prompt", "answer") if needs_answer else ("prompt",)
     missing = [name for name in needed if row.get(name) in (None, "", [])]
     if missing:
-        raise ValueError(f"{where} has no {' and no '.join(missing)}; it has {sorted(row)}")
+        raise GrpoError(f"{where} has no {' and no '.join(missing)}; it has {sorted(row)}")
+    if taken := sorted(row.keys() & (_RECORDED | _PASSED)):
+        raise GrpoError(f"{where} has a column {taken[0]!r}, a name that the record or TRL uses; rename it")
     prompt = row["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and {"role", "content"} <= {*m} for m in messages
+    row["prompt"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(row["prompt"], list) or not all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in row["prompt"]
     ):
         kind = type(prompt).__name__
-        raise ValueError(f"{where} has a prompt of type {kind}; expected a text or a list of messages")
-    answer = {"answer": str(row["answer"])} if "answer" in row else {}
-    return {**row, **answer, "prompt": messages}
+        raise GrpoError(f"{where} has a prompt of type {kind}; expected a text or a list of messages")
+    if "answer" in row:
+        try:
+            row["answer"] = normal_answer(row["answer"])
+        except ValueError as error:
+            raise GrpoError(f"{where}: {error}") from None
+    return row
 
 
 def _training_order(rows: Sequence[dict[str, Any]], settings: GrpoSettings) -> datasets.Dataset:
@@ -189,64 +215,105 @@ def _training_order(rows: Sequence[dict[str, Any]], settings: GrpoSettings) -> d
         once = list(range(len(rows)))
         random.Random(f"{settings.seed}-{len(order)}").shuffle(once)
         order += once
-    return datasets.Dataset.from_list(list(rows)).select(order[:needed])
+    try:
+        return datasets.Dataset.from_list(list(rows)).select(order[:needed])
+    except (pa.ArrowException, TypeError) as error:
+        raise GrpoError(f"train_grpo: a column holds values of several types ({error})") from error
 
 
-class _Judge(transformers.TrainerCallback):
-    """Gives every reward the whole text and writes what was scored into completions.jsonl."""
+# --- rewards ----------------------------------------------------------------------------------------------
+def _reward_names(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = [getattr(reward, "__name__", "") if callable(reward) else "" for reward in rewards]
+    if not all(names) or not names or len(set(names)) < len(names):
+        raise GrpoError(
+            f"train_grpo: rewards are {list(rewards)!r}; expected functions, each with a name of its own"
+        )
+    if taken := [name for name in names if name in _RECORDED or any(name in row for row in rows)]:
+        raise GrpoError(
+            f"train_grpo: the reward {taken[0]!r} has the name of a column of the rows or of completions.jsonl; "
+            "rename the function"
+        )
+    return names
+
+
+class _Rewards(transformers.TrainerCallback):
+    """The rewards as TRL calls them: on whole texts, their scores checked and written into completions.jsonl."""
 
     def __init__(self, rewards: Sequence[Reward], loaded: LoadedModel, folder: Path) -> None:
         self.tokenizer, self.ends = loaded.tokenizer, end_ids(loaded)
         self.rewards, self.path = rewards, folder / "completions.jsonl"
-        self.scores: dict[str, list[float | None]] = {}
+        self.scores: dict[str, list[float | None]] = {}  # of this step, by reward
 
     def functions(self) -> list[Reward]:
-        return [self._scorer(reward) for reward in self.rewards]
+        return [self._checked(reward) for reward in self.rewards]
 
-    def _scorer(self, reward: Reward) -> Reward:
+    def _checked(self, reward: Reward) -> Reward:
         @functools.wraps(reward)
-        def score(completions, completion_ids, **columns):
+        def score(prompts, completions, completion_ids, **columns):
             texts = [visible_text(self.tokenizer, ids, self.ends) for ids in completion_ids]
-            said = [[{"role": "assistant", "content": text}] for text in texts]
-            scores = reward(completions=said, completion_ids=completion_ids, **columns)
-            self.scores[reward.__name__] = list(scores)
+            completions = [[{"role": "assistant", "content": text}] for text in texts]
+            asked = [prompt[-1]["content"] for prompt in prompts]
+            returned = reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
+            scores = _check_scores(reward.__name__, returned, asked, texts)
+            self.scores[reward.__name__] = scores
             if reward is self.rewards[-1]:
-                columns["log_metric"]("think_rate", sum(map(thinks, texts)) / len(texts))
-                if columns["trainer_state"].is_world_process_zero:
-                    self._write(texts, completion_ids, columns)
+                self._end_step(asked, texts, list(map(len, completion_ids)), columns)
             return scores
 
         return score
 
-    def _write(self, texts, completion_ids, columns) -> None:
-        step, lines = columns["trainer_state"].global_step + 1, []
-        given = {name: values for name, values in columns.items() if isinstance(values, list) and name != "prompts"}
-        for i, text in enumerate(texts):
-            line = {"step": step, "prompt": columns["prompts"][i][-1]["content"], "completion": text}
-            line |= {"tokens": len(completion_ids[i])}
-            line |= {name: scores[i] for name, scores in self.scores.items()}
-            line |= {name: values[i] for name, values in given.items()}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    def _end_step(self, asked: list[str], texts: list[str], tokens: list[int], columns: dict[str, Any]) -> None:
+        state = columns["trainer_state"]
+        if state.global_step == 0 and all(score is None for scores in self.scores.values() for score in scores):
+            raise GrpoError(
+                f"train_grpo: no completion of the first step got a reward: {', '.join(self.scores)} returned None "
+                f"for each of {len(texts)}" + _example(asked[0], texts[0])
+            )
+        columns["log_metric"]("think_rate", sum(map(thinks, texts)) / len(texts))
+        if not state.is_world_process_zero:
+            return
+        of_rows = {name: values for name, values in columns.items() if isinstance(values, list)}
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+            for i, text in enumerate(texts):
+                line = {"step": state.global_step + 1, "prompt": asked[i], "completion": text, "tokens": tokens[i]}
+                line |= {name: values[i] for name, values in (self.scores | of_rows).items()}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def on_train_begin(self, args, state, control, **_):
-        """After a kill, steps behind the checkpoint are trained again: their old completions go."""
-        if self.path.exists():
-            lines = [line for line in read_completions(self.path.parent) if line["step"] <= state.global_step]
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            self.path.write_text(text, encoding="utf-8")
+        drop_later_steps(self.path, state.global_step)
+
+
+def _check_scores(name: str, returned: Any, asked: list[str], texts: list[str]) -> list[float | None]:
+    """What a reward returned, as plain numbers; None for a completion that it passed over."""
+    try:
+        values = list(returned)
+    except TypeError:
+        values = []
+    if len(values) != len(texts):
+        raise GrpoError(
+            f"the reward {name} returned {returned!r:.100} ({type(returned).__name__}); expected a list with a "
+            f"number for each of {len(texts)} completions" + _example(asked[0], texts[0])
+        )
+    scores: list[float | None] = []
+    for value, prompt, text in zip(values, asked, texts, strict=True):
+        try:
+            score = None if value is None else math.nan if isinstance(value, str) else float(value)
+        except (TypeError, ValueError):
+            score = math.nan
+        if score is not None and not math.isfinite(score):
+            raise GrpoError(
+                f"the reward {name} returned {value!r:.100} for a completion; expected a finite number, or None "
+                "where it does not apply" + _example(prompt, text)
+            )
+        scores.append(score)
+    return scores
+
+
+def _example(prompt: str, completion: str) -> str:
+    return f"\n  prompt: {prompt!r:.300}\n  completion: {completion!r:.300}"
 
 
 # --- training ---------------------------------------------------------------------------------------------
-def _with_adapter(loaded: LoadedModel, settings: GrpoSettings) -> LoadedModel:
-    if not isinstance(loaded.model, peft.PeftModel):
-        return add_lora(loaded, settings.lora, seed=settings.seed)
-    for name, parameter in loaded.model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return loaded
-
-
 def _trainer(loaded, rows, settings: GrpoSettings, folder: Path, rewards, watch) -> trl.GRPOTrainer:
     arguments = trl.GRPOConfig(
         **trainer_arguments(settings, folder, steps=settings.steps),
@@ -256,15 +323,15 @@ def _trainer(loaded, rows, settings: GrpoSettings, folder: Path, rewards, watch)
         shuffle_dataset=False,  # the rows are in their order already
         beta=0.0,
     )
-    judge = _Judge(rewards, loaded, folder)
-    columns = (*_COLUMNS, *(f"rewards/{name}/mean" for name in _reward_names(rewards)))
+    checked = _Rewards(rewards, loaded, folder)
+    columns = (*_LOGGED, *(f"rewards/{reward.__name__}/mean" for reward in rewards))
     return trl.GRPOTrainer(
         model=loaded.model,
-        reward_funcs=judge.functions(),
+        reward_funcs=checked.functions(),
         args=arguments,
         train_dataset=_training_order(rows, settings),
         processing_class=loaded.tokenizer,
-        callbacks=[judge, *stage_callbacks(folder, watch, columns=columns)],
+        callbacks=[checked, *stage_callbacks(folder, watch, columns=columns)],
     )
 
 

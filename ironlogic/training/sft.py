@@ -1,58 +1,56 @@
-"""A stage of training: model + conversations + settings -> a run folder (`runs`).
+"""Supervised fine-tuning of a LoRA adapter; with a `Burden` it is Fragmented Training.
 
-Fragmented Training is supervised fine-tuning with a `Burden`. Calling the same stage again on the same folder
-goes on where it stopped. Knows no architecture and no device: that is `models`.
-
-The folder also carries what goes in (`stage.json`, `chats.jsonl`), so that the same function trains it elsewhere:
-`python -m ironlogic.training.sft FOLDER` in one process, `torchrun --nproc_per_node 2 -m ironlogic.training.sft
-FOLDER` in two, each with its own card and a whole copy of the model (data parallel; a model that is too large for
-one card is not split; where the rows don't come out even, the last step repeats some). `prepare_sft` writes such a
-folder without loading a model.
+Model + conversations + settings -> a run folder (`runs`). Calling the same stage again on the same folder goes on
+where it stopped. The folder carries what goes in (`run.json`, `chats.jsonl`), so that it can be trained elsewhere:
+`python -m ironlogic.training FOLDER` in one process, `torchrun --nproc_per_node 2 -m ironlogic.training FOLDER` in
+two, each with its own card and a whole copy of the model (data parallel; a model that is too large for one card is
+not split; where the rows don't come out even, the last step repeats some). `prepare_sft` writes such a folder
+without loading a model.
 """
 
-import argparse
 import json
 import math
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ironlogic.burden import Burden, BurdenError, burden_dataset
+from ironlogic.burden import Burden, burden_dataset
 from ironlogic.data.chats import ChatError, check_chat
-from ironlogic.data.masking import EncodeReport, encode_chats
-from ironlogic.models import LoadedModel, ModelError, add_lora, as_loaded, load_model
+from ironlogic.data.masking import IGNORED, EncodeReport, encode_chats
+from ironlogic.models import LoadedModel, as_loaded, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.session import SessionError
 from ironlogic.training.runs import (
     Run,
     RunError,
-    no_room,
-    open_run,
-    read_metrics,
+    find_run,
+    read_record,
     run_folder,
     save_adapter,
     start_or_join,
     write_json,
+    writing,
 )
 from ironlogic.training.stages import (
     Watch,
     content_hash,
+    describe_inputs,
     describe_stage,
     finish_stage,
+    finished_run,
     fit,
     stage_callbacks,
     trainer_arguments,
+    with_trained_adapter,
 )
 
 import datasets
-import peft
+import torch
 import transformers
 import trl
 
-__all__ = ["Run", "RunError", "open_run", "prepare_sft", "train_prepared", "train_sft"]
+__all__ = ["prepare_sft", "train_prepared", "train_sft"]
 
 # As torchrun numbers them; DDP adds up what they see, so P of them train P times the rows a step.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -79,34 +77,27 @@ def train_sft(
 
     Raises `RunError` when the folder holds another run, can't be written or the loss is no longer finite.
     """
-    loaded, folder = as_loaded(loaded), run_folder(run)
-    chats = _as_dataset(chats)
-    if not len(chats):
-        raise RunError(f"{folder}: there are no conversations to train on")
-    stage = _stage(loaded.source, loaded.four_bit_share > 0, chats, settings, burden)
-    wanted = describe_stage(
-        stage["stage"],
-        loaded,
-        stage["rows"],
-        stage["data_sha256"],
-        settings,
-        burden=stage["burden"],
-        processes=PROCESSES,
-    )
-    prepared = None if _look(folder) else _prepare(loaded, chats, settings, burden)  # bad rows claim no folder
-    previous = _start(folder, stage, chats, wanted) if PROCESS == 0 else _look(folder)
+    loaded, folder, chats = as_loaded(loaded), run_folder(run), _as_dataset(chats)
+    stage = "sft" if burden is None else "ft"
+    sha256 = content_hash(chats["messages"])
+    record = describe_stage(stage, loaded, len(chats), sha256, settings, burden=burden, processes=PROCESSES)
+    previous = find_run(folder, record)
     if previous.get("finished"):
-        if watch and (lines := read_metrics(folder)):
-            watch(lines)
-        return Run(folder, previous)
-    rows, report = prepared or _prepare(loaded, chats, settings, burden)
+        return finished_run(folder, previous, watch)
+    _check_processes(folder, previous)
+    rows, report = _prepare(loaded, chats, settings, burden)  # before anything is written: bad rows claim no folder
+    if PROCESS == 0:
+        _write_chats(folder, chats)
+        start_or_join(folder, record)
     transformers.set_seed(settings.seed)  # before any weight is drawn: TRL 1.14 doesn't
-    loaded = _with_adapter(loaded, settings)
+    loaded = with_trained_adapter(loaded, settings.lora, seed=settings.seed)
     trainer = _trainer(loaded, rows, settings, folder, watch)
+    if settings.padding_free:
+        _check_rows_are_apart(trainer, rows)
     seconds = fit(trainer, folder, may_halve=PROCESSES == 1)  # the others would wait for one that halves alone
     if PROCESS == 0:
         save_adapter(loaded, folder)
-    return finish_stage(folder, wanted, trainer, loaded, data=str(report), seconds=round(seconds, 3))
+    return finish_stage(folder, record, trainer, loaded, data=str(report), seconds=round(seconds, 3))
 
 
 def prepare_sft(
@@ -118,36 +109,43 @@ def prepare_sft(
     burden: Burden | None = None,
     four_bit: bool = True,
 ) -> Path:
-    """A run folder that `python -m ironlogic.training.sft` can train, here or on another machine; loads no model.
+    """A run folder that `python -m ironlogic.training` can train, here or on another machine; loads no model.
 
     Arguments as in `train_sft`; `model` is what `load_model` takes. Raises `RunError` when the folder holds another
-    stage or can't be written.
+    run or can't be written.
     """
     folder, chats = run_folder(run), _as_dataset(chats)
-    _write_stage(folder, _stage(str(model), four_bit, chats, settings, burden), chats)
+    stage = "sft" if burden is None else "ft"
+    sha256 = content_hash(chats["messages"])
+    record = describe_inputs(stage, str(model), four_bit, len(chats), sha256, settings, burden)
+    if not find_run(folder, record):
+        _write_chats(folder, chats)
+        with writing(folder):
+            write_json(folder / "run.json", record)
     return folder
 
 
-def train_prepared(folder: Path, *, watch: Watch | None = None) -> Run:
+def train_prepared(run: str | Path, *, watch: Watch | None = None) -> Run:
     """`train_sft` on what the folder carries. Raises `RunError` when there is nothing, or it was changed."""
+    folder = run_folder(run)
+    record, path = read_record(folder), folder / "chats.jsonl"
+    missing = [name for name in ("run.json", "chats.jsonl") if not (folder / name).is_file()]
+    if missing:
+        raise RunError(f"{folder}: no {missing[0]} here; expected a folder written by train_sft or prepare_sft")
     try:
-        stage = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
-        lines = (folder / "chats.jsonl").read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
         chats = datasets.Dataset.from_list([json.loads(line) for line in lines if line])
-        settings = TrainSettings(**stage["settings"] | {"lora": LoraSettings(**stage["settings"]["lora"])})
-        same = content_hash(chats["messages"]) == stage["data_sha256"]
-    except OSError as error:
-        wanted = "expected a folder written by train_sft or prepare_sft"
-        raise RunError(f"{folder}: no {Path(str(error.filename)).name} here; {wanted}") from None
-    except (ValueError, KeyError, TypeError) as error:
+        settings = TrainSettings(**record["settings"] | {"lora": LoraSettings(**record["settings"]["lora"])})
+        burden = record["burden"] and Burden(**record["burden"])
+        unchanged = content_hash(chats["messages"]) == record["data_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"{folder}: stage.json or chats.jsonl is damaged ({error!r:.200}); prepare it again"
+            f"{folder}: run.json or chats.jsonl is damaged ({error!r:.200}); prepare it again"
         ) from error
-    if not same:
-        raise RunError(f"{folder / 'chats.jsonl'}: not the rows that stage.json names; prepare the folder again")
-    loaded = load_model(stage["model"], four_bit=stage["four_bit"], max_length=settings.max_length)
-    burden = stage["burden"] and Burden(**stage["burden"])
-    return train_sft(loaded, chats, settings, run=folder.resolve(), burden=burden, watch=watch)
+    if not unchanged:
+        raise RunError(f"{path}: not the rows that run.json names; prepare the folder again")
+    loaded = load_model(record["model"], four_bit=record["four_bit"], max_length=settings.max_length)
+    return train_sft(loaded, chats, settings, run=folder.absolute(), burden=burden, watch=watch)
 
 
 # --- the folder -------------------------------------------------------------------------------------------
@@ -161,7 +159,8 @@ def _as_dataset(chats: datasets.Dataset | Sequence[Sequence[dict[str, Any]]]) ->
         parts = [part for turn in turns if not isinstance(turn["content"], str) for part in turn["content"]]
         if any(part["type"] == "image" for part in parts):
             raise RunError(
-                f"row {row} holds a picture, which this stage would not see; vision_train has those that do"
+                f"row {row} holds a picture, which this stage would not see; train_projector and train_instruct "
+                "train a model that sees"
             )
     if not known:
         return datasets.Dataset.from_list([{"messages": list(chat)} for chat in chats])
@@ -171,59 +170,26 @@ def _as_dataset(chats: datasets.Dataset | Sequence[Sequence[dict[str, Any]]]) ->
     return chats
 
 
-def _stage(
-    model: str, four_bit: bool, chats: datasets.Dataset, settings: TrainSettings, burden: Burden | None
-) -> dict[str, Any]:
-    """stage.json: what goes in, whatever machine trains it."""
-    return {
-        "stage": "sft" if burden is None else "ft",
-        "model": model,
-        "four_bit": four_bit,
-        "rows": len(chats),
-        "data_sha256": content_hash(chats["messages"]),
-        "settings": json.loads(json.dumps(asdict(settings))),
-        "burden": None if burden is None else json.loads(json.dumps(asdict(burden))),
-    }
-
-
-def _write_stage(folder: Path, stage: dict[str, Any], chats: datasets.Dataset) -> None:
-    path, beside = folder / "stage.json", folder / "chats.part"
-    if path.exists():
-        previous = json.loads(path.read_text(encoding="utf-8"))
-        if other := [name for name, value in stage.items() if previous.get(name) != value]:
-            raise RunError(
-                f"{folder} was prepared for another run: it differs in {', '.join(other)}. "
-                "Choose another name for this run, or delete the folder"
-            )
+def _write_chats(folder: Path, chats: datasets.Dataset) -> None:
+    """chats.jsonl, unless it is there: run.json, written after it, says whether it is whole and the same."""
+    if (folder / "run.json").exists():
         return
     columns = [name for name in ("messages", "row") if name in chats.column_names]  # `row` keys the burden
-    try:
+    beside = folder / "chats.part"
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with beside.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chats.select_columns(columns))
         beside.replace(folder / "chats.jsonl")
-        write_json(path, stage)
-    except OSError as error:
-        raise RunError(no_room(folder, error)) from error
 
 
-def _start(folder: Path, stage: dict[str, Any], chats: datasets.Dataset, wanted: dict[str, Any]) -> dict[str, Any]:
-    if not (folder / "run.json").exists():
-        _write_stage(folder, stage, chats)
-    previous = start_or_join(folder, wanted)
-    before = previous.get("processes", 1)
-    if before != PROCESSES and not previous.get("finished"):
+def _check_processes(folder: Path, previous: dict[str, Any]) -> None:
+    before = previous.get("processes", PROCESSES)
+    if before != PROCESSES:
         raise RunError(
             f"{folder} was begun with {before} process{'es' * (before > 1)}, here are {PROCESSES}: a step would "
             "take another number of rows. Go on with as many, or choose another name for this run"
         )
-    return previous
-
-
-def _look(folder: Path) -> dict[str, Any]:
-    """run.json as it is, for the processes that don't write; the first one may not have begun it."""
-    path = folder / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 # --- data -------------------------------------------------------------------------------------------------
@@ -258,11 +224,11 @@ def _training_order(rows: datasets.Dataset, settings: TrainSettings) -> list[tup
     order: list[tuple[int, Any]] = []
     for epoch in range(settings.epochs):
         rng = random.Random(f"{settings.seed}-{epoch}")
-        mine = [key for key in length if key[0] == epoch]
-        rng.shuffle(mine)
+        keys = [key for key in length if key[0] == epoch]
+        rng.shuffle(keys)
         size = settings.batch_size
-        for begin in range(0, len(mine), size * 16):
-            nearby = sorted(mine[begin : begin + size * 16], key=length.get)
+        for begin in range(0, len(keys), size * 16):
+            nearby = sorted(keys[begin : begin + size * 16], key=length.get)
             batches = [nearby[i : i + size] for i in range(0, len(nearby), size)]
             rng.shuffle(batches)
             order += [key for batch in batches for key in batch]
@@ -270,19 +236,6 @@ def _training_order(rows: datasets.Dataset, settings: TrainSettings) -> list[tup
 
 
 # --- training ---------------------------------------------------------------------------------------------
-def _with_adapter(loaded: LoadedModel, settings: TrainSettings) -> LoadedModel:
-    if not isinstance(loaded.model, peft.PeftModel):
-        return add_lora(loaded, settings.lora, seed=settings.seed)
-    if list(loaded.model.peft_config) != ["default"]:
-        several = ", ".join(loaded.model.peft_config)
-        raise ModelError(
-            f"{loaded.source} carries adapters by name ({several}); load the one to train by its folder"
-        )
-    for name, parameter in loaded.model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    return loaded
-
-
 def _trainer(loaded, rows, settings: TrainSettings, folder: Path, watch: Watch | None) -> trl.SFTTrainer:
     steps = math.ceil(len(rows) / (settings.batch_size * settings.accumulation * PROCESSES))
     arguments = trl.SFTConfig(
@@ -292,8 +245,11 @@ def _trainer(loaded, rows, settings: TrainSettings, folder: Path, watch: Watch |
         neftune_noise_alpha=settings.neftune_alpha or None,
         max_length=None,
         packing=False,
+        padding_free=settings.padding_free,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    # Unsloth gives padding-free batches to rows that are known to be cut already; it looks here
+    rows._unsloth_truncated_to = min(settings.max_length, loaded.max_length)
     return trl.SFTTrainer(
         model=loaded.model,
         args=arguments,
@@ -303,25 +259,25 @@ def _trainer(loaded, rows, settings: TrainSettings, folder: Path, watch: Watch |
     )
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m ironlogic.training.sft", description=train_prepared.__doc__)
-    parser.add_argument(
-        "folder", help="a folder written by train_sft or prepare_sft, or its name in the results folder"
-    )
-    named = parser.parse_args().folder
-    folder = Path(named).absolute() if Path(named).is_dir() else run_folder(named)
+def _check_rows_are_apart(trainer: trl.SFTTrainer, rows: datasets.Dataset) -> None:
+    """Raises `RunError` if a row of a padding-free batch sees the one before it: another there, another loss.
 
-    def watch(lines: list[dict[str, Any]]) -> None:
-        print("step {step} of {steps}: loss {loss:.4f}, {seconds:.0f} s".format(**lines[-1]), flush=True)
-
-    try:
-        run = train_prepared(folder, watch=watch if PROCESS == 0 else None)
-    except (BurdenError, ChatError, ModelError, RunError, SessionError) as error:
-        raise SystemExit(str(error)) from error
-    if PROCESS == 0:
-        print(f"finished: {run.adapter}")
-
-
-if __name__ == "__main__":
-    main()
+    Position ids that start anew are all that parts the rows; a model, or an attention, may not look at them.
+    """
+    if not trainer.args.padding_free:
+        print("padding_free: not for this model, as Unsloth knows it; its batches are padded")
+        return
+    before, row = (rows[i]["input_ids"][:64] for i in (0, -1))
+    losses = []
+    for neighbour in (before, before[::-1]):
+        ignored = {"input_ids": neighbour, "labels": [IGNORED] * len(neighbour)}
+        batch = trainer._prepare_inputs(trainer.data_collator([ignored, {"input_ids": row, "labels": row}]))
+        trainer.model.eval()  # without dropout
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            losses.append(float(trainer.model(**batch, use_cache=False).loss))
+        trainer.model.train()
+    if not math.isclose(*losses, rel_tol=0.01):
+        raise RunError(
+            f"padding_free: rows of one batch see each other in this model (loss {losses[0]:.4f} behind one row, "
+            f"{losses[1]:.4f} behind another); leave padding_free off, or load it with flash attention"
+        )

@@ -1,7 +1,7 @@
 """What every stage of training shares: its record, its trainer's settings, metrics, resuming and the end.
 
-A stage is a stock trainer of transformers or TRL around a model of `models`; it writes into a folder of `runs`.
-Knows neither data nor loss: those are `train`, `rlvr` and `vision_train`.
+A stage is a stock trainer of transformers or TRL around a model of `models`; it writes into a folder of `runs`. The
+rows and the loss are the stage's own: `sft`, `grpo`, `vision.train`.
 """
 
 import hashlib
@@ -16,11 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from ironlogic import __version__
-from ironlogic.models import LoadedModel, free_memory, trainer_hardware, trainer_optimizer
-from ironlogic.presets import TrainSettings
+from ironlogic.models import (
+    LoadedModel,
+    ModelError,
+    add_lora,
+    free_memory,
+    trainer_hardware,
+    trainer_optimizer,
+)
+from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.training.runs import (
     Run,
     RunError,
+    drop_later_steps,
     has_room,
     newest_whole_checkpoint,
     no_room,
@@ -29,35 +37,74 @@ from ironlogic.training.runs import (
 )
 
 import filelock
+import peft
 import psutil
 import torch
 import transformers
 from safetensors import SafetensorError
+from transformers.integrations import integration_utils
 
-__all__ = ["Watch", "content_hash", "describe_stage", "finish_stage", "fit", "stage_callbacks", "trainer_arguments"]
+__all__ = [
+    "Watch",
+    "content_hash",
+    "describe_inputs",
+    "describe_stage",
+    "finish_stage",
+    "finished_run",
+    "fit",
+    "stage_callbacks",
+    "trainer_arguments",
+    "with_trained_adapter",
+]
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo")
 Watch = Callable[[list[dict[str, Any]]], None]  # called with all metrics at every logged step
 
 
-def describe_stage(
-    stage: str, loaded: LoadedModel, rows: int, data_sha256: str, settings: Any, **more: Any
+# --- the record -----------------------------------------------------------------------------------------------
+def describe_inputs(
+    stage: str, model: str, four_bit: bool, rows: int, data_sha256: str, settings: Any, burden: Any = None
 ) -> dict[str, Any]:
-    """run.json at the start: what makes two runs the same, and where this one happens. `settings`: a dataclass."""
+    """What goes into a stage, whatever machine trains it: the part of run.json that makes two runs the same.
+
+    `settings` and `burden` are dataclasses. Raises `RunError` for a tracker that is not here.
+    """
+    _check_tracker(settings.report_to)
     return {
-        "ironlogic": __version__,
         "stage": stage,
-        "model": loaded.source,
-        "four_bit_share": round(loaded.four_bit_share, 4),
+        "model": model,
+        "four_bit": four_bit,
         "rows": rows,
         "data_sha256": data_sha256,
         "settings": json.loads(json.dumps(asdict(settings))),
-        "burden": None,
+        "burden": None if burden is None else json.loads(json.dumps(asdict(burden))),
+        "finished": False,
+    }
+
+
+def describe_stage(
+    stage: str, loaded: LoadedModel, rows: int, data_sha256: str, settings: Any, *, burden: Any = None, **more: Any
+) -> dict[str, Any]:
+    """run.json at the start: what goes in, and where it is trained."""
+    four_bit = loaded.four_bit_share > 0
+    return {
+        "ironlogic": __version__,
+        **describe_inputs(stage, loaded.source, four_bit, rows, data_sha256, settings, burden),
+        "four_bit_share": round(loaded.four_bit_share, 4),
         "backend": loaded.backend,
         "device": torch.cuda.get_device_name() if loaded.device.type == "cuda" else platform.processor() or "cpu",
         "versions": {name: _version(name) for name in _PACKAGES},
-        "finished": False,
-    } | more
+        **more,
+    }
+
+
+def _check_tracker(name: str) -> None:
+    if name == "none" or name in (installed := integration_utils.get_available_reporting_integrations()):
+        return
+    if name in integration_utils.INTEGRATION_TO_CALLBACK:
+        raise RunError(f'report_to is {name!r}, which is not installed here; install it, or take report_to="none"')
+    known = ", ".join(["none", *integration_utils.INTEGRATION_TO_CALLBACK])
+    raise RunError(f"report_to is {name!r}; expected one of {known} (installed: {', '.join(installed) or 'none'})")
 
 
 def content_hash(rows: Iterable[Any]) -> str:
@@ -75,6 +122,21 @@ def _version(package: str) -> str | None:
         return None
 
 
+def with_trained_adapter(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedModel:
+    """The model whose LoRA adapter, and nothing else, is trained: the one it carries, else a fresh one."""
+    if not isinstance(loaded.model, peft.PeftModel):
+        return add_lora(loaded, lora, seed=seed)
+    if list(loaded.model.peft_config) != ["default"]:
+        several = ", ".join(loaded.model.peft_config)
+        raise ModelError(
+            f"{loaded.source} carries adapters by name ({several}); load the one to train by its folder"
+        )
+    for name, parameter in loaded.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return loaded
+
+
+# --- the trainer ----------------------------------------------------------------------------------------------
 def trainer_arguments(settings: TrainSettings, folder: Path, *, steps: int) -> dict[str, Any]:
     """Arguments of transformers.TrainingArguments and its TRL children that are the same in every stage.
 
@@ -98,7 +160,8 @@ def trainer_arguments(settings: TrainSettings, folder: Path, *, steps: int) -> d
         "save_total_limit": 2,
         "seed": settings.seed,
         "data_seed": settings.seed,
-        "report_to": "none",
+        "report_to": settings.report_to,
+        "run_name": folder.name,
         "disable_tqdm": True,
         **trainer_hardware(),
     }
@@ -114,6 +177,7 @@ def stage_callbacks(
     return [_Recorder(folder, watch, columns), _StopOnNonFinite()]
 
 
+# --- training, going on, the end ------------------------------------------------------------------------------
 def fit(trainer: transformers.Trainer, folder: Path, *, may_halve: bool = False) -> float:
     """Trains, going on from the newest whole checkpoint; seconds that this took.
 
@@ -126,6 +190,9 @@ def fit(trainer: transformers.Trainer, folder: Path, *, may_halve: bool = False)
     if trainer.is_world_process_zero():
         _lock(folder)
     trainer.remove_callback(transformers.PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, integration_utils.TensorBoardCallback):
+            callback.logging_dir = str(folder / "tensorboard")  # else in the checkpoints, which go at the end
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -198,18 +265,25 @@ def _lock(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
+def finished_run(folder: Path, record: dict[str, Any], watch: Watch | None) -> Run:
+    """A run that had finished before: its metrics are shown again, its model stays on disk."""
+    if watch and (lines := read_metrics(folder)):
+        watch(lines)
+    return Run(folder, record)
+
+
 def finish_stage(
-    folder: Path, wanted: dict[str, Any], trainer: transformers.Trainer, loaded: LoadedModel, **more: Any
+    folder: Path, record: dict[str, Any], trainer: transformers.Trainer, loaded: LoadedModel, **more: Any
 ) -> Run:
     """Marks the run as finished, after its result was saved, and drops the checkpoints."""
-    record = wanted | {
+    record = record | {
         "finished": True,
         "trained_parameters": sum(p.numel() for p in loaded.model.parameters() if p.requires_grad),
         "steps": trainer.state.global_step,
         "rows_a_pass": trainer.args.per_device_train_batch_size,  # lower than the settings' if memory ran out
         "peak_gib": max((line["peak_gib"] for line in read_metrics(folder)), default=0.0),
+        **more,
     }
-    record |= more
     if trainer.is_world_process_zero():
         write_json(folder / "run.json", record)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -237,10 +311,7 @@ class _Recorder(transformers.TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        # after a kill, steps behind the checkpoint are trained again: their old lines go
-        self.lines = [line for line in read_metrics(self.folder) if line["step"] <= state.global_step]
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        (self.folder / "metrics.jsonl").write_text(text, encoding="utf-8")
+        self.lines = drop_later_steps(self.folder / "metrics.jsonl", state.global_step)
         self.began = time.perf_counter() - (self.lines[-1]["seconds"] if self.lines else 0.0)
 
     def on_log(self, args, state, control, logs=None, **_):
@@ -262,9 +333,8 @@ class _StopOnNonFinite(transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **_):
         self.trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.patience = (
-            10 if args.fp16 else 0
-        )  # float16 looks for its loss scale by overflowing; it skips such steps
+        # float16 looks for its loss scale by overflowing; it skips such steps
+        self.patience = 10 if args.fp16 else 0
         self.overflows = 0
 
     def on_pre_optimizer_step(self, args, state, control, **_):

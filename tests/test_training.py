@@ -1,0 +1,460 @@
+"""A stage of SFT: rows and labels, the run folder, resuming, several processes, and clear refusals."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+from ironlogic.burden import Burden
+from ironlogic.data.chats import ChatError
+from ironlogic.models import ModelError, load_model, resolve, with_adapters
+from ironlogic.presets import LoraSettings
+from ironlogic.training.__main__ import main
+from ironlogic.training.runs import RunError, newest_whole_checkpoint, open_run, read_metrics, run_folder
+from ironlogic.training.sft import _prepare, prepare_sft, train_prepared, train_sft
+
+import datasets
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from trained import CHATS, SETTINGS, nano, train_ft
+
+slow = pytest.mark.slow
+
+
+def weights(run_or_folder):
+    folder = getattr(run_or_folder, "folder", run_or_folder)
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def losses(run_or_folder):
+    return [line["loss"] for line in read_metrics(getattr(run_or_folder, "folder", run_or_folder))]
+
+
+def prepare(chats, settings, burden=None):
+    return _prepare(nano(), datasets.Dataset.from_list([{"messages": chat} for chat in chats]), settings, burden)
+
+
+def interrupt(lines):
+    if lines[-1]["step"] == 5:
+        raise KeyboardInterrupt
+
+
+# --- what is trained ----------------------------------------------------------------------------------------
+def test_answers_with_their_end_are_trained_and_prompts_are_not():
+    tokenizer = nano().tokenizer
+    for row in prepare(CHATS, SETTINGS)[0]:
+        text = tokenizer.decode([token for token in row["labels"] if token >= 0])
+        assert text.endswith("<|im_end|>")
+        assert text.count("<|im_end|>") == 1
+        assert "<|im_start|>" not in text
+        assert "Answer:" in text
+    all_tokens, _ = prepare(CHATS, replace(SETTINGS, loss="all"))  # as the seeds train
+    assert all(row["labels"] == row["input_ids"] for row in all_tokens)
+
+
+def test_burden_is_drawn_anew_every_epoch_unless_told_not_to():
+    def epochs(burden):
+        rows, _ = prepare(CHATS, replace(SETTINGS, epochs=3, batch_size=1), burden)
+        third = len(rows) // 3
+        return [{tuple(ids) for ids in rows["input_ids"][e * third : (e + 1) * third]} for e in range(3)]
+
+    fresh, once = epochs(Burden()), epochs(Burden(redraw=False))
+    assert fresh[0] != fresh[1] != fresh[2] != fresh[0]
+    assert once[0] == once[1] == once[2]
+
+
+def test_twin_sees_the_same_rows_in_the_same_order_and_a_cut_moves_no_other_row():
+    rng = random.Random(0)
+    chats = []
+    for i in range(120):
+        words = " ".join(rng.choice(["apple", "Ann", "seven", "zebra-like"]) for _ in range(rng.randint(5, 70)))
+        chats.append([{"role": "user", "content": words}, {"role": "assistant", "content": f"Answer: {i}"}])
+    end = nano().tokenizer.eos_token_id
+    for given, whole in ((CHATS, True), (chats, False)):
+        prompts, answers = [], []
+        for burden in (None, Burden()):
+            rows, report = prepare(given, SETTINGS, burden)
+            assert (report.dropped == 0) == whole
+            prompts.append(rows["input_ids"][:])
+            answers.append([tuple(token for token in labels if token >= 0) for labels in rows["labels"]])
+        both = {answer for answer in set(answers[0]) & set(answers[1]) if answer[-1] == end}
+        assert len(both) > 15
+        assert [a for a in answers[0] if a in both] == [a for a in answers[1] if a in both]
+        assert prompts[0] != prompts[1]
+
+
+@slow
+def test_rows_without_padding_have_the_same_losses_as_padded_ones(ft_run, tmp_path, monkeypatch):
+    """Losses that only hold if no row sees its neighbour; where one does, training does not begin."""
+    monkeypatch.setenv("IRONLOGIC_RUNS", str(tmp_path))
+    code = """
+import transformers.masking_utils
+from dataclasses import replace
+from trained import SETTINGS, train_ft
+from ironlogic.training.runs import RunError
+settings = replace(SETTINGS, padding_free=True)
+print(*[line["loss"] for line in train_ft("free", settings=settings).metrics])
+transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
+try:
+    train_ft("seen", settings=settings)
+except RunError as error:
+    print(error)
+"""
+    done = python("-c", code, IRONLOGIC_BACKEND="transformers")  # Unsloth pads on a CPU
+    assert done.returncode == 0, done.stderr[-2000:]
+    free, refused = done.stdout.strip().split("\n")[-2:]
+    assert [float(loss) for loss in free.split()] == pytest.approx(losses(ft_run), rel=2e-3)
+    assert "rows of one batch see each other in this model" in refused
+
+
+# --- the run folder -----------------------------------------------------------------------------------------
+@slow
+def test_every_decision_is_written_down_and_the_adapter_is_plain_peft(ft_run, tmp_path):
+    assert len(losses(ft_run)) == 8
+    assert sum(losses(ft_run)[-3:]) < sum(losses(ft_run)[:3])
+    record = json.loads((ft_run.folder / "run.json").read_text())
+    assert record == ft_run.record
+    assert record["finished"]
+    assert (record["stage"], record["burden"]["ratio"], record["settings"]["lora"]["rank"]) == ("ft", 0.7, 4)
+    assert record["versions"]["trl"] == "1.14.2"
+    assert record["four_bit_share"] > 0.4
+    assert sorted(path.name for path in ft_run.folder.iterdir() if path.suffix != ".lock") == (
+        ["adapter", "chats.jsonl", "metrics.jsonl", "run.json"]
+    )
+    tensors = weights(ft_run)
+    assert len(tensors) == 2 * 4 * 7
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    assert peft.AutoPeftModelForCausalLM.from_pretrained(ft_run.adapter).peft_config["default"].r == 4
+    ids = torch.randint(10, 900, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = (
+            run.load_model().model.eval()(input_ids=ids).logits for run in (ft_run, open_run(ft_run.folder))
+        )
+    torch.testing.assert_close(ours, theirs)
+    moved = tmp_path / "moved"  # an adapter finds its base where the repository lies now
+    shutil.copytree(ft_run.adapter, moved)
+    settings = json.loads((moved / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "/elsewhere/data/nano"
+    (moved / "adapter_config.json").write_text(json.dumps(settings))
+    assert load_model(moved).base.endswith("data/nano")
+
+
+@slow
+def test_the_same_run_is_not_trained_twice_and_another_is_refused(ft_run):
+    before, seen = (ft_run.folder / "run.json").read_bytes(), []
+    again = train_ft(ft_run.folder, settings=replace(SETTINGS, report_to="none"), watch=seen.append)
+    assert again.loaded is None
+    assert again.record == ft_run.record
+    assert seen == [ft_run.metrics]
+    for change, named in [
+        ({"burden": None}, "stage, burden"),
+        ({"burden": Burden(ratio=0.3)}, "burden"),
+        ({"settings": replace(SETTINGS, seed=1)}, "settings"),
+        ({"chats": CHATS[1:]}, "rows, data_sha256"),
+    ]:
+        with pytest.raises(RunError, match=f"differs in {named}"):
+            train_ft(ft_run.folder, **change)
+    assert (ft_run.folder / "run.json").read_bytes() == before
+
+
+@slow
+def test_a_run_of_the_release_before_is_known_by_what_it_recorded(ft_run, tmp_path):
+    folder = tmp_path / "old"
+    shutil.copytree(ft_run.folder, folder)
+    record = json.loads((folder / "run.json").read_text())
+    del record["four_bit"], record["settings"]["padding_free"], record["settings"]["report_to"]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert train_ft(folder).loaded is None
+    (folder / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"run\.json is damaged"):
+        open_run(folder)
+
+
+@slow
+def test_a_short_run_logs_is_watched_and_counts_what_does_not_fit(tmp_path):
+    long = [{"role": "user", "content": "word " * 500}, {"role": "assistant", "content": "Answer: 1"}]
+    odd = [{"messages": chat, "row": i % 3} for i, chat in enumerate([*CHATS[:7], long])]  # names no row
+    seen = []
+    run = train_sft(
+        nano(),
+        datasets.Dataset.from_list(odd),
+        replace(SETTINGS, log_steps=50),
+        run=tmp_path / "short",
+        watch=lambda lines: seen.append(len(lines)),
+    )
+    assert seen == [1, 2]
+    assert [line["step"] for line in run.metrics] == [1, 2]
+    assert "1 of 8 rows is longer than 128 tokens" in run.record["data"]
+    assert "1 had no trained token left" in run.record["data"]
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/../../b"])
+def test_names_that_leave_the_results_folder_are_refused(name, tmp_runs):
+    assert run_folder("a/b") == tmp_runs / "a" / "b"
+    assert run_folder(tmp_runs / "x") == tmp_runs / "x"
+    with pytest.raises(RunError, match="is no name for a run"):
+        run_folder(name)
+
+
+@slow
+def test_a_finished_run_is_read_from_a_full_disk(ft_run, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setenv("IRONLOGIC_RUNS", str(ft_run.folder.parent))
+    assert open_run(ft_run.folder.name).record == ft_run.record
+    assert resolve(f"{ft_run.folder.name}/adapter") == str(ft_run.adapter)
+
+
+# --- rows and models that are refused -----------------------------------------------------------------------
+def test_bad_rows_claim_no_folder_and_are_named(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ChatError, match="no row is left"):
+        train_ft(folder, chats=[[{"role": "user", "content": "word " * 300}, CHATS[0][1]]])
+    for broken in ({"role": "user", "content": None}, {"role": "user"}, {"role": "user", "content": ["x", 5]}):
+        with pytest.raises(RunError, match="row 1: .*content"):
+            train_ft(folder, chats=[CHATS[0], [broken, CHATS[0][1]]])
+    picture = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what is it"}]
+    answer = [{"type": "text", "text": "a cat"}]
+    seen = [{"role": "user", "content": picture}, {"role": "assistant", "content": answer}]
+    for chats in ([CHATS[0], seen], datasets.Dataset.from_list([{"messages": seen}])):
+        with pytest.raises(RunError, match=r"row \d holds a picture, which this stage would not see"):
+            train_ft(folder, chats=chats)
+    assert not folder.exists()
+
+
+@slow
+def test_an_adapter_goes_on_but_not_twice_inside_one_model_nor_by_name(ft_run, tmp_path):
+    run = train_sft(open_run(ft_run.folder).load_model(), CHATS[:8], SETTINGS, run=tmp_path / "polish")
+    assert not same(weights(run), weights(ft_run))
+    assert run.record["trained_parameters"] == ft_run.record["trained_parameters"]
+    loaded = nano()
+    several = with_adapters(loaded, {"FT": ft_run.adapter})
+    with pytest.raises(ModelError, match=r"carries adapters by name \(FT\); load the one to train"):
+        train_sft(several, CHATS[:4], SETTINGS, run=tmp_path / "named")
+    with pytest.raises(ModelError, match="load it again"):  # PEFT has put its layers into it
+        train_sft(loaded, CHATS[:4], SETTINGS, run=tmp_path / "twice")
+
+
+# --- trackers -----------------------------------------------------------------------------------------------
+def test_a_tracker_that_is_not_here_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    trackers = "transformers.integrations.integration_utils.get_available_reporting_integrations"
+    monkeypatch.setattr(trackers, lambda: ["wandb"])
+    for name, message in (
+        ("trackio", "'trackio', which is not installed here"),
+        ("x", "'x'; expected one of none, .*wandb"),
+    ):
+        with pytest.raises(RunError, match=f"report_to is {message}"):
+            train_ft(tmp_path / "run", settings=replace(SETTINGS, report_to=name))
+    assert not (tmp_path / "run").exists()
+
+
+@slow
+def test_tensorboard_writes_into_the_run_folder(tmp_path, monkeypatch):
+    """Its writer is a stand-in, for the package is not among the requirements."""
+    written = {}
+
+    class SummaryWriter:
+        def __init__(self, log_dir):
+            written["folder"] = log_dir
+
+        def add_scalar(self, name, value, step):
+            written.setdefault(name, []).append((step, value))
+
+        def __getattr__(self, name):
+            return lambda *_, **__: None
+
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+    run = train_ft(tmp_path / "run", chats=CHATS[:8], settings=replace(SETTINGS, report_to="tensorboard"))
+    assert written["folder"] == str(run.folder / "tensorboard")
+    assert written["train/loss"] == list(enumerate(losses(run), 1))
+
+
+# --- going on -----------------------------------------------------------------------------------------------
+@slow
+def test_interrupted_run_goes_on_to_the_same_bytes(ft_run, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        train_ft(folder, watch=interrupt)
+    assert "go on from checkpoint-3" in capsys.readouterr().out
+    with pytest.raises(RunError, match="has not finished"):
+        open_run(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr("ironlogic.training.sft.PROCESSES", 2)
+        with pytest.raises(RunError, match="was begun with 1 process, here are 2"):
+            train_prepared(folder)
+    again = train_ft(folder)
+    assert [line["step"] for line in again.metrics] == list(range(1, 9))
+    assert losses(again) == losses(ft_run)
+    assert same(weights(again), weights(ft_run))
+
+
+def test_checkpoints_that_are_half_written_or_copied_are_passed_over(tmp_path):
+    (tmp_path / "checkpoint-100 (1)").mkdir()
+    assert newest_whole_checkpoint(tmp_path) is None
+    for step in (3, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({"step": step}, folder / name)
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-6"
+    whole = (tmp_path / "checkpoint-6" / "optimizer.pt").read_bytes()
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(whole[: len(whole) // 2])
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
+    assert newest_whole_checkpoint(tmp_path) is None
+
+
+@slow
+def test_non_finite_gradient_stops_before_the_weights_are_ruined(tmp_path):
+    loaded = nano()
+    hooked = next(m for n, m in loaded.model.named_modules() if n.endswith("layers.2.mlp.up_proj"))
+    hooked.register_forward_hook(lambda module, args, out: out * float("nan"))
+    with pytest.raises(RunError, match="not finite"):
+        train_sft(loaded, CHATS[:8], SETTINGS, run=tmp_path / "nan")
+    assert all(p.isfinite().all() for p in loaded.model.parameters() if p.is_floating_point())
+
+
+class _SmallCard:
+    """A card that holds so many rows: more of them in one forward pass are out of memory, from some pass on."""
+
+    def __init__(self, model, rows, passes=0):
+        self.rows, self.passes, self.seen = rows, passes, []
+        model.register_forward_pre_hook(self.check, with_kwargs=True)
+
+    def check(self, _, args, kwargs):
+        self.seen.append(len(kwargs["input_ids"]))
+        if self.seen[-1] > self.rows and len(self.seen) > self.passes:
+            raise torch.OutOfMemoryError("out of memory (a test)")
+
+
+@slow
+@pytest.mark.parametrize(("passes", "tried"), [(0, [4, 2, 1]), (5, [4] * 6 + [2, 1])])
+def test_out_of_memory_halves_the_batch_and_learns_the_same(tmp_path, ft_run, capsys, passes, tried):
+    loaded = nano()
+    card = _SmallCard(loaded.model, rows=1, passes=passes)
+    run = train_sft(loaded, CHATS, SETTINGS, run=tmp_path, burden=Burden())
+    assert card.seen[: len(tried)] == tried
+    assert "out of memory with 4 rows a forward pass: going on with 2, 2 passes a step" in capsys.readouterr().out
+    assert run.record["rows_a_pass"] == 1
+    assert losses(run) == pytest.approx(losses(ft_run), abs=2e-3)
+
+
+@slow
+def test_out_of_memory_with_one_row_is_one_message(tmp_path):
+    loaded = nano()
+    _SmallCard(loaded.model, rows=0)
+    with pytest.raises(RunError, match=r"out of memory with 1 row a forward pass\. Choose a smaller max_length"):
+        train_sft(loaded, CHATS[:8], SETTINGS, run=tmp_path)
+
+
+@slow
+def test_unwritable_results_folder_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="can't be written.*IRONLOGIC_RUNS"):
+        train_ft(tmp_path / "file" / "run", chats=CHATS[:4])
+
+
+@slow
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a disk of our own needs root on Linux")
+@pytest.mark.parametrize("kilobytes", [300, 1000, 1800])
+def test_full_disk_is_one_message(tmp_path, kilobytes):
+    """A real one: each size is full at another moment, and each library says so in its own way."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine mounts nothing")
+    try:
+        with pytest.raises(RunError, match="can't be written.*IRONLOGIC_RUNS"):
+            train_ft(disk / "full", settings=replace(SETTINGS, lora=LoraSettings(rank=16, alpha=16)))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@slow
+def test_two_processes_never_write_one_folder(tmp_path):
+    hold = f"filelock.FileLock({str(tmp_path / 'writing.lock')!r}).acquire()"
+    code = f"import filelock, sys; lock = {hold}; print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(RunError, match=r"being written by another notebook or process.*choose another name"):
+        train_ft(tmp_path, chats=CHATS[:8])
+    other.kill()  # a killed process leaves no lock behind
+    other.wait()
+    assert train_ft(tmp_path, chats=CHATS[:8]).record["finished"]
+
+
+# --- from the command line, and in several processes --------------------------------------------------------
+def python(*words, **environ):
+    paths = os.pathsep.join([os.environ.get("PYTHONPATH", ""), *sys.path])
+    environ = {**os.environ, "PYTHONPATH": paths, **environ}
+    return subprocess.run([sys.executable, *words], env=environ, capture_output=True, text=True, check=False)
+
+
+@slow
+def test_a_prepared_folder_trains_to_the_same_bytes(ft_run, tmp_path):
+    rows = datasets.Dataset.from_dict({"messages": CHATS, "other": ["x"] * 32})
+    options = {"run": tmp_path / "prepared", "burden": Burden()}
+    folder = prepare_sft("nano", rows, SETTINGS, **options)
+    assert sorted(path.name for path in folder.iterdir()) == ["chats.jsonl", "run.json"]
+    assert (folder / "chats.jsonl").read_bytes() == (ft_run.folder / "chats.jsonl").read_bytes()
+    assert prepare_sft("nano", rows, SETTINGS, **options) == folder  # the same again is fine
+    with pytest.raises(RunError, match="holds another run: it differs in settings"):
+        prepare_sft("nano", rows, replace(SETTINGS, seed=1), **options)
+    prepared = train_prepared(folder)
+    assert losses(prepared) == losses(ft_run)
+    assert same(weights(prepared), weights(ft_run))
+    assert train_prepared(folder).record == prepared.record  # finished: not trained again
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.json", None, "no run.json here; expected a folder written by train_sft or prepare_sft"),
+        ("chats.jsonl", None, "no chats.jsonl here"),
+        ("run.json", "{", "damaged"),
+        ("run.json", "{}", "damaged"),
+        ("chats.jsonl", "{", "damaged.*prepare it again"),
+        ("chats.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "not the rows that run.json names"),
+    ],
+)
+def test_a_changed_folder_is_refused_in_one_line(tmp_path, monkeypatch, name, content, message):
+    folder = prepare_sft("nano", CHATS[:4], SETTINGS, run=tmp_path / "x")
+    (folder / name).write_text(content) if content else (folder / name).unlink()
+    monkeypatch.setattr(sys, "argv", ["training", str(folder)])
+    with pytest.raises(SystemExit, match=message) as stop:
+        main()
+    assert "\n" not in stop.value.code
+
+
+@slow
+def test_two_processes_are_one_with_twice_the_accumulation(tmp_path):
+    two = prepare_sft("nano", CHATS, SETTINGS, run=tmp_path / "two", burden=Burden())
+    one = prepare_sft("nano", CHATS, replace(SETTINGS, accumulation=2), run=tmp_path / "one", burden=Burden())
+    alone = python("-m", "ironlogic.training", str(one), IRONLOGIC_BACKEND="transformers")
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    both = python(*torchrun, "-m", "ironlogic.training", str(two), IRONLOGIC_BACKEND="transformers")
+    assert both.returncode == 0, both.stderr[-2000:]
+    assert [open_run(folder).record["processes"] for folder in (one, two)] == [1, 2]
+    lines = [read_metrics(folder) for folder in (one, two)]
+    assert [line["step"] for line in lines[1]] == [1, 2, 3, 4]  # written once, by the first process
+    assert both.stdout.count("step 2 of 4") == both.stdout.count("finished: ") == 1
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert [line[name] for line in lines[1]] == pytest.approx([line[name] for line in lines[0]], rel=1e-5)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,30 @@
+"""A short Fragmented Training of nano, trained once for all tests that need a finished run (`ft_run`)."""
+
+from pathlib import Path
+
+from ironlogic.burden import Burden
+from ironlogic.data.problems import make_tasks, task_chat
+from ironlogic.models import LoadedModel, load_model
+from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.training.runs import Run
+from ironlogic.training.sft import train_sft
+
+SETTINGS = TrainSettings(
+    learning_rate=5e-3,
+    batch_size=4,
+    accumulation=1,
+    max_length=128,
+    log_steps=1,
+    save_steps=3,
+    lora=LoraSettings(rank=4, alpha=8),
+)
+CHATS = [task_chat(task) for task in make_tasks(32, seed=1)]
+
+
+def nano() -> LoadedModel:
+    return load_model("nano", max_length=128)
+
+
+def train_ft(folder: Path, *, chats=CHATS, settings=SETTINGS, burden=Burden(), **options) -> Run:  # noqa: B008
+    """8 optimizer steps, checkpoints at 3 and 6."""
+    return train_sft(nano(), chats, settings, run=folder, burden=burden, **options)
