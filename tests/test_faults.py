@@ -29,7 +29,7 @@ import torch
 from jinja2.exceptions import SecurityError
 
 pytestmark = pytest.mark.slow
-KILLS = 8
+KILLS = 6
 SETTINGS = TrainSettings(
     learning_rate=5e-3,
     batch_size=4,
@@ -39,7 +39,7 @@ SETTINGS = TrainSettings(
     save_steps=2,
     lora=LoraSettings(rank=4, alpha=8),
 )
-CHATS = [task_chat(task) for task in make_tasks(400, seed=1)]
+CHATS = [task_chat(task) for task in make_tasks(280, seed=1)]
 
 
 def train(folder: Path):

@@ -42,7 +42,15 @@ SETTINGS = GrpoSettings(
 )
 TASKS = make_tasks(6, seed=1, kinds=["minus", "parent"])
 THINK = {"role": "system", "content": "Think first."}
-ROWS = [{"prompt": [THINK, {"role": "user", "content": t.prompt}], "answer": t.answer} for t in TASKS]
+ROWS = [
+    {
+        "prompt": [THINK, {"role": "user", "content": task.prompt}],
+        "answer": task.answer,
+        "step": "easy",
+        "tokens": -1,
+    }
+    for task in TASKS
+]
 REWARDS = [accuracy_reward, format_reward]
 
 
@@ -212,6 +220,7 @@ def test_a_run_writes_down_what_was_rewarded(finished):
         assert line["format_reward"] == format_reward([line["completion"]])[0]
         assert line["prompt"] in {task.prompt for task in TASKS}
         assert 0 < line["tokens"] <= 32
+        assert (line["row_step"], line["row_tokens"]) == ("easy", -1)
     # where they are special tokens, TRL alone drops them, and every format reward with them
     assert sum("<think>" in line["completion"] for line in lines) > 24
     assert sum(line["format_reward"] for line in lines) > 24

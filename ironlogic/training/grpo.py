@@ -67,8 +67,9 @@ _LOGGED = (  # of TRL's log, into metrics.jsonl; a column for every reward joins
     "completions/clipped_ratio",
     "entropy",
 )
-_RECORDED = {"step", "completion", "tokens"}  # of every line of completions.jsonl, beside the row's own columns
-_PASSED = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+_RECORDED = {"step", "prompt", "completion", "tokens"}  # of every line of completions.jsonl
+_OF_TRL = {"completion", "prompts", "completions", "completion_ids"}  # what it passes to a reward, or drops
+_OF_TRL |= {"trainer_state", "log_extra", "log_metric", "environments"}
 
 
 class GrpoError(IronLogicError, ValueError):
@@ -154,7 +155,10 @@ def train_grpo(
 
 
 def read_completions(run: Run | str | Path) -> list[dict[str, Any]]:
-    """Every completion of a run: step, prompt, completion, tokens, a number per reward, the rows' columns."""
+    """Every completion of a run: step, prompt, completion, tokens, a number per reward, the rows' columns.
+
+    A column of the rows that is called step or tokens is there as row_step or row_tokens.
+    """
     folder = run.folder if isinstance(run, Run) else run_folder(run)
     return read_steps(folder / "completions.jsonl")
 
@@ -191,8 +195,8 @@ def _row(problem: Any, position: int, needs_answer: bool) -> dict[str, Any]:
     missing = [name for name in needed if row.get(name) in (None, "", [])]
     if missing:
         raise GrpoError(f"{where} has no {' and no '.join(missing)}; it has {sorted(row)}")
-    if taken := sorted(row.keys() & (_RECORDED | _PASSED)):
-        raise GrpoError(f"{where} has a column {taken[0]!r}, a name that the record or TRL uses; rename it")
+    if taken := sorted(row.keys() & _OF_TRL):
+        raise GrpoError(f"{where} has a column {taken[0]!r}, a name that TRL gives to something else; rename it")
     prompt = row["prompt"]
     row["prompt"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(row["prompt"], list) or not all(
@@ -272,7 +276,11 @@ class _Rewards(transformers.TrainerCallback):
         columns["log_metric"]("think_rate", sum(map(thinks, texts)) / len(texts))
         if not state.is_world_process_zero:
             return
-        of_rows = {name: values for name, values in columns.items() if isinstance(values, list)}
+        of_rows = {
+            f"row_{name}" if name in _RECORDED else name: values
+            for name, values in columns.items()
+            if isinstance(values, list)
+        }
         with self.path.open("a", encoding="utf-8") as file:
             for i, text in enumerate(texts):
                 line = {"step": state.global_step + 1, "prompt": asked[i], "completion": text, "tokens": tokens[i]}
