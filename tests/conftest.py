@@ -106,14 +106,6 @@ def tmp_runs(tmp_path, monkeypatch) -> Path:
     return runs
 
 
-@pytest.fixture(scope="session")
-def ft_run(tmp_path_factory):
-    """A finished run of `trained.train_ft`, its model in memory; nobody writes into its folder."""
-    from trained import train_ft
-
-    return train_ft(tmp_path_factory.mktemp("runs") / "ft")
-
-
 def _why_no_browser() -> str:
     names = ("chromium", "chromium-browser", "google-chrome")
     if not os.environ.get("IRONLOGIC_CHROMIUM") and not any(map(shutil.which, names)):
@@ -160,21 +152,10 @@ def make_notebook():
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """A short FT run on nano in 4 bit, shared by everything that needs a trained adapter and no more."""
-    from ironlogic.burden import Burden
-    from ironlogic.data.problems import make_tasks, task_chat
-    from ironlogic.models import load_model
-    from ironlogic.presets import LoraSettings, TrainSettings
-    from ironlogic.training.sft import train_sft
+    """A finished run of `trained.train_ft`, its model in memory; nobody writes into its folder."""
+    from trained import train_ft
 
-    settings = TrainSettings(
-        **{"learning_rate": 5e-3, "batch_size": 4, "accumulation": 1, "max_length": 128, "save_steps": 99},
-        lora=LoraSettings(rank=4, alpha=8),
-    )
-    chats = [task_chat(task) for task in make_tasks(16, seed=1)]
-    return train_sft(
-        load_model("nano"), chats, settings, run=tmp_path_factory.mktemp("runs") / "ft", burden=Burden()
-    )
+    return train_ft(tmp_path_factory.mktemp("runs") / "ft")
 
 
 @pytest.fixture(scope="session")

@@ -89,10 +89,7 @@ def test_settings_that_can_t_work(change, message):
         ([{"prompt": 7, "answer": "2"}], "row 0 has a prompt of type int; expected a text or a list of messages"),
         ([{"prompt": ["1 + 1?"], "answer": "2"}], "row 0 has a prompt of type list; expected a text or a list of"),
         ([{"prompt": "1 + 1?", "answer": ["2", "3"]}], "row 0: the answer is .*expected a text or a number"),
-        (
-            [{"prompt": "1 + 1?", "answer": "2", "step": "easy"}],
-            "row 0 has a column 'step', a name that the record",
-        ),
+        ([{"prompt": "1 + 1?", "completion": "2", "answer": "2"}], "row 0 has a column 'completion', a name that"),
         ([], "none of 0 rows can be used"),
         ([{"prompt": "word " * 100, "answer": "2"}], "none of 1 rows can be used; a prompt may have 64 tokens"),
     ],
@@ -221,7 +218,7 @@ def test_a_run_writes_down_what_was_rewarded(finished):
         assert line["prompt"] in {task.prompt for task in TASKS}
         assert 0 < line["tokens"] <= 32
         assert (line["row_step"], line["row_tokens"]) == ("easy", -1)
-    # where they are special tokens, TRL alone drops them, and every format reward with them
+    # were they special tokens, TRL would drop them, and every format reward with them
     assert sum("<think>" in line["completion"] for line in lines) > 24
     assert sum(line["format_reward"] for line in lines) > 24
     for metric in finished.metrics:

@@ -94,7 +94,7 @@ def test_twin_sees_the_same_rows_in_the_same_order_and_a_cut_moves_no_other_row(
 
 
 @slow
-def test_rows_without_padding_have_the_same_losses_as_padded_ones(ft_run, tmp_path, monkeypatch):
+def test_rows_without_padding_have_the_same_losses_as_padded_ones(small_run, tmp_path, monkeypatch):
     """Losses that only hold if no row sees its neighbour; where one does, training does not begin."""
     monkeypatch.setenv("IRONLOGIC_RUNS", str(tmp_path))
     code = """
@@ -113,37 +113,37 @@ except RunError as error:
     done = python("-c", code, IRONLOGIC_BACKEND="transformers")  # Unsloth pads on a CPU
     assert done.returncode == 0, done.stderr[-2000:]
     free, refused = done.stdout.strip().split("\n")[-2:]
-    assert [float(loss) for loss in free.split()] == pytest.approx(losses(ft_run), rel=2e-3)
+    assert [float(loss) for loss in free.split()] == pytest.approx(losses(small_run), rel=2e-3)
     assert "rows of one batch see each other in this model" in refused
 
 
 # --- the run folder -----------------------------------------------------------------------------------------
 @slow
-def test_every_decision_is_written_down_and_the_adapter_is_plain_peft(ft_run, tmp_path):
-    assert len(losses(ft_run)) == 8
-    assert sum(losses(ft_run)[-3:]) < sum(losses(ft_run)[:3])
-    record = json.loads((ft_run.folder / "run.json").read_text())
-    assert record == ft_run.record
+def test_every_decision_is_written_down_and_the_adapter_is_plain_peft(small_run, tmp_path):
+    assert len(losses(small_run)) == 8
+    assert sum(losses(small_run)[-3:]) < sum(losses(small_run)[:3])
+    record = json.loads((small_run.folder / "run.json").read_text())
+    assert record == small_run.record
     assert record["finished"]
     assert (record["stage"], record["burden"]["ratio"], record["settings"]["lora"]["rank"]) == ("ft", 0.7, 4)
     assert record["versions"]["trl"] == "1.14.2"
     assert record["four_bit_share"] > 0.4
-    assert sorted(path.name for path in ft_run.folder.iterdir() if path.suffix != ".lock") == (
+    assert sorted(path.name for path in small_run.folder.iterdir() if path.suffix != ".lock") == (
         ["adapter", "chats.jsonl", "metrics.jsonl", "run.json"]
     )
-    tensors = weights(ft_run)
+    tensors = weights(small_run)
     assert len(tensors) == 2 * 4 * 7
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
-    assert peft.AutoPeftModelForCausalLM.from_pretrained(ft_run.adapter).peft_config["default"].r == 4
+    assert peft.AutoPeftModelForCausalLM.from_pretrained(small_run.adapter).peft_config["default"].r == 4
     ids = torch.randint(10, 900, (1, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = (
-            run.load_model().model.eval()(input_ids=ids).logits for run in (ft_run, open_run(ft_run.folder))
+            run.load_model().model.eval()(input_ids=ids).logits for run in (small_run, open_run(small_run.folder))
         )
     torch.testing.assert_close(ours, theirs)
     moved = tmp_path / "moved"  # an adapter finds its base where the repository lies now
-    shutil.copytree(ft_run.adapter, moved)
+    shutil.copytree(small_run.adapter, moved)
     settings = json.loads((moved / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = "/elsewhere/data/nano"
     (moved / "adapter_config.json").write_text(json.dumps(settings))
@@ -151,12 +151,12 @@ def test_every_decision_is_written_down_and_the_adapter_is_plain_peft(ft_run, tm
 
 
 @slow
-def test_the_same_run_is_not_trained_twice_and_another_is_refused(ft_run):
-    before, seen = (ft_run.folder / "run.json").read_bytes(), []
-    again = train_ft(ft_run.folder, settings=replace(SETTINGS, report_to="none"), watch=seen.append)
+def test_the_same_run_is_not_trained_twice_and_another_is_refused(small_run):
+    before, seen = (small_run.folder / "run.json").read_bytes(), []
+    again = train_ft(small_run.folder, settings=replace(SETTINGS, report_to="none"), watch=seen.append)
     assert again.loaded is None
-    assert again.record == ft_run.record
-    assert seen == [ft_run.metrics]
+    assert again.record == small_run.record
+    assert seen == [small_run.metrics]
     for change, named in [
         ({"burden": None}, "stage, burden"),
         ({"burden": Burden(ratio=0.3)}, "burden"),
@@ -164,14 +164,14 @@ def test_the_same_run_is_not_trained_twice_and_another_is_refused(ft_run):
         ({"chats": CHATS[1:]}, "rows, data_sha256"),
     ]:
         with pytest.raises(RunError, match=f"differs in {named}"):
-            train_ft(ft_run.folder, **change)
-    assert (ft_run.folder / "run.json").read_bytes() == before
+            train_ft(small_run.folder, **change)
+    assert (small_run.folder / "run.json").read_bytes() == before
 
 
 @slow
-def test_a_run_of_the_release_before_is_known_by_what_it_recorded(ft_run, tmp_path):
+def test_a_run_of_the_release_before_is_known_by_what_it_recorded(small_run, tmp_path):
     folder = tmp_path / "old"
-    shutil.copytree(ft_run.folder, folder)
+    shutil.copytree(small_run.folder, folder)
     record = json.loads((folder / "run.json").read_text())
     del record["four_bit"], record["settings"]["padding_free"], record["settings"]["report_to"]
     (folder / "run.json").write_text(json.dumps(record))
@@ -208,11 +208,11 @@ def test_names_that_leave_the_results_folder_are_refused(name, tmp_runs):
 
 
 @slow
-def test_a_finished_run_is_read_from_a_full_disk(ft_run, monkeypatch):
+def test_a_finished_run_is_read_from_a_full_disk(small_run, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
-    monkeypatch.setenv("IRONLOGIC_RUNS", str(ft_run.folder.parent))
-    assert open_run(ft_run.folder.name).record == ft_run.record
-    assert resolve(f"{ft_run.folder.name}/adapter") == str(ft_run.adapter)
+    monkeypatch.setenv("IRONLOGIC_RUNS", str(small_run.folder.parent))
+    assert open_run(small_run.folder.name).record == small_run.record
+    assert resolve(f"{small_run.folder.name}/adapter") == str(small_run.adapter)
 
 
 # --- rows and models that are refused -----------------------------------------------------------------------
@@ -233,12 +233,12 @@ def test_bad_rows_claim_no_folder_and_are_named(tmp_path):
 
 
 @slow
-def test_an_adapter_goes_on_but_not_twice_inside_one_model_nor_by_name(ft_run, tmp_path):
-    run = train_sft(open_run(ft_run.folder).load_model(), CHATS[:8], SETTINGS, run=tmp_path / "polish")
-    assert not same(weights(run), weights(ft_run))
-    assert run.record["trained_parameters"] == ft_run.record["trained_parameters"]
+def test_an_adapter_goes_on_but_not_twice_inside_one_model_nor_by_name(small_run, tmp_path):
+    run = train_sft(open_run(small_run.folder).load_model(), CHATS[:8], SETTINGS, run=tmp_path / "polish")
+    assert not same(weights(run), weights(small_run))
+    assert run.record["trained_parameters"] == small_run.record["trained_parameters"]
     loaded = nano()
-    several = with_adapters(loaded, {"FT": ft_run.adapter})
+    several = with_adapters(loaded, {"FT": small_run.adapter})
     with pytest.raises(ModelError, match=r"carries adapters by name \(FT\); load the one to train"):
         train_sft(several, CHATS[:4], SETTINGS, run=tmp_path / "named")
     with pytest.raises(ModelError, match="load it again"):  # PEFT has put its layers into it
@@ -284,7 +284,7 @@ def test_tensorboard_writes_into_the_run_folder(tmp_path, monkeypatch):
 
 # --- going on -----------------------------------------------------------------------------------------------
 @slow
-def test_interrupted_run_goes_on_to_the_same_bytes(ft_run, tmp_path, monkeypatch, capsys):
+def test_interrupted_run_goes_on_to_the_same_bytes(small_run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
         train_ft(folder, watch=interrupt)
@@ -297,8 +297,8 @@ def test_interrupted_run_goes_on_to_the_same_bytes(ft_run, tmp_path, monkeypatch
             train_prepared(folder)
     again = train_ft(folder)
     assert [line["step"] for line in again.metrics] == list(range(1, 9))
-    assert losses(again) == losses(ft_run)
-    assert same(weights(again), weights(ft_run))
+    assert losses(again) == losses(small_run)
+    assert same(weights(again), weights(small_run))
 
 
 def test_checkpoints_that_are_half_written_or_copied_are_passed_over(tmp_path):
@@ -343,14 +343,14 @@ class _SmallCard:
 
 @slow
 @pytest.mark.parametrize(("passes", "tried"), [(0, [4, 2, 1]), (5, [4] * 6 + [2, 1])])
-def test_out_of_memory_halves_the_batch_and_learns_the_same(tmp_path, ft_run, capsys, passes, tried):
+def test_out_of_memory_halves_the_batch_and_learns_the_same(tmp_path, small_run, capsys, passes, tried):
     loaded = nano()
     card = _SmallCard(loaded.model, rows=1, passes=passes)
     run = train_sft(loaded, CHATS, SETTINGS, run=tmp_path, burden=Burden())
     assert card.seen[: len(tried)] == tried
     assert "out of memory with 4 rows a forward pass: going on with 2, 2 passes a step" in capsys.readouterr().out
     assert run.record["rows_a_pass"] == 1
-    assert losses(run) == pytest.approx(losses(ft_run), abs=2e-3)
+    assert losses(run) == pytest.approx(losses(small_run), abs=2e-3)
 
 
 @slow
@@ -406,18 +406,18 @@ def python(*words, **environ):
 
 
 @slow
-def test_a_prepared_folder_trains_to_the_same_bytes(ft_run, tmp_path):
+def test_a_prepared_folder_trains_to_the_same_bytes(small_run, tmp_path):
     rows = datasets.Dataset.from_dict({"messages": CHATS, "other": ["x"] * 32})
     options = {"run": tmp_path / "prepared", "burden": Burden()}
     folder = prepare_sft("nano", rows, SETTINGS, **options)
     assert sorted(path.name for path in folder.iterdir()) == ["chats.jsonl", "run.json"]
-    assert (folder / "chats.jsonl").read_bytes() == (ft_run.folder / "chats.jsonl").read_bytes()
+    assert (folder / "chats.jsonl").read_bytes() == (small_run.folder / "chats.jsonl").read_bytes()
     assert prepare_sft("nano", rows, SETTINGS, **options) == folder  # the same again is fine
     with pytest.raises(RunError, match="holds another run: it differs in settings"):
         prepare_sft("nano", rows, replace(SETTINGS, seed=1), **options)
     prepared = train_prepared(folder)
-    assert losses(prepared) == losses(ft_run)
-    assert same(weights(prepared), weights(ft_run))
+    assert losses(prepared) == losses(small_run)
+    assert same(weights(prepared), weights(small_run))
     assert train_prepared(folder).record == prepared.record  # finished: not trained again
 
 

@@ -1,4 +1,4 @@
-"""A short Fragmented Training of nano, trained once for all tests that need a finished run (`ft_run`)."""
+"""A short Fragmented Training of nano, trained once for all tests that need a finished run (`small_run`)."""
 
 from pathlib import Path
 

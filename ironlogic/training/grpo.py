@@ -16,7 +16,7 @@ from typing import Any
 
 from ironlogic import IronLogicError
 from ironlogic.data.problems import Task, accuracy_reward, check_answer, normal_answer, thinks
-from ironlogic.generate import Completion, end_ids, generate, visible_text
+from ironlogic.generate import Completion, generate
 from ironlogic.models import LoadedModel, as_loaded
 from ironlogic.presets import LoraSettings
 from ironlogic.training.runs import (
@@ -241,10 +241,9 @@ def _reward_names(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]]) 
 
 
 class _Rewards(transformers.TrainerCallback):
-    """The rewards as TRL calls them: on whole texts, their scores checked and written into completions.jsonl."""
+    """The rewards as TRL calls them, their scores checked and written into completions.jsonl."""
 
-    def __init__(self, rewards: Sequence[Reward], loaded: LoadedModel, folder: Path) -> None:
-        self.tokenizer, self.ends = loaded.tokenizer, end_ids(loaded)
+    def __init__(self, rewards: Sequence[Reward], folder: Path) -> None:
         self.rewards, self.path = rewards, folder / "completions.jsonl"
         self.scores: dict[str, list[float | None]] = {}  # of this step, by reward
 
@@ -254,15 +253,12 @@ class _Rewards(transformers.TrainerCallback):
     def _checked(self, reward: Reward) -> Reward:
         @functools.wraps(reward)
         def score(prompts, completions, completion_ids, **columns):
-            texts = [visible_text(self.tokenizer, ids, self.ends) for ids in completion_ids]
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
-            asked = [prompt[-1]["content"] for prompt in prompts]
             returned = reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
-            scores = _check_scores(reward.__name__, returned, asked, texts)
-            self.scores[reward.__name__] = scores
+            asked, texts = ([messages[-1]["content"] for messages in chats] for chats in (prompts, completions))
+            self.scores[reward.__name__] = _check_scores(reward.__name__, returned, asked, texts)
             if reward is self.rewards[-1]:
                 self._end_step(asked, texts, list(map(len, completion_ids)), columns)
-            return scores
+            return self.scores[reward.__name__]
 
         return score
 
@@ -331,7 +327,7 @@ def _trainer(loaded, rows, settings: GrpoSettings, folder: Path, rewards, watch)
         shuffle_dataset=False,  # the rows are in their order already
         beta=0.0,
     )
-    checked = _Rewards(rewards, loaded, folder)
+    checked = _Rewards(rewards, folder)
     columns = (*_LOGGED, *(f"rewards/{reward.__name__}/mean" for reward in rewards))
     return trl.GRPOTrainer(
         model=loaded.model,
