@@ -448,12 +448,16 @@ def _parts(model: ModelCount, setup: _Setup) -> dict[str, float]:
     tokens = setup.batch_size * setup.length
     layer, layer_input = model.layer.saved(width, lora), model.layer.hidden * width
     kept = {"offload": layer_input, "card": model.layers * layer_input, "none": (model.layers - 1) * layer}
-    logits = min(CHUNK, tokens) if setup.loss == "chunked" else tokens
+    logits, chunk = tokens * LOGIT_BYTES[setup.loss], min(CHUNK, tokens) * LOGIT_BYTES["chunked"]
+    if setup.loss == "chunked":
+        logits = chunk
+    elif setup.loss == "all":
+        logits = max(logits, chunk)  # so that a chunked loss is never advised for nothing
     work = {
         "LoRA and optimizer": trained * (4 + 4 + OPTIMIZER_BYTES[setup.optimizer]),
         "activations": tokens * (kept[setup.checkpointing] + layer + model.layer.in_flight(width)),
         "dequantisation buffer": buffer * width,
-        "logits": logits * model.vocabulary * LOGIT_BYTES[setup.loss],
+        "logits": logits * model.vocabulary,
     }
     if setup.samples:
         remembered = (model.layers - model.sliding) * setup.length

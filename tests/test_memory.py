@@ -497,9 +497,11 @@ SETUPS = st.fixed_dictionaries(
 SMALL = {"vocab_size": 32_768, "hidden_size": 512}
 
 
-def smallest(options):
+def smallest(options, model_type):
     """The most saving value of every setting that an advice may name."""
     loss = options["fused_loss"]
+    if model_type != "qwen3_moe":  # the usual loss of a mixture holds more than that of transformers
+        loss = loss or True
     return {
         "length": min(256, options["length"]),
         "batch_size": 1,
@@ -522,7 +524,7 @@ def test_the_advice_fits_nothing_nearer_does_and_it_names_nothing_that_is_not_ne
     def fits(**changes):
         return plan_memory(config, card_gib=card, **(options | changes)).fits
 
-    plan, least = plan_memory(config, card_gib=card, **options), smallest(options)
+    plan, least = plan_memory(config, card_gib=card, **options), smallest(options, model_type)
     assert plan.fits == (plan.peak_gib <= 0.98 * card)
     if plan.fits:
         assert plan.advice.startswith("fits on ")
