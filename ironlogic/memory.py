@@ -1,21 +1,18 @@
 """Does it fit? One step of LoRA training in GiB, by arithmetic, before anything is downloaded.
 
 Parameters are counted exactly, on the model that transformers builds from a configuration without storage.
-Activations are a closed form (`LayerWidths`) that agrees within a tenth with what a CPU measures. The logits, the
-largest term of the large systems, are fitted to what Unsloth 2026.10 took on a card, rows of 4,096 tokens
-(GiB by torch, without the CUDA context; the rest: allocated in the step, per token and entry of the vocabulary):
+Activations are a closed form (`LayerWidths`) that agrees within a tenth with what a CPU measures. Two terms come
+from what Unsloth 2026.10 took on a card, rows of 4,096 tokens (GiB by torch, without the CUDA context):
 
     system          weights   allocated   reserved   the rest
-    Gemma-3-27B     15.8      22.28       24.52      6 bytes: the logits of all tokens, in bfloat16 and in float32
-    Qwen3-VL-4B      3.3       7.00        8.20      6 bytes
-    Qwen3-30B-A3B   15.6      28.65       29.40      22 bytes: 12.7 of the 13 GiB above its weights
+    Gemma-3-27B     15.8      22.28       24.52      6 bytes a logit, of all tokens: bfloat16 and float32 (fitted)
+    Qwen3-VL-4B      3.3       7.00        8.20      6 bytes a logit (fitted)
+    Qwen3-30B-A3B   15.6      28.65       29.40      the activations of all 48 layers: 12.0 (traced)
 
-The experts are not what is large: their stacks are unpacked one at a time and once more for the backward pass
-(unsloth_zoo, temporary_patches/moe_utils.py, `_GroupedMMRecompute`), and the layers' inputs do leave for RAM
-(gradient_checkpointing.py, `UnslothCheckpointFunction`). A mixture pays more than the others because PEFT passes
-arguments on that the zoo's chunked loss does not know (fused_losses/cross_entropy_loss.py, `_use_chunked_ce`), so
-its older loss runs, with five float32 copies of the logits. Which call keeps the logits of all tokens for the other
-two was not seen; tests/gpu/README.md says what would cut them, and how to look.
+A mixture is not checkpointed there: at the peak every layer's compiled block (unsloth/models/_block_compile.py)
+still holds what its backward pass wants, the experts' products (unsloth_zoo, temporary_patches/moe_utils.py,
+`_grouped_mm_eager`) above all; its loss holds next to nothing, and one stack of experts in 16 bit is 0.75 GiB. For
+the other two the logits are inferred from the size; tests/gpu/README.md says what would cut them, and how to look.
 Terms that don't peak at the same moment are added up all the same: torch keeps the blocks of the layers while the
 loss asks for larger ones, which is the gap between allocated and reserved.
 
@@ -71,9 +68,8 @@ OPTIMIZER_BYTES = dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adam
 OPTIMIZER_BYTES |= dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), 2) | {"sgd": 0}
 
 CHUNK = 256  # tokens whose logits TRL's chunked loss holds at a time
-# Bytes per logit. "vision" and "mixture": Unsloth's loss on a card, for the logits of all tokens at once. Of the 22
-# bytes of a mixture some fit into the blocks that the layers have left.
-LOGIT_BYTES = {"chunked": 16, "all": 12, "vision": 6, "mixture": 20.5}
+# Bytes per logit. "vision": Unsloth's loss for vision-language models on a card, the logits of all tokens at once.
+LOGIT_BYTES = {"chunked": 16, "all": 12, "vision": 6}
 # On a card the CUDA context, 0.6, and small tensors; on a CPU Python and torch themselves
 CONTEXT_GIB = {"card": 0.7, "cpu": 1.0}
 FRAGMENTATION = 0.04  # of everything but the weights
@@ -122,6 +118,11 @@ class LayerWidths:
         attention = 2 * self.query + 2 * self.key
         feed_forward = 3 * self.inner + 3 * self.routed_inner + self.routed
         return 4 * self.norms + width * (adapted + attention + feed_forward)
+
+    def compiled(self) -> int:
+        """Bytes per token that Unsloth's compiled layer of a mixture keeps for its backward pass, as traced: the
+        experts' products, the attention's inputs and output, each LoRA's input, three normed inputs; in 16 bit."""
+        return 2 * (2 * self.routed_inner + 3 * self.query + 3 * self.key + 3 * self.hidden)
 
     def in_flight(self, width: int) -> int:
         """Bytes per token on top at the worst moment of the layer's gradient; its multiples are measured."""
@@ -316,9 +317,10 @@ def plan_memory(
     `length` in tokens, `batch_size` in rows per forward pass.
     `checkpointing`: "offload" (or True) keeps the layers' inputs in RAM, as Unsloth does; "card" on the card, as
     transformers does; False keeps all activations.
+    A mixture whose experts Unsloth quantises keeps all activations whatever is asked.
     `fused_loss`: True is the loss as it runs: on a card Unsloth's, which holds the logits of all tokens for
-    vision-language models and mixtures; of 256 tokens elsewhere. "chunked": of 256 tokens everywhere. False: of all
-    tokens, by transformers.
+    vision-language models; of 256 tokens elsewhere. "chunked": of 256 tokens everywhere. False: of all tokens, by
+    transformers.
     `fused_experts_quantized`: False for plain transformers, whose 4 bit leaves fused experts as they are.
     `samples`: answers that GRPO writes at a time with plain transformers, prompt and answer in `length`; their keys
     and values are kept. Its reference model is the base without the adapter and costs nothing.
@@ -399,8 +401,6 @@ def _loss_kind(fused: bool | str, model: ModelCount, *, whole: bool) -> str:
         return "all"
     if fused == "chunked" or whole:
         return "chunked"
-    if model.experts:
-        return "mixture"
     return "vision" if model.eyes else "chunked"
 
 
@@ -448,6 +448,8 @@ def _parts(model: ModelCount, setup: _Setup) -> dict[str, float]:
     tokens = setup.batch_size * setup.length
     layer, layer_input = model.layer.saved(width, lora), model.layer.hidden * width
     kept = {"offload": layer_input, "card": model.layers * layer_input, "none": (model.layers - 1) * layer}
+    if model.experts and setup.four_bit and setup.experts_too and width == 2:  # through Unsloth
+        kept, layer = dict.fromkeys(kept, model.layers * model.layer.compiled()), 0
     logits, chunk = tokens * LOGIT_BYTES[setup.loss], min(CHUNK, tokens) * LOGIT_BYTES["chunked"]
     if setup.loss == "chunked":
         logits = chunk
@@ -505,8 +507,7 @@ def _suggestions(model: ModelCount, setup: _Setup) -> dict[str, list[Any]]:
     on_card = setup.width == 2
     options: dict[str, list[Any]] = {}
     if setup.loss == "all":
-        usual = _loss_kind(True, model, whole=not on_card or setup.projector)
-        options["loss"] = [usual] if usual != "mixture" else []  # which holds more
+        options["loss"] = [_loss_kind(True, model, whole=not on_card or setup.projector)]
     if on_card and not setup.projector:
         options["checkpointing"] = ["offload"]
     if on_card and not setup.experts_too:
@@ -572,7 +573,6 @@ def _describe(setup: _Setup) -> dict[str, str]:
             "all": "all logits at once",
             "chunked": "chunked loss",
             "vision": "Unsloth's loss (all logits at once)",
-            "mixture": "Unsloth's loss (all logits at once)",
         }[setup.loss],
     }
     if setup.lora:

@@ -353,7 +353,8 @@ def test_pictures_have_so_many_patches_and_tokens(kind):
 
 @pytest.mark.parametrize(
     ("name", "options", "simulated"),
-    [  # GiB of a whole step simulated tensor by tensor (Gemma-3-27B's seed script: 21.4 to 22.0)
+    [  # GiB of a whole step simulated tensor by tensor (Gemma-3-27B's seed script: 21.4 to 22.0). Not of a mixture:
+        # the simulation checkpointed its layers, the card showed that Unsloth does not.
         ("Qwen3-0.6B", {"length": 2048, "batch_size": 2, "lora": LoraSettings(rank=16)}, 3.0),
         (
             "Qwen3-0.6B",
@@ -374,8 +375,6 @@ def test_pictures_have_so_many_patches_and_tokens(kind):
         ("Gemma-3-27B", {}, 21.7),
         ("Gemma-3-27B", {"checkpointing": "card"}, 24.1),
         ("Gemma-3-27B", {"checkpointing": "card", "fused_loss": False}, 32.8),
-        ("Qwen3-30B-A3B", {}, 20.6),
-        ("Qwen3-30B-A3B", {"lora": LoraSettings(experts=True)}, 22.5),
         ("Qwen3-30B-A3B", {"fused_experts_quantized": False}, 61.5),
         (replace(VISION_PRESETS["vqwen3-4b-as-seed"], instruct_stage=None), {"length": 640, "batch_size": 8}, 12.4),
         ("vqwen3-4b-as-seed", {"length": 2048, "batch_size": 2}, 15.6),

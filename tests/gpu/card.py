@@ -349,6 +349,18 @@ def all_parts(length: int) -> list[Part]:
     return parts
 
 
+def look_like_a_t4() -> None:
+    """No bfloat16, for Unsloth and for us; Triton goes on compiling for the card that is there."""
+    import torch
+
+    capability = torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = lambda *_: (7, 5)
+    from ironlogic import models  # Unsloth decides when it is imported
+
+    torch.cuda.get_device_capability = capability
+    models.card_has_bfloat16 = lambda: False
+
+
 # --- one part, in a process of its own --------------------------------------------------------------------------
 def run_part(part: Part, folder: Path, *, tiny: bool) -> dict[str, Any]:
     """The part's result with the memory that it took."""
@@ -358,7 +370,7 @@ def run_part(part: Part, folder: Path, *, tiny: bool) -> dict[str, Any]:
     if part.cap and on_card:
         be_as_small_as(part.cap)
     if part.float16 and on_card:
-        speak_as_t4()
+        look_like_a_t4()
     settings = dict(part.settings)
     if tiny:
         settings |= dict.fromkeys(settings.keys() & {"length"}, 128)
