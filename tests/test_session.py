@@ -321,7 +321,7 @@ def test_published_images_get_what_they_lack_and_keep_their_torch(place, image, 
 
     def pip(command, **_):
         pins = Path(next(word for word in command if word.startswith("--constraint=")).partition("=")[2])
-        names = [word for word in command if re.match(r"[a-z][a-z_-]*[=<>]", word)]
+        names = [word for word in command if re.match(r"[a-z][a-z0-9_-]*[=<>]", word)]
         calls.append((names, "--no-deps" in command, pins.read_text().split("\n")))
         for need in map(Requirement, names):  # the newest is not known here; the lowest of the range will do
             here[need.name] = next(v for v in re.findall(r"[\d.]+", str(need.specifier)) if v in need.specifier)

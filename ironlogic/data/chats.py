@@ -389,8 +389,8 @@ def describe_rejected(rejected: list[Rejected]) -> str:
 def split_chats(dataset: Dataset, *, holdout: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
     """(train, test), about a share `holdout` of the chats in the second.
 
-    A hash of the user turns and their pictures decides for each chat by itself: chats with the same questions are
-    never on both sides, and new rows move no old one. Raises ChatError unless 0 <= holdout < 1.
+    A hash of the user turns and their pictures (of files the name: folders differ between machines) decides for each
+    chat by itself: chats with the same questions are never on both sides, and new rows move no old one. Raises ChatError unless 0 <= holdout < 1.
     """
     if not 0 <= holdout < 1:
         raise ChatError(f"holdout is {holdout}; expected a share of the chats, from 0 to below 1")
@@ -399,12 +399,23 @@ def split_chats(dataset: Dataset, *, holdout: float = 0.1, seed: int = 0) -> tup
     batches = dataset.with_format(None).select_columns(columns).iter(1000)  # three times as fast as by row
     rows = chain.from_iterable(zip(*(batch[name] for name in columns), strict=True) for batch in batches)
     for row, (messages, *images) in enumerate(rows):
-        asked = [turn["content"] for turn in messages if turn["role"] == "user"]
+        asked = [_without_folders(turn["content"]) for turn in messages if turn["role"] == "user"]
         content = blake2b(json.dumps([seed, asked], sort_keys=True).encode(), digest_size=8)
         for picture in chain.from_iterable(some or () for some in images):
             content.update(picture or b"")
         sides[int.from_bytes(content.digest(), "big") < holdout * 2**64].append(row)
     return dataset.select(sides[False]), dataset.select(sides[True])
+
+
+def _without_folders(content: Any) -> Any:
+    """The content of a turn with the bare names of its pictures' files."""
+    if not isinstance(content, list | tuple):
+        return content
+    parts = [dict(part) for part in content]
+    for part in parts:
+        if isinstance(part.get("image"), str):
+            part["image"] = Path(part["image"]).name
+    return parts
 
 
 def _open_source(source: Any, split: str) -> Rows:
