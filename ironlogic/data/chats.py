@@ -389,8 +389,9 @@ def describe_rejected(rejected: list[Rejected]) -> str:
 def split_chats(dataset: Dataset, *, holdout: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
     """(train, test), about a share `holdout` of the chats in the second.
 
-    A hash of the user turns and their pictures (of files the name: folders differ between machines) decides for each
-    chat by itself: chats with the same questions are never on both sides, and new rows move no old one. Raises ChatError unless 0 <= holdout < 1.
+    A hash of the user turns and their pictures (of files the name: folders differ between machines) decides for
+    each chat by itself: chats with the same questions are never on both sides, and new rows move no old one. Raises
+    ChatError unless 0 <= holdout < 1.
     """
     if not 0 <= holdout < 1:
         raise ChatError(f"holdout is {holdout}; expected a share of the chats, from 0 to below 1")
