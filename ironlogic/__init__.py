@@ -41,7 +41,7 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "burden": "Burden apply_burden",
-        "data.chats": "load_chats split_chats",
+        "data.chats": "load_chats make_chats",
         "data.problems": "make_tasks",
         "presets": "find_preset",
         "memory": "plan_memory",

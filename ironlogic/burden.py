@@ -17,7 +17,7 @@ import hashlib
 import operator
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from ironlogic.units import (
@@ -41,7 +41,7 @@ from ironlogic.units import (
 import numpy as np
 
 if TYPE_CHECKING:
-    import datasets
+    from ironlogic.data.chats import Chats
 
 __all__ = [
     "PROTECTED",
@@ -49,7 +49,6 @@ __all__ = [
     "BurdenError",
     "Disorder",
     "apply_burden",
-    "burden_dataset",
     "burden_messages",
     "expected_disorder",
     "measure_disorder",
@@ -58,7 +57,7 @@ __all__ = [
 ]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_ADDED = ("epoch", "displaced", "kendall_tau", "bigrams_kept")  # columns of `burden_dataset`, beside row
+_REACHED = ("displaced", "kendall_tau", "bigrams_kept")  # columns that `Burden.apply` adds, beside row and epoch
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,48 @@ class Burden:
         object.__setattr__(self, "roles", tuple(self.roles))
 
     def apply(
-        self, dataset: "datasets.Dataset", *, epochs: int = 1, seed: int = 0, **options
-    ) -> "datasets.Dataset":
-        """`burden_dataset` with this burden: `epochs` times the rows, each epoch with a draw of its own."""
-        return burden_dataset(dataset, self, seed=seed, epochs=epochs, **options)
+        self, chats: "Chats", *, epochs: int = 1, seed: int = 0, num_proc: int | None = None, tokenizer=None
+    ) -> "Chats":
+        """`epochs` times the chats, one epoch after the other, in their order, each with a draw of its own.
+
+        Columns of its `rows`: `messages` burdened; `row`, the key of the row, which is a column of that name in the
+        data where it names every row, else the index; `epoch`; the disorder reached in the burdened turns
+        (`displaced`, `kendall_tau`, `bigrams_kept`); all others as they were. Raises `BurdenError`.
+        """
+        import datasets  # two seconds; nothing else here needs it
+
+        rows = getattr(chats, "rows", None)
+        if not isinstance(rows, datasets.Dataset):
+            raise BurdenError(
+                f"Burden.apply: got a {type(chats).__name__}; expected Chats (load_chats, make_chats)"
+            )
+        if taken := {"epoch", *_REACHED} & set(rows.column_names):
+            raise BurdenError(
+                f"Burden.apply: the data has columns {', '.join(sorted(taken))}; is it burdened already?"
+            )
+        for name, value in (("epochs", epochs), ("num_proc", 1 if num_proc is None else num_proc)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise BurdenError(f"Burden.apply: {name} is {value!r}; expected a whole number from 1")
+        if not len(rows):
+            raise BurdenError("Burden.apply: the data has no rows")
+
+        keys = rows["row"][:] if "row" in rows.column_names else []
+        if any(type(key) not in (int, str) for key in keys) or len(set(keys)) < len(keys):
+            rows = rows.remove_columns("row")  # a column of the user's that names no row
+        features = rows.features.copy()
+        features.setdefault("row", datasets.Value("int64"))
+        features.update(epoch=datasets.Value("int64"), **{name: datasets.Value("float64") for name in _REACHED})
+        burdened = datasets.concatenate_datasets([rows] * epochs).map(
+            _burden_batch,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"burden": self, "seed": seed, "rows": len(rows), "tokenizer": tokenizer},
+            features=features,
+            num_proc=num_proc,
+            load_from_cache_file=False,
+            desc="Burden",
+        )
+        return replace(chats, rows=burdened)
 
 
 def _check_names(where: str, name: str, value, known: tuple[str, ...]) -> None:
@@ -262,51 +299,6 @@ def _texts(messages: list[dict], roles: tuple[str, ...], row) -> list[tuple[tupl
     return found
 
 
-def burden_dataset(
-    dataset: "datasets.Dataset",
-    burden: Burden,
-    *,
-    seed: int = 0,
-    epochs: int = 1,
-    num_proc: int | None = None,
-    tokenizer=None,
-) -> "datasets.Dataset":
-    """`epochs` times the rows of `dataset`, one epoch after the other, in their order, each with its own burden.
-
-    Columns: `messages` burdened; `row`, the key of the row, which a column of that name in the data decides
-    and its index otherwise; `epoch`; the disorder reached in the burdened turns (`displaced`, `kendall_tau`,
-    `bigrams_kept`); all others as they were. Train on it in this order for one epoch. Raises `BurdenError`.
-    """
-    import datasets  # two seconds; nothing else here needs it
-
-    if not isinstance(dataset, datasets.Dataset):
-        raise BurdenError(f"burden_dataset: got a {type(dataset).__name__}; expected a datasets.Dataset")
-    if "messages" not in dataset.column_names or set(_ADDED) & set(dataset.column_names):
-        raise BurdenError(
-            f"burden_dataset: the columns are {', '.join(dataset.column_names)}; "
-            f"expected one named messages and none named {', '.join(_ADDED)} (is it burdened already?)"
-        )
-    for name, value in (("epochs", epochs), ("num_proc", 1 if num_proc is None else num_proc)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BurdenError(f"burden_dataset: {name} is {value!r}; expected a whole number from 1")
-    if not len(dataset):
-        raise BurdenError("burden_dataset: the data has no rows")
-
-    features = dataset.features.copy()
-    features.setdefault("row", datasets.Value("int64"))
-    features.update(epoch=datasets.Value("int64"), **{name: datasets.Value("float64") for name in _ADDED[1:]})
-    return datasets.concatenate_datasets([dataset.with_format(None)] * epochs).map(
-        _burden_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs={"burden": burden, "seed": seed, "rows": len(dataset), "tokenizer": tokenizer},
-        features=features,
-        num_proc=num_proc,
-        load_from_cache_file=False,
-        desc="Burden",
-    )
-
-
 def _burden_batch(batch, indices: list[int], *, burden: Burden, seed: int, rows: int, tokenizer) -> dict[str, list]:
     keys = batch["row"] if "row" in batch else [index % rows for index in indices]
     epochs = [index // rows for index in indices]
@@ -315,5 +307,5 @@ def _burden_batch(batch, indices: list[int], *, burden: Burden, seed: int, rows:
         for messages, row, epoch in zip(batch["messages"], keys, epochs, strict=True)
     ]
     reached = [asdict(pooled_disorder(pairs, unit=burden.unit, tokenizer=tokenizer)) for _, pairs in done]
-    columns = {name: [disorder[name] for disorder in reached] for name in _ADDED[1:]}
+    columns = {name: [disorder[name] for disorder in reached] for name in _REACHED}
     return {"messages": [messages for messages, _ in done], "row": keys, "epoch": epochs, **columns}

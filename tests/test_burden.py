@@ -15,13 +15,13 @@ from ironlogic.burden import (
     BurdenError,
     Disorder,
     apply_burden,
-    burden_dataset,
     burden_messages,
     expected_disorder,
     measure_disorder,
     moved_units,
     seed_burden,
 )
+from ironlogic.data.chats import Chats
 
 import datasets
 import numpy as np
@@ -611,6 +611,10 @@ def test_redraw_gives_every_epoch_its_own_order():
         assert burden_messages(chat(row), mixed, epoch=3, row=row) == burden_messages(chat(row), mixed, row=row)
 
 
+def apply(rows, burden, **options):
+    return burden.apply(Chats(rows), **options).rows
+
+
 @pytest.fixture
 def rows():
     return datasets.Dataset.from_list([{"messages": chat(row, turns=2), "source": f"s{row}"} for row in range(40)])
@@ -618,7 +622,7 @@ def rows():
 
 def test_a_data_set_is_the_messages_of_every_epoch_in_order(rows):
     burden = Burden(mix=0.6)
-    done = burden_dataset(rows, burden, seed=9, epochs=3)
+    done = apply(rows, burden, seed=9, epochs=3)
     assert done["row"] == list(range(40)) * 3
     assert done["epoch"] == [epoch for epoch in range(3) for _ in range(40)]
     assert done["source"] == rows["source"][:] * 3
@@ -636,26 +640,26 @@ def test_a_data_set_is_the_messages_of_every_epoch_in_order(rows):
 
 def test_one_turn_gives_the_row_its_disorder(rows):
     single = rows.map(lambda row: {"messages": row["messages"][:3]})
-    for line, old in zip(burden_dataset(single, Burden()), single, strict=True):
+    for line, old in zip(apply(single, Burden()), single, strict=True):
         reached = measure_disorder(old["messages"][1]["content"], line["messages"][1]["content"])
         assert (line["displaced"], line["kendall_tau"], line["bigrams_kept"]) == tuple(shares(reached))
 
 
 def test_a_data_set_does_not_depend_on_processes_or_order(rows):
-    one = burden_dataset(rows, Burden(), seed=1, epochs=2)
-    assert burden_dataset(rows, Burden(), seed=1, epochs=2, num_proc=2).to_list() == one.to_list()
+    one = apply(rows, Burden(), seed=1, epochs=2)
+    assert apply(rows, Burden(), seed=1, epochs=2, num_proc=2).to_list() == one.to_list()
     named = rows.add_column("row", list(range(40)))
-    mixed = burden_dataset(named.shuffle(seed=4), Burden(), seed=1, epochs=2)
+    mixed = apply(named.shuffle(seed=4), Burden(), seed=1, epochs=2)
     assert mixed["row"][:40] != list(range(40))
     assert sorted(mixed.to_list(), key=lambda line: (line["epoch"], line["row"])) == one.to_list()
     words = rows.add_column("row", [f"doc-{i}" for i in range(40)])
-    assert burden_dataset(words.select([7]), Burden())[0] == burden_dataset(words, Burden())[7]
+    assert apply(words.select([7]), Burden())[0] == apply(words, Burden())[7]
 
 
 def test_a_data_set_of_content_lists_keeps_its_other_parts():
     parts = [{"type": "image", "text": None}, {"type": "text", "text": " ".join(WORDS)}]
     data = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": parts}]}] * 3)
-    done = burden_dataset(data, Burden())
+    done = apply(data, Burden())
     assert done.features["messages"] == data.features["messages"]
     assert [line["messages"][0]["content"][0] for line in done] == [parts[0]] * 3
     assert len({line["messages"][0]["content"][1]["text"] for line in done} - {parts[1]["text"]}) == 3
@@ -718,10 +722,9 @@ def test_a_burden_read_back_from_json_is_the_same():
             lambda: burden_messages([{"role": "user", "content": [{"type": "text", "text": None}]}], Burden()),
             "row 0, message 0: text is None; expected a string",
         ),
-        (lambda: burden_dataset([{"messages": []}], Burden()), "got a list; expected a datasets.Dataset"),
-        (lambda: burden_dataset(datasets.Dataset.from_dict({"text": ["a"]}), Burden()), "the columns are text"),
-        (lambda: burden_dataset(datasets.Dataset.from_dict({"messages": []}), Burden()), "the data has no rows"),
-        (lambda: burden_dataset(datasets.Dataset.from_dict({"messages": [[]]}), Burden(), epochs=0), "epochs is 0"),
+        (lambda: Burden().apply([{"messages": []}]), "got a list; expected Chats"),
+        (lambda: apply(datasets.Dataset.from_dict({"messages": []}), Burden()), "the data has no rows"),
+        (lambda: apply(datasets.Dataset.from_dict({"messages": [[]]}), Burden(), epochs=0), "epochs is 0"),
     ],
 )
 def test_bad_input_is_said_in_one_line(call, message):
@@ -732,4 +735,4 @@ def test_bad_input_is_said_in_one_line(call, message):
 
 def test_burdening_twice_is_refused(rows):
     with pytest.raises(BurdenError, match="is it burdened already"):
-        burden_dataset(burden_dataset(rows, Burden()), Burden())
+        apply(apply(rows, Burden()), Burden())

@@ -4,7 +4,8 @@ import io
 import json
 import re
 
-from ironlogic.data.chats import image_parts, load_chats
+from ironlogic.data import chats
+from ironlogic.data.chats import image_parts
 
 import datasets
 import numpy as np
@@ -15,6 +16,11 @@ from PIL import Image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 IMAGE = Image.fromarray(PIXELS)
+
+
+def load_chats(source, **options):
+    loaded = chats.load_chats(source, **options)
+    return loaded.rows, list(loaded.rejected)
 
 
 def png(image=IMAGE) -> bytes:

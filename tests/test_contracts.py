@@ -211,6 +211,7 @@ print(json.dumps({"ids": seen, **{name: [line[name] for line in logged] for name
 """
 OURS = """
 import json, sys
+from ironlogic.data.chats import make_chats
 from ironlogic.models import BACKEND, load_model
 from dataclasses import replace
 from ironlogic.presets import find_preset
@@ -230,7 +231,7 @@ order = _training_order(
 placed = [None] * len(chats)
 for (_, place), chat in zip(order, chats):
     placed[place] = chat
-run = train_sft(loaded, placed, once, run=sys.argv[1])
+run = train_sft(loaded, make_chats(placed), once, run=sys.argv[1])
 names = ("loss", "learning_rate", "grad_norm")
 print(json.dumps({"backend": BACKEND, **{name: [line[name] for line in run.metrics] for name in names}}))
 """

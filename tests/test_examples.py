@@ -11,9 +11,9 @@ from ironlogic import (
     judge_claims,
     load_chats,
     load_model,
+    make_chats,
     read_layers,
     splice,
-    split_chats,
     train_instruct,
     train_projector,
     train_twins,
@@ -37,19 +37,18 @@ def test_the_front_door_is_instant_and_every_name_behind_it_is_there():
 
 
 def test_burden(tmp_path):
-    chats, rejected = load_chats(DATA / "reasoning-248.jsonl")
+    chats = load_chats(DATA / "reasoning-248.jsonl")
     burdened = Burden(ratio=0.7).apply(chats, epochs=3)
     burdened.to_json(tmp_path / "burdened.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "burdened.jsonl").read_text().splitlines()]
-    assert (len(rows), rejected) == (3 * 248, [])
-    assert rows[0]["messages"][-1] == chats[0]["messages"][-1]
+    assert (len(rows), len(chats.rejected)) == (3 * 248, 0)
+    assert rows[0]["messages"][-1] == chats[0][-1]
 
 
 @pytest.mark.slow
 def test_control_and_evidence(tmp_runs):
-    chats, _ = load_chats(DATA / "reasoning-248.jsonl")
-    train, test = split_chats(chats, holdout=0.2)
-    train, test = train.select(range(32)), test.select(range(12))
+    train, test = load_chats(DATA / "reasoning-248.jsonl").split(0.2)
+    train, test = train[:32], test[:12]
     here = {"processes": 1}  # starting others takes longer than so small a training
     ft, sft = train_twins("nano", train, burden=Burden(ratio=0.7), settings=SMALL, run="first", **here)
     difference = ft.measure(test, **here) - sft.measure(test, **here)
@@ -68,8 +67,9 @@ def test_splice(tmp_runs):
     shown = list(zip(scenes, save_scenes(scenes, tmp_runs / "pictures"), strict=True))
     model = splice("nano-vision", "nano")
     assert check_splice(model).passed
-    one = train_projector(model, [caption_chat(*scene) for scene in shown], stage.projector_stage, run="eyes-1")
-    questions = [question_chat(*scene, "number") for scene in shown]
+    captions = make_chats(caption_chat(*scene) for scene in shown)
+    one = train_projector(model, captions, stage.projector_stage, run="eyes-1")
+    questions = make_chats(question_chat(*scene, "number") for scene in shown)
     two = train_instruct(one.loaded, questions, stage.instruct_stage, run="eyes-2")
     assert (two.folder / "run.json").is_file()
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ironlogic.burden import Burden
+from ironlogic.data.chats import make_chats
 from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.export import (
     ExportError,
@@ -37,7 +38,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 NANO = DATA / "nano"
-CHATS = [task_chat(task) for task in make_tasks(16, seed=1)]
+CHATS = make_chats(map(task_chat, make_tasks(16, seed=1)))
 PROMPTS = [task.prompt for task in make_tasks(20, seed=5, split="test")]
 LORA = LoraSettings(rank=4, alpha=8)
 SETTINGS = TrainSettings(learning_rate=5e-3, batch_size=4, accumulation=1, max_length=128, save_steps=99, lora=LORA)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from data.make.nano import DATA
 from ironlogic.burden import Burden
+from ironlogic.data.chats import make_chats
 from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.models import ModelError, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
@@ -39,7 +40,7 @@ SETTINGS = TrainSettings(
     save_steps=2,
     lora=LoraSettings(rank=4, alpha=8),
 )
-CHATS = [task_chat(task) for task in make_tasks(280, seed=1)]
+CHATS = make_chats(map(task_chat, make_tasks(280, seed=1)))
 
 
 def train(folder: Path):

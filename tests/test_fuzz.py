@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from ironlogic.burden import Burden, burden_messages
-from ironlogic.data.chats import ChatError, describe_rejected, load_chats
+from ironlogic.data.chats import ChatError, load_chats
 from ironlogic.data.masking import encode_chat
 
 import pyarrow as pa
@@ -125,14 +125,14 @@ def tokenizer():
 def test_any_row(write, rows, tokenizer):
     rows = [GOOD[0], *rows, GOOD[0]]
     with tempfile.TemporaryDirectory() as folder:
-        dataset, rejected = load_chats(write(rows, Path(folder)))
-        came = dataset["source_row"]
+        chats = load_chats(write(rows, Path(folder)))
+        came, rejected = chats.rows["source_row"], chats.rejected
         assert sorted([*came, *(one.line for one in rejected)]) == list(range(1, len(rows) + 1))
         assert came[0] == 1
         assert came[-1] == len(rows)
         assert all(len(str(one)) < 600 for one in rejected)
-        describe_rejected(rejected).encode()
-        for line, messages in zip(came, dataset["messages"], strict=True):
+        str(rejected).encode()
+        for line, messages in zip(came, chats, strict=True):
             noised = burden_messages(messages, Burden(), seed=1, row=line)
             assert [turn["role"] for turn in noised] == [turn["role"] for turn in messages]
             with contextlib.suppress(ChatError):  # such as an image part for a template without images

@@ -163,11 +163,12 @@ TRAIN = """
 import json, sys
 from ironlogic.models import BACKEND, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.data.chats import make_chats
 from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.training.sft import train_sft
 settings = TrainSettings(learning_rate=5e-3, batch_size=8, accumulation=1, log_steps=1, max_length=256,
                          lora=LoraSettings(rank=8, alpha=16))
-chats = [task_chat(task) for task in make_tasks(64, seed=1)]
+chats = make_chats(map(task_chat, make_tasks(64, seed=1)))
 run = train_sft(load_model("nano", max_length=256), chats, settings, run=sys.argv[1])
 print(json.dumps({"backend": BACKEND, "losses": [line["loss"] for line in run.metrics],
                   "grads": [line["grad_norm"] for line in run.metrics]}))

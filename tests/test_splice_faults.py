@@ -1,5 +1,6 @@
 """Each fault is seen by the check that is there for it, and only the check and held-out questions see it."""
 
+from ironlogic.data.chats import make_chats
 from ironlogic.data.scenes import make_scenes, question_chat, save_scenes
 from ironlogic.presets import VISION_PRESETS
 from ironlogic.vision.check import check_splice
@@ -39,7 +40,7 @@ def test_an_unknown_fault_is_named():
 def test_the_loss_falls_while_the_projector_learns_nothing(tmp_path):
     scenes = make_scenes(160, seed=1)
     paths = save_scenes(scenes, tmp_path)
-    rows = [question_chat(scene, path, "color") for scene, path in zip(scenes, paths, strict=True)]
+    rows = make_chats(question_chat(scene, path, "color") for scene, path in zip(scenes, paths, strict=True))
     first = splice("nano-vision", "nano", seed=1)
     start = [p.clone() for p in projector_of(first.model).parameters()]
     for fault in (None, "pictures go nowhere (seed 004)"):

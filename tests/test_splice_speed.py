@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 
+from ironlogic.data.chats import make_chats
 from ironlogic.models import load_model
 from ironlogic.vision.batches import batches_for, cached_tower, encode_pictures, label_loss, look_at, open_head
 from ironlogic.vision.splice import splice
@@ -66,7 +67,7 @@ def build(layers: int):
     return splice((tower, look), (lm, tokenizer), projector="pixel_shuffle", max_length=PADDED)
 
 
-def chats():
+def conversations():
     rng = np.random.default_rng(0)
     rows = []
     for index in range(ROWS):
@@ -90,7 +91,9 @@ def test_stage_1_is_five_times_as_fast_at_the_same_loss(tmp_path, capsys):
     loaded = build(LAYERS)
     model = loaded.model
     projector = [p for p in model.parameters() if p.requires_grad]
-    rows, pictures, _ = encode_pictures(loaded, chats(), max_length=PADDED, loss="all", needs_picture=True)
+    rows, pictures, _ = encode_pictures(
+        loaded, make_chats(conversations()), max_length=PADDED, loss="all", needs_picture=True
+    )
     plain = batches_for(loaded, pictures, None)
 
     def padded(row):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from data.make.nano_vision import image_processor, tower_config
 from ironlogic.burden import Burden, burden_messages
+from ironlogic.data.chats import make_chats
 from ironlogic.generate import generate, stream
 from ironlogic.lens.read import read_layers
 from ironlogic.models import DATA, add_lora, load_model
@@ -124,7 +125,7 @@ def system(request, tmp_path_factory):
     )
     settings = replace(settings, epochs=1, log_steps=1, learning_rate=1e-2, warmup_steps=0)
     loaded = load_model(folder, four_bit=preset.four_bit, max_length=256)
-    run = train_sft(loaded, CHATS, settings, run=folder / "run", burden=preset.burden)
+    run = train_sft(loaded, make_chats(CHATS), settings, run=folder / "run", burden=preset.burden)
     return preset, folder, run
 
 
@@ -221,7 +222,7 @@ def test_splice_takes_a_step_of_ft_with_pictures_and_reloads(eyes, tmp_path):
     loaded = load_model(joined, max_length=256)
     assert loaded.four_bit_share > 0.1
     settings = replace(STEP, learning_rate=1e-2, warmup_steps=0)
-    run = train_instruct(loaded, rows, settings, run=tmp_path / "run", cache=None)
+    run = train_instruct(loaded, make_chats(rows), settings, run=tmp_path / "run", cache=None)
     assert (run.record["finished"], run.record["steps"]) == (True, 1)
     again = reopen(run, load_model(joined, max_length=256))
     ours, theirs = (

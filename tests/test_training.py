@@ -10,14 +10,13 @@ from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 from ironlogic.burden import Burden
-from ironlogic.data.chats import ChatError
+from ironlogic.data.chats import ChatError, load_chats, make_chats
 from ironlogic.models import ModelError, load_model, resolve, with_adapters
 from ironlogic.presets import LoraSettings
 from ironlogic.training.__main__ import main
 from ironlogic.training.runs import RunError, newest_whole_checkpoint, open_run, read_metrics, run_folder
 from ironlogic.training.sft import _prepare, prepare_sft, train_prepared, train_sft
 
-import datasets
 import peft
 import pytest
 import torch
@@ -41,7 +40,7 @@ def losses(run_or_folder):
 
 
 def prepare(chats, settings, burden=None):
-    return _prepare(nano(), datasets.Dataset.from_list([{"messages": chat} for chat in chats]), settings, burden)
+    return _prepare(nano(), chats, settings, burden)
 
 
 def interrupt(lines):
@@ -80,7 +79,7 @@ def test_twin_sees_the_same_rows_in_the_same_order_and_a_cut_moves_no_other_row(
         words = " ".join(rng.choice(["apple", "Ann", "seven", "zebra-like"]) for _ in range(rng.randint(5, 70)))
         chats.append([{"role": "user", "content": words}, {"role": "assistant", "content": f"Answer: {i}"}])
     end = nano().tokenizer.eos_token_id
-    for given, whole in ((CHATS, True), (chats, False)):
+    for given, whole in ((CHATS, True), (make_chats(chats), False)):
         prompts, answers = [], []
         for burden in (None, Burden()):
             rows, report = prepare(given, SETTINGS, burden)
@@ -188,7 +187,7 @@ def test_a_short_run_logs_is_watched_and_counts_what_does_not_fit(tmp_path):
     seen = []
     run = train_sft(
         nano(),
-        datasets.Dataset.from_list(odd),
+        load_chats(odd),
         replace(SETTINGS, log_steps=50),
         run=tmp_path / "short",
         watch=lambda lines: seen.append(len(lines)),
@@ -219,16 +218,14 @@ def test_a_finished_run_is_read_from_a_full_disk(small_run, monkeypatch):
 def test_bad_rows_claim_no_folder_and_are_named(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(ChatError, match="no row is left"):
-        train_ft(folder, chats=[[{"role": "user", "content": "word " * 300}, CHATS[0][1]]])
-    for broken in ({"role": "user", "content": None}, {"role": "user"}, {"role": "user", "content": ["x", 5]}):
-        with pytest.raises(RunError, match="row 1: .*content"):
-            train_ft(folder, chats=[CHATS[0], [broken, CHATS[0][1]]])
+        train_ft(folder, chats=make_chats([[{"role": "user", "content": "word " * 300}, CHATS[0][1]]]))
     picture = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what is it"}]
     answer = [{"type": "text", "text": "a cat"}]
     seen = [{"role": "user", "content": picture}, {"role": "assistant", "content": answer}]
-    for chats in ([CHATS[0], seen], datasets.Dataset.from_list([{"messages": seen}])):
-        with pytest.raises(RunError, match=r"row \d holds a picture, which this stage would not see"):
-            train_ft(folder, chats=chats)
+    with pytest.raises(RunError, match=r"row 2: messages holds a picture, which this stage would not see"):
+        train_ft(folder, chats=make_chats([CHATS[0], seen]))
+    with pytest.raises(RunError, match=r"the chats are a list; expected what load_chats or make_chats returns"):
+        train_ft(folder, chats=[CHATS[0]])
     assert not folder.exists()
 
 
@@ -407,7 +404,7 @@ def python(*words, **environ):
 
 @slow
 def test_a_prepared_folder_trains_to_the_same_bytes(small_run, tmp_path):
-    rows = datasets.Dataset.from_dict({"messages": CHATS, "other": ["x"] * 32})
+    rows = load_chats([{"messages": chat, "other": "x"} for chat in CHATS])
     options = {"run": tmp_path / "prepared", "burden": Burden()}
     folder = prepare_sft("nano", rows, SETTINGS, **options)
     assert sorted(path.name for path in folder.iterdir()) == ["chats.jsonl", "run.json"]
@@ -429,7 +426,7 @@ def test_a_prepared_folder_trains_to_the_same_bytes(small_run, tmp_path):
         ("run.json", "{", "damaged"),
         ("run.json", "{}", "damaged"),
         ("chats.jsonl", "{", "damaged.*prepare it again"),
-        ("chats.jsonl", '{"messages": [{"role": "user", "content": "x"}]}\n', "not the rows that run.json names"),
+        ("chats.jsonl", '{"instruction": "x", "output": "y"}\n', "not the rows that run.json names"),
     ],
 )
 def test_a_changed_folder_is_refused_in_one_line(tmp_path, monkeypatch, name, content, message):

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 from ironlogic.burden import Burden
-from ironlogic.data.chats import ChatError, load_chats, split_chats
+from ironlogic.data.chats import ChatError, load_chats
 from ironlogic.evidence import twins
 from ironlogic.evidence.claims import CLAIMS, judge_claims
 from ironlogic.evidence.items import load_items
@@ -73,17 +73,23 @@ def test_each_training_gets_its_rows_and_its_start_and_lies_where_notebook_02_pu
     def note(jobs, *, after, **options):
         for name, job in jobs.items():
             arm, seed, _, rows, start, _ = job.args
-            plans[name] = (arm.folders[seed].relative_to(tmp_path).as_posix(), rows, start, after.get(name))
+            place = arm.folders[seed].relative_to(tmp_path).as_posix()
+            plans[name] = (place, list(rows), start, after.get(name))
 
     monkeypatch.setattr(twins, "run_parallel", note)
     study = open_study(NANO, tmp_path, rows=40, seeds=2, questions=17)
     recipes = {arm: study.recipes[arm] for arm in ("FT as the seed", "deletion", "FT then SFT")}
     study.train(recipes | {"base": None, "FT 7 rows": replace(study.recipes["FT"], rows=7)})
     folder = "02_nano_problems_40_0.7"
-    assert plans["FT as the seed, seed 3408"] == (f"{folder}/FT-as-the-seed-3408", study.chats[3408], "", None)
-    assert plans["FT 7 rows, seed 3407"][:2] == (f"{folder}/FT-7-rows-3407", study.chats[3407][:7])
+    assert plans["FT as the seed, seed 3408"] == (
+        f"{folder}/FT-as-the-seed-3408",
+        list(study.chats[3408]),
+        "",
+        None,
+    )
+    assert plans["FT 7 rows, seed 3407"][:2] == (f"{folder}/FT-7-rows-3407", list(study.chats[3407][:7]))
     start = str(tmp_path / folder / "FT-3408/adapter")
-    assert plans["FT then SFT, seed 3408"][1:] == (study.further[3408], start, "FT, seed 3408")
+    assert plans["FT then SFT, seed 3408"][1:] == (list(study.further[3408]), start, "FT, seed 3408")
     deleted = plans["deletion, seed 3407"][1]
     assert all(len(a[0]["content"]) < len(b[0]["content"]) for a, b in zip(deleted, study.chats[3407], strict=True))
     assert "base, seed 0" not in plans  # nothing is measured here
@@ -158,9 +164,9 @@ def test_own_adapter_and_own_items_give_the_same_table(studied, tmp_path):
 @pytest.mark.slow
 def test_the_ten_lines_of_the_control(tmp_path, studied, capsys):
     chats = tmp_path / "my.jsonl"
-    rows = studied[0].chats[3407] * 3
+    rows = list(studied[0].chats[3407]) * 3
     chats.write_text("".join(json.dumps({"messages": chat, "id": i}) + "\n" for i, chat in enumerate(rows)))
-    train, test = split_chats(load_chats(chats)[0], holdout=0.1)
+    train, test = load_chats(chats).split(0.1)
     ft, sft = train_twins("nano", train, burden=Burden(ratio=0.7), run=tmp_path / "first", processes=1)
     print(ft.measure(test) - sft.measure(test))
     printed = capsys.readouterr().out.splitlines()[-3:]

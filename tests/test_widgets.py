@@ -2,6 +2,7 @@
 
 import base64
 
+from ironlogic.data.chats import make_chats
 from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.models import load_model
 from ironlogic.presets import LoraSettings, TrainSettings
@@ -79,7 +80,7 @@ def test_answer_explorer_asks_base_and_adapter(tmp_path):
     settings = TrainSettings(
         batch_size=4, accumulation=1, learning_rate=1e-3, max_length=128, lora=LoraSettings(rank=4, alpha=8)
     )
-    chats = [task_chat(task) for task in make_tasks(8, seed=1)]
+    chats = make_chats(map(task_chat, make_tasks(8, seed=1)))
     run = train_sft(load_model("nano"), chats, settings, run=tmp_path / "run")
     loaded = with_adapters(load_model("nano"), {"SFT": run.adapter})
     explorer = answer_explorer(loaded, ["SFT"], tasks, ratio=0.0)

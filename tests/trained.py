@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ironlogic.burden import Burden
+from ironlogic.data.chats import make_chats
 from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.models import LoadedModel, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
@@ -18,7 +19,7 @@ SETTINGS = TrainSettings(
     save_steps=3,
     lora=LoraSettings(rank=4, alpha=8),
 )
-CHATS = [task_chat(task) for task in make_tasks(32, seed=1)]
+CHATS = make_chats(map(task_chat, make_tasks(32, seed=1)))
 
 
 def nano() -> LoadedModel:

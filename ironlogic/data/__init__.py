@@ -1,7 +1,7 @@
 """Conversations, what is trained of them, pictures, and problems with answers that can be checked.
 
-chats, rejected = load_chats("my.jsonl")        # bad rows are reported one by one, the good ones go on
-train, test = split_chats(chats, holdout=0.1)
+chats = load_chats("my.jsonl")                  # bad rows are left out and reported: print(chats.rejected)
+train, test = chats.split(0.1)
 tasks = make_tasks(100, seed=3407)              # nano's own problems, order-free and order-bound
 """
 
@@ -10,7 +10,7 @@ from ironlogic import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "chats": "ChatError describe_rejected load_chats split_chats",
+        "chats": "ChatError Chats load_chats make_chats",
         "masking": "encode_chats show_mask",
         "pictures": "read_picture",
         "problems": "accuracy_reward bayes_ceiling check_answer format_reward make_tasks task_chat",

@@ -1,4 +1,4 @@
-"""Conversations: read them, check them, report the bad rows, split them.
+"""Conversations: read from a file, the hub or memory, checked row by row, split; bad rows are reported one by one.
 
 Four forms are understood, row by row, so that a file may mix them:
 
@@ -9,7 +9,6 @@ Four forms are understood, row by row, so that a file may mix them:
 
 Each may have a field `system`. Two turns of one role in a row are allowed; some chat templates refuse them later.
 A picture becomes an image part of a user turn: where the row has one, where the text says `<image>`, else in front.
-What this module does not know: tokens and templates (`masking`), whether an answer is right (`tasks`).
 """
 
 import codecs
@@ -17,9 +16,8 @@ import json
 import os
 import re
 import reprlib
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, count
 from pathlib import Path
@@ -33,49 +31,233 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
-__all__ = [
-    "FIELDS",
-    "ChatError",
-    "Format",
-    "Rejected",
-    "check_chat",
-    "describe_rejected",
-    "image_parts",
-    "load_chats",
-    "read_extras",
-    "read_row",
-    "say_where",
-    "short",
-    "split_chats",
-]
+__all__ = ["ChatError", "Chats", "Rejected", "RejectedRows", "check_chat", "load_chats", "make_chats"]
 
-# --- the forms in which a row can hold a chat -------------------------------------------------------------------
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "cauldron"]
-FIELDS = {
+_FIELDS = {
     "messages": ["messages"],
     "sharegpt": ["conversations"],
     "alpaca": ["instruction", "output"],
     "cauldron": ["texts"],
 }
-_TAKEN = {"messages", "conversations", "instruction", "input", "output", "system", "history", "source_row"}
-_TAKEN |= {"texts", "image", "images"}
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"} | _ROLES
-_CARRIERS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # to drop one is a silent loss
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_MARK = re.compile(r"\n?<image>\n?")  # LLaVA's place for a picture, with the newline that keeps it apart
 
 
-def say_where(field: str, value: str, reason: str) -> str:
+# --- errors -----------------------------------------------------------------------------------------------------
+def _sentence(field: str, value: str, reason: str) -> str:
     return f"{field} is {value}; {reason}" if value else f"{field} {reason}".strip()
 
 
 class ChatError(IronLogicError, ValueError):
-    """A source, chat or template that can't be used. `field` and `value` name the place where there is one."""
+    """A source, chat or template that can't be used. `field` says where, and `value` what came, if known."""
 
     def __init__(self, reason: str, *, field: str = "", value: str = ""):
-        super().__init__(say_where(field, value, reason))
+        super().__init__(_sentence(field, value, reason))
         self.reason, self.field, self.value = reason, field, value
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One row that was left out. Prints as `data/x.jsonl:17: messages[1].role is 'bot'; expected ...`."""
+
+    file: str  # "" for rows that were already in memory
+    line: int  # 1-based: the line of a JSONL file, else the row
+    field: str  # such as messages[1].role
+    value: str  # what came, as a shortened repr; "" where there is nothing to show
+    reason: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.file else f"row {self.line}"
+        return f"{where}: {_sentence(self.field, self.value, self.reason)}"
+
+
+class RejectedRows(tuple[Rejected, ...]):
+    """The rows that were left out. Prints as a summary: how many, and the reasons by frequency with their lines.
+
+    >>> print(RejectedRows(Rejected("x.jsonl", line, "messages", "", "has no user turn") for line in (3, 8)))
+    2 rows left out
+      2 x messages has no user turn (line 3, 8)
+    """
+
+    def __str__(self) -> str:
+        groups: dict[str, list[Rejected]] = {}
+        for row in self:
+            kind = re.sub(r"\d+", "#", f"{row.field} {row.reason}")
+            groups.setdefault(kind, []).append(row)
+        lines = [f"{len(self)} row{'s' * (len(self) != 1)} left out"]
+        for group in sorted(groups.values(), key=len, reverse=True)[:5]:
+            first = ", ".join(str(row.line) for row in group[:3]) + ", ..." * (len(group) > 3)
+            example = _sentence(group[0].field, group[0].value, group[0].reason)
+            lines.append(f"  {len(group)} x {example} (line {first})")
+        if len(groups) > 5:
+            lines.append(f"  and {len(groups) - 5} more reasons")
+        return "\n".join(lines)
+
+
+# --- conversations ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False, repr=False)
+class Chats:
+    """Conversations that were checked on loading. `len`, `for`, `chats[0]` and `chats[:8]` work as on a list.
+
+    A conversation is a list of turns `{"role", "content"}`. A content is a string or, in a turn with pictures, a
+    list of parts: `{"type": "text", "text"}` and `{"type": "image", "image"}` with the picture's path or bytes.
+    """
+
+    rows: Dataset  # columns: messages, source_row (1-based), images where pictures came as bytes, further scalars
+    rejected: RejectedRows = field(default_factory=RejectedRows)
+    source: str = ""  # the file or hub dataset; "" for rows that were in memory
+
+    def __repr__(self) -> str:
+        return f"<Chats: {len(self)} conversations from {self.source or 'memory'}>"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return map(_with_pictures, _columns(self.rows, "messages", "images"))
+
+    def __getitem__(self, index: int | slice) -> "list[dict] | Chats":
+        if isinstance(index, slice):
+            return self.select(range(len(self))[index])
+        return next(iter(self.select([index])))
+
+    def select(self, indices: Iterable[int]) -> "Chats":
+        """The rows of these indices, in this order."""
+        return replace(self, rows=self.rows.select(indices))
+
+    def split(self, holdout: float = 0.1, *, seed: int = 0) -> "tuple[Chats, Chats]":
+        """(train, test), about a share `holdout` of the chats in the second.
+
+        A hash of the user turns and their pictures decides for each chat by itself: chats with the same questions
+        are never on both sides, and new rows move no old one. Raises ChatError unless 0 <= holdout < 1.
+        """
+        if not 0 <= holdout < 1:
+            raise ChatError(f"holdout is {holdout}; expected a share of the chats, from 0 to below 1")
+        train, test = [], []
+        for index, (messages, images) in enumerate(_columns(self.rows, "messages", "images")):
+            asked = [_without_folders(turn["content"]) for turn in messages if turn["role"] == "user"]
+            digest = blake2b(json.dumps([seed, asked], sort_keys=True).encode(), digest_size=8)
+            for image in images or ():
+                digest.update(image or b"")
+            held_out = int.from_bytes(digest.digest(), "big") < holdout * 2**64
+            (test if held_out else train).append(index)
+        return self.select(train), self.select(test)
+
+    def reject(self, index: int, error: ChatError) -> Rejected:
+        """What to say of a row that turned out unusable: it names the file and line that the row came from."""
+        return Rejected(self.source, self.rows[index]["source_row"], error.field, error.value, error.reason)
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Writes all columns as JSON Lines."""
+        self.rows.to_json(path, force_ascii=False)
+
+
+def _columns(rows: Dataset, *names: str) -> Iterator[tuple]:
+    """The values of these columns row by row, None for a missing column; batches are read, which is faster."""
+    present = [name for name in names if name in rows.column_names]
+    for batch in rows.select_columns(present).iter(100):
+        missing = [None] * len(batch[present[0]])
+        yield from zip(*(batch.get(name, missing) for name in names), strict=True)
+
+
+def _with_pictures(columns: tuple[list[dict], list[bytes | None] | None]) -> list[dict]:
+    """The conversation of a row, each picture in its part."""
+    messages, images = columns
+    turns = plain_turns(messages)
+    for part, image in zip(image_parts(turns), images or (), strict=False):
+        if image is not None:
+            part["image"] = image
+    return turns
+
+
+def plain_turns(messages: list[dict]) -> list[dict]:
+    """The turns of a row of `Chats.rows`: a copy without null fields, text alone as a string."""
+    return [{"role": turn["role"], "content": _plain_content(turn["content"])} for turn in messages]
+
+
+def _plain_content(content: str | list[dict]) -> str | list[dict]:
+    if isinstance(content, str):
+        return content
+    parts = [{name: value for name, value in part.items() if value is not None} for part in content]
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
+def image_parts(messages: list[dict]) -> list[dict]:
+    """The image parts of all turns, in their order; not copies."""
+    lists = [turn["content"] for turn in messages if not isinstance(turn["content"], str)]
+    return [part for part in chain.from_iterable(lists) if part["type"] == "image"]
+
+
+def make_chats(conversations: Iterable[Sequence[Mapping]]) -> Chats:
+    """Chats from conversations in memory, each a list of turns. Raises ChatError naming the first bad one.
+
+    >>> chats = make_chats([[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]])
+    >>> len(chats), chats[0][1]["content"]
+    (1, 'Hello.')
+    """
+    chats = load_chats([{"messages": turns} for turns in conversations])
+    if chats.rejected:
+        raise ChatError(str(chats.rejected[0]))
+    return chats
+
+
+def load_chats(
+    source: str | os.PathLike | list | Dataset,
+    *,
+    format: Format = "auto",
+    split: str = "train",
+    images: str | os.PathLike | None = None,
+) -> Chats:
+    """Chats from a .jsonl, .json or .parquet file, a hub dataset "org/name", a list of dicts or a `Dataset`.
+
+    `rows` of the result has the columns `messages`, `source_row` (1-based: the line of a JSONL file, else the row)
+    and each further column of scalars of one type (at most 64; missing ones are null). A content is a string; if
+    any row holds an image, every content is a list of `{"type", "text", "image"}`. `split` is for the hub.
+
+    A picture that came as a path stays one: `image` of its part, absolute, and inside the folder `images` (by
+    default that of the file; paths in memory are left as they are unless `images` is given). One that came as bytes
+    or from memory is in the further column `images`: for every image part of the row its bytes, or null. Every
+    picture is opened, so that a missing, damaged or huge one is a `Rejected`.
+
+    >>> chats = load_chats([{"instruction": "Add 2 and 2.", "output": "4"}, {"instruction": "Why?"}])
+    >>> [turn["content"] for turn in chats[0]]
+    ['Add 2 and 2.', '4']
+    >>> print(chats.rejected[0])
+    row 2: row has the fields instruction; expected messages, or conversations (ShareGPT), or ...
+
+    Raises ChatError if the source can't be read or has no usable row; a bad row beside good ones is a `Rejected`.
+    """
+    if format != "auto" and format not in _FIELDS:
+        raise ChatError(f"format {format!r} is unknown; expected auto, {', '.join(_FIELDS)}")
+    name = str(source) if isinstance(source, str | os.PathLike) else ""
+    if images is None and os.path.isfile(name):
+        images = Path(source).parent
+    rows, bad = [], []
+    try:
+        for line, row in _open_source(source, split):
+            try:
+                messages = _read_row(row, format)
+                pictures = _take_pictures(messages, images)
+            except ChatError as error:
+                bad.append(Rejected(name, line, error.field, error.value, error.reason))
+                continue
+            rows.append(_read_scalars(row) | {"messages": messages, "source_row": line, "images": pictures})
+    except (OSError, pa.ArrowException) as error:
+        raise ChatError(f"{name}: can't be read ({error}); check its path, rights and size") from error
+    rejected = RejectedRows(bad)
+    if not rows:
+        why = rejected if rejected else "it is empty; expected an object with a chat per row"
+        raise ChatError(f"{name or 'the rows'}: nothing to train on: {why}")
+    return Chats(_to_dataset(rows), rejected, name)
+
+
+# --- one row of any form -> its turns ---------------------------------------------------------------------------
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"} | _ROLES
+_CARRIERS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # to drop one is a silent loss
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MARK = re.compile(r"\n?<image>\n?")  # LLaVA's mark for a picture, with the newline that keeps it apart
 
 
 def check_chat(messages: Any) -> list[dict]:
@@ -83,115 +265,55 @@ def check_chat(messages: Any) -> list[dict]:
     return _check_order(_read_turns(messages, "messages"))
 
 
-def short(value: object) -> str:
-    """A repr of at most 80 characters, also of deep, endless and strange values."""
-    try:
-        text = reprlib.repr(value)
-    except ValueError:  # Python prints no integer of more than 4,300 digits
-        text = f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def read_row(row: Any, format: Format) -> list[dict]:
-    """Its messages; every picture of the row is in an image part of a user turn. Raises ChatError."""
+def _read_row(row: Any, format: Format) -> list[dict]:
+    """The turns of a row; each of its pictures is in an image part. Raises ChatError."""
+    if isinstance(row, ChatError):  # it could not be read
+        raise row
     if not isinstance(row, Mapping):
-        raise row if isinstance(row, ChatError) else ChatError("expected an object", field="row", value=short(row))
+        raise ChatError("expected an object", field="row", value=_short(row))
     form = _detect_form(row) if format == "auto" else format
-    field = FIELDS[form][0]
     if form == "alpaca":
         turns = _read_alpaca(row)
+    elif form == "cauldron":
+        turns = _read_cauldron(row)
     else:
-        turns = _read_cauldron(row) if form == "cauldron" else _read_turns(row.get(field), field)
-        _place_images(turns, _row_images(row), field, marked=form == "sharegpt")
+        turns = _read_turns(row.get(_FIELDS[form][0]), _FIELDS[form][0])
+    if form != "alpaca":
+        _place_pictures(turns, _row_pictures(row), _FIELDS[form][0], marked=form == "sharegpt")
     if row.get("system") and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": _read_text(row["system"], "system")})
     return _check_order(turns)
 
 
-def image_parts(messages: list[dict]) -> list[dict]:
-    """The image parts of all turns, in their order; not copies."""
-    lists = [turn["content"] for turn in messages if not isinstance(turn["content"], str)]
-    return [part for parts in lists for part in parts if part["type"] == "image"]
-
-
-def _row_images(row: Mapping) -> list:
-    """Pictures that the row holds beside its turns."""
-    given = row.get("images") if row.get("images") is not None else row.get("image")
-    if given is None or (isinstance(given, str) and not given):
-        return []
-    return list(given) if isinstance(given, list | tuple) else [given]
-
-
-def _place_images(turns: list[dict], images: list, field: str, *, marked: bool) -> None:
-    """Each of `images` into its place: an image part, or where a user's text says `<image>`.
-
-    Without any place they stand in front of the first user turn. `marked`: `<image>` without a picture is an error,
-    not a text.
-    """
-    for turn in turns:
-        if (images or marked) and turn["role"] == "user" and isinstance(turn["content"], str):
-            pieces = _MARK.split(turn["content"])
-            if len(pieces) > 1:
-                turn["content"] = [{"type": "text", "text": pieces[0]}]
-                for piece in pieces[1:]:
-                    turn["content"] += [{"type": "image"}, {"type": "text", "text": piece}]
-                turn["content"] = [p for p in turn["content"] if p["type"] == "image" or p["text"].strip()]
-    places = image_parts(turns)
-    first = next((turn for turn in turns if turn["role"] == "user"), None)
-    if images and not places and first is not None:
-        text = (
-            [{"type": "text", "text": first["content"]}] if isinstance(first["content"], str) else first["content"]
-        )
-        first["content"] = [{"type": "image"} for _ in images] + text
-        places = image_parts(turns)
-    if (images or (marked and any("image" not in part for part in places))) and len(images) != len(places):
-        reason = f"holds {len(places)} places for pictures (<image>), but the row has {len(images)} pictures"
-        raise ChatError(reason, field=field)
-    for part, image in zip(places, images, strict=False):
-        if image is not None:
-            part["image"] = image
-
-
-def _read_cauldron(row: Mapping) -> list[dict]:
-    """All its questions and answers, about the same pictures."""
-    texts = row["texts"]
-    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(one, Mapping) for one in texts):
-        raise ChatError("expected a list of objects with user and assistant", field="texts", value=short(texts))
-    turns = []
-    for index, one in enumerate(texts):
-        for role in ("user", "assistant"):
-            turns.append({"role": role, "content": _read_text(one.get(role), f"texts[{index}].{role}")})
-    return turns
-
-
 def _detect_form(row: Mapping) -> str:
-    for given in ([name for name in row if row[name] is not None], row):  # columns of a mixed table may be null
-        for form, fields in FIELDS.items():
-            if all(field in given for field in fields):
+    filled = [name for name in row if row[name] is not None]  # columns of a mixed table may be null
+    for names in (filled, row):
+        for form, fields in _FIELDS.items():
+            if all(field in names for field in fields):
                 return form
-    names = ", ".join(short(name).strip("'") for name in list(row)[:8]) or "nothing"
+    names = ", ".join(_short(name).strip("'") for name in list(row)[:8]) or "nothing"
     expected = "expected messages, or conversations (ShareGPT), or instruction and output (Alpaca), or texts"
     raise ChatError(f"has the fields {names}; {expected}", field="row")
 
 
 def _read_turns(turns: Any, field: str) -> list[dict]:
     if not isinstance(turns, list | tuple) or not turns:
-        raise ChatError("expected a list of turns", field=field, value=short(turns))
+        raise ChatError("expected a list of turns", field=field, value=_short(turns))
     return [_read_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
 
 
 def _read_turn(turn: Any, field: str) -> dict:
     if not isinstance(turn, Mapping):
-        raise ChatError("expected an object with role and content", field=field, value=short(turn))
-    sharegpt = turn.get("role") is None and "from" in turn
-    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
-    roles, expected = (_SHAREGPT_ROLES, "human or gpt") if sharegpt else (_ROLES, "user or assistant")
+        raise ChatError("expected an object with role and content", field=field, value=_short(turn))
+    role_key, content_key, roles, expected = "role", "content", _ROLES, "user or assistant"
+    if turn.get("role") is None and "from" in turn:
+        role_key, content_key, roles, expected = "from", "value", _SHAREGPT_ROLES, "human or gpt"
     role = turn.get(role_key)
     if not isinstance(role, str) or role not in roles:
-        raise ChatError(f"expected system, {expected}", field=f"{field}.{role_key}", value=short(role))
+        raise ChatError(f"expected system, {expected}", field=f"{field}.{role_key}", value=_short(role))
     for key in _CARRIERS:
         if turn.get(key):
-            raise ChatError("is not read; put it into the text", field=f"{field}.{key}", value=short(turn[key]))
+            raise ChatError("is not read; put it into the text", field=f"{field}.{key}", value=_short(turn[key]))
     content = _read_content(turn.get(content_key), f"{field}.{content_key}", empty=roles[role] == "system")
     return {"role": roles[role], "content": content}
 
@@ -207,18 +329,21 @@ def _read_content(content: Any, field: str, *, empty: bool) -> str | list[dict]:
 
 def _read_part(part: Any, field: str) -> dict:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind not in ("text", "image"):
-        raise ChatError("expected a part of type text or image", field=field, value=short(part))
-    if kind == "image" and part.get("image") is None:  # only its place; the picture comes by another way
+    if kind == "text":
+        return {"type": "text", "text": _read_text(part.get("text"), f"{field}.text", empty=True)}
+    if kind != "image":
+        raise ChatError("expected a part of type text or image", field=field, value=_short(part))
+    image = part.get("image")
+    if image is None:  # only its place; the picture comes by another way
         return {"type": "image"}
-    if kind == "image" and not isinstance(part["image"], str | bool | int | float | list):
-        return {"type": "image", "image": part["image"]}  # bytes, a picture in memory: `pictures` knows
-    return {"type": kind, kind: _read_text(part.get(kind), f"{field}.{kind}", empty=kind == "text")}
+    if isinstance(image, str | bool | int | float | list):
+        image = _read_text(image, f"{field}.image")
+    return {"type": "image", "image": image}  # else bytes or a picture in memory: `pictures` checks it
 
 
 def _read_text(text: Any, field: str, *, empty: bool = False) -> str:
     if not isinstance(text, str) or not (empty or text.strip()):
-        raise ChatError("expected text", field=field, value=short(text))
+        raise ChatError("expected text", field=field, value=_short(text))
     if _SURROGATE.search(text):
         raise ChatError("holds half a surrogate pair, which is not Unicode text", field=field)
     if "\0" in text:
@@ -228,17 +353,73 @@ def _read_text(text: Any, field: str, *, empty: bool = False) -> str:
 
 def _read_alpaca(row: Mapping) -> list[dict]:
     """The pairs of the history, then instruction and input (a blank line between them) -> output."""
-    texts = []
     history = row.get("history") or []
+    texts = []
     for index, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ChatError("expected [question, answer]", field=f"history[{index}]", value=short(pair))
+            raise ChatError("expected [question, answer]", field=f"history[{index}]", value=_short(pair))
         texts += [_read_text(text, f"history[{index}][{side}]") for side, text in enumerate(pair)]
     question = _read_text(row.get("instruction"), "instruction")
-    if row.get("input") is not None and (further := _read_text(row["input"], "input", empty=True)).strip():
-        question += "\n\n" + further
+    if row.get("input") is not None:
+        context = _read_text(row["input"], "input", empty=True)
+        question += f"\n\n{context}" if context.strip() else ""
     texts += [question, _read_text(row.get("output"), "output")]
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+
+
+def _read_cauldron(row: Mapping) -> list[dict]:
+    """All its questions and answers, about the same pictures."""
+    pairs = row.get("texts")
+    if not isinstance(pairs, list | tuple) or not pairs or not all(isinstance(pair, Mapping) for pair in pairs):
+        raise ChatError("expected a list of objects with user and assistant", field="texts", value=_short(pairs))
+    turns = []
+    for index, pair in enumerate(pairs):
+        for role in ("user", "assistant"):
+            turns.append({"role": role, "content": _read_text(pair.get(role), f"texts[{index}].{role}")})
+    return turns
+
+
+def _row_pictures(row: Mapping) -> list:
+    """Pictures that the row holds beside its turns."""
+    pictures = row.get("images")
+    if pictures is None:
+        pictures = row.get("image")
+    if pictures is None or (isinstance(pictures, str) and not pictures):
+        return []
+    return list(pictures) if isinstance(pictures, list | tuple) else [pictures]
+
+
+def _place_pictures(turns: list[dict], pictures: list, field: str, *, marked: bool) -> None:
+    """Puts the row's pictures into its image parts, in their order; if it has no part, before the first question.
+
+    In a text of the user `<image>` stands for a part, if the row has pictures. `marked`: also if it has none, which
+    is then an error.
+    """
+    if pictures or marked:
+        for turn in turns:
+            if turn["role"] == "user" and isinstance(turn["content"], str) and _MARK.search(turn["content"]):
+                turn["content"] = _split_marks(turn["content"])
+    parts = image_parts(turns)
+    questions = [turn for turn in turns if turn["role"] == "user"]
+    if pictures and not parts and questions:
+        parts = [{"type": "image"} for _ in pictures]
+        text = questions[0]["content"]  # a string: of a list with an image there would be a part
+        questions[0]["content"] = [*parts, {"type": "text", "text": text}]
+    expects_pictures = marked and any("image" not in part for part in parts)
+    if (pictures or expects_pictures) and len(pictures) != len(parts):
+        reason = f"holds {len(parts)} places for pictures (<image>), but the row has {len(pictures)} pictures"
+        raise ChatError(reason, field=field)
+    for part, picture in zip(parts, pictures, strict=False):
+        if picture is not None:
+            part["image"] = picture
+
+
+def _split_marks(text: str) -> list[dict]:
+    first, *others = _MARK.split(text)
+    parts = [{"type": "text", "text": first}]
+    for text in others:
+        parts += [{"type": "image"}, {"type": "text", "text": text}]
+    return [part for part in parts if part["type"] == "image" or part["text"].strip()]
 
 
 def _check_order(messages: list[dict]) -> list[dict]:
@@ -253,163 +434,109 @@ def _check_order(messages: list[dict]) -> list[dict]:
     return messages
 
 
-def read_extras(row: Mapping) -> dict[str, Any]:
-    """The scalars of the row that are not part of the chat; [] stands for a value that is none."""
-    extras = {}
-    for name, value in row.items():
-        if not isinstance(name, str) or name in _TAKEN or _SURROGATE.search(name):
-            continue
-        if isinstance(value, str):
-            extras[name] = [] if _SURROGATE.search(value) or "\0" in value else value
-        elif value is not None:
-            fits = type(value) in (bool, float) or (type(value) is int and -(2**63) <= value < 2**63)
-            extras[name] = value if fits else []
-    return extras
-
-
-# --- reading, checking, splitting -------------------------------------------------------------------------------
-_Row = tuple[
-    int, str, dict, list
-]  # line, chat as JSON (a million are held once, and not as objects), extras, bytes
-Rows = Iterator[tuple[int, Any]]  # numbered; one that can't be read is the ChatError that says why
-_MAX_LINE = 32 * 2**20  # bytes in one line of JSONL; a longer one is no chat but a damaged file
-_MAX_COLUMNS = 64  # further columns: rows whose keys are data would make a table as wide as it is long
-_CHUNK = 2**25  # characters; far below the 2 GiB that one Arrow array of strings can hold
-_TEXT = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-_PART = pa.struct({"type": pa.string(), "text": pa.string(), "image": pa.string()})
-_PARTS = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(_PART)}))
-_SCALARS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """One row that was left out. Prints as `data/x.jsonl:17: messages[1].role is 'bot'; expected ...`."""
-
-    file: str  # "" for rows that were already in memory
-    line: int  # 1-based: the line of a JSONL file, else the row
-    field: str  # such as messages[1].role
-    value: str  # what came, as a shortened repr; "" where there is nothing to show
-    reason: str
-
-    def __str__(self) -> str:
-        where = f"{self.file}:{self.line}" if self.file else f"row {self.line}"
-        return f"{where}: {say_where(self.field, self.value, self.reason)}"
-
-
-def load_chats(
-    source: str | os.PathLike | list | Dataset,
-    *,
-    format: Format = "auto",
-    split: str = "train",
-    images: str | os.PathLike | None = None,
-) -> tuple[Dataset, list[Rejected]]:
-    """Chats from a .jsonl, .json or .parquet file, a hub dataset "org/name", a list of dicts or a `Dataset`.
-
-    The dataset has the columns `messages`, `source_row` (1-based: the line of a JSONL file, else the row) and each
-    further column of scalars of one type (at most 64; missing ones are null). A content is a string; if any row
-    holds an image, every content is a list of `{"type", "text", "image"}`. `split` is for the hub.
-
-    A picture that came as a path stays one: `image` of its part, absolute, and inside the folder `images` (by
-    default that of the file; paths in memory are left as they are unless `images` is given). One that came as bytes
-    or from memory is in the further column `images`: for every image part of the row its bytes, or null. Every
-    picture is opened, so that a missing, damaged or huge one is a `Rejected`.
-
-    >>> chats, rejected = load_chats([{"instruction": "Add 2 and 2.", "output": "4"}, {"instruction": "Why?"}])
-    >>> [turn["content"] for turn in chats[0]["messages"]]
-    ['Add 2 and 2.', '4']
-    >>> print(rejected[0])
-    row 2: row has the fields instruction; expected messages, or conversations (ShareGPT), or ...
-
-    Raises ChatError if the source can't be read or has no usable row; a bad row beside good ones is a `Rejected`.
-    """
-    if format != "auto" and format not in FIELDS:
-        raise ChatError(f"format {format!r} is unknown; expected auto, {', '.join(FIELDS)}")
-    name = str(source) if isinstance(source, str | os.PathLike) else ""
-    if images is None and os.path.isfile(name):
-        images = Path(source).parent
-    waiting: deque[_Row] = deque()
-    rejected, parts = [], False
-    try:
-        for line, row in _open_source(source, split):
-            try:
-                messages, extras = read_row(row, format), read_extras(row)
-                blobs = _take_pictures(messages, images)
-            except ChatError as error:
-                rejected.append(Rejected(name, line, error.field, error.value, error.reason))
-                continue
-            parts = parts or any(isinstance(turn["content"], list) for turn in messages)
-            waiting.append((line, json.dumps(messages, ensure_ascii=False), extras, blobs))
-    except (OSError, pa.ArrowException) as error:
-        raise ChatError(f"{name}: can't be read ({error}); check its path, rights and size") from error
-    if not waiting:
-        why = describe_rejected(rejected) if rejected else "it is empty; expected an object with a chat per row"
-        raise ChatError(f"{name or 'the rows'}: nothing to train on: {why}")
-    return _to_dataset(waiting, parts), rejected
-
-
-def _take_pictures(messages: list[dict], folder: str | os.PathLike | None) -> list[bytes | None]:
-    """Checks every picture; paths become absolute, all else is taken out. [] where nothing was."""
-    blobs: list[bytes | None] = []
+def _take_pictures(messages: list[dict], folder: str | os.PathLike | None) -> list[bytes | None] | None:
+    """Checks every picture and makes paths absolute; the bytes of those that are no paths, if there are any."""
+    contents: list[bytes | None] = []
     for index, part in enumerate(image_parts(messages)):
-        image, blob = part.pop("image", None), None
+        image, content = part.pop("image", None), None
         try:
             if isinstance(image, str) and not image.startswith("data:"):
-                path = image
                 if folder is not None:
-                    path = str(resolve_picture(image, folder=folder))
-                    check_picture(path)
-                part["image"] = path
+                    image = str(resolve_picture(image, folder=folder))
+                    check_picture(image)
+                part["image"] = image
             elif image is not None:
-                blob = picture_bytes(image, folder=folder)
-                check_picture(blob)
+                content = picture_bytes(image, folder=folder)
+                check_picture(content)
         except PictureError as error:
             raise ChatError(str(error), field=f"picture {index + 1}") from error
-        blobs.append(blob)
-    return blobs if any(blobs) else []
+        contents.append(content)
+    return contents if any(contents) else None
 
 
-def describe_rejected(rejected: list[Rejected]) -> str:
-    """A short summary: how many rows were left out, the reasons by frequency, each with its first lines.
-
-    >>> print(describe_rejected([Rejected("x.jsonl", n, "messages", "", "has no user turn") for n in (3, 8)]))
-    2 rows left out
-      2 x messages has no user turn (line 3, 8)
-    """
-    groups: dict[str, list[Rejected]] = {}
-    for one in rejected:
-        groups.setdefault(re.sub(r"\d+", "#", f"{one.field} {one.reason}"), []).append(one)
-    lines = [f"{len(rejected)} row{'s' * (len(rejected) != 1)} left out"]
-    for group in sorted(groups.values(), key=len, reverse=True)[:5]:
-        example, first = group[0], ", ".join(str(one.line) for one in group[:3]) + ", ..." * (len(group) > 3)
-        sentence = say_where(example.field, example.value, example.reason)
-        lines.append(f"  {len(group)} x {sentence} (line {first})")
-    return "\n".join(lines + [f"  and {len(groups) - 5} more reasons"] * (len(groups) > 5))
+def _short(value: object) -> str:
+    """A repr of at most 80 characters, also of deep, endless and strange values."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-def split_chats(dataset: Dataset, *, holdout: float = 0.1, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """(train, test), about a share `holdout` of the chats in the second.
+# --- rows -> one table ------------------------------------------------------------------------------------------
+_OWN = {"messages", "conversations", "instruction", "input", "output", "system", "history", "source_row"}
+_OWN |= {"texts", "image", "images"}  # fields of the forms, and columns that are made here
+_MAX_COLUMNS = 64  # further ones: rows whose keys are data would make a table as wide as it is long
+_BATCH = 2**25  # characters and bytes; far below the 2 GiB that one Arrow array of strings can hold
+_PART = pa.struct({"type": pa.string(), "text": pa.string(), "image": pa.string()})
+_SCALARS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+_NO_SCALAR: list = []
 
-    A hash of the user turns and their pictures (of files the name: folders differ between machines) decides for
-    each chat by itself: chats with the same questions are never on both sides, and new rows move no old one. Raises
-    ChatError unless 0 <= holdout < 1.
-    """
-    if not 0 <= holdout < 1:
-        raise ChatError(f"holdout is {holdout}; expected a share of the chats, from 0 to below 1")
-    sides: tuple[list[int], list[int]] = ([], [])
-    columns = [name for name in ("messages", "images") if name in dataset.column_names]
-    batches = dataset.with_format(None).select_columns(columns).iter(1000)  # three times as fast as by row
-    rows = chain.from_iterable(zip(*(batch[name] for name in columns), strict=True) for batch in batches)
-    for row, (messages, *images) in enumerate(rows):
-        asked = [_without_folders(turn["content"]) for turn in messages if turn["role"] == "user"]
-        content = blake2b(json.dumps([seed, asked], sort_keys=True).encode(), digest_size=8)
-        for picture in chain.from_iterable(some or () for some in images):
-            content.update(picture or b"")
-        sides[int.from_bytes(content.digest(), "big") < holdout * 2**64].append(row)
-    return dataset.select(sides[False]), dataset.select(sides[True])
+
+def _read_scalars(row: Mapping) -> dict[str, Any]:
+    """The fields of the row that are not part of the chat; `_NO_SCALAR` for a value that a column can't hold."""
+    scalars = {}
+    for name, value in row.items():
+        if not isinstance(name, str) or name in _OWN or _SURROGATE.search(name) or value is None:
+            continue
+        fits = type(value) in _SCALARS
+        if isinstance(value, str):
+            fits = not _SURROGATE.search(value) and "\0" not in value
+        elif type(value) is int:
+            fits = -(2**63) <= value < 2**63
+        scalars[name] = value if fits else _NO_SCALAR
+    return scalars
+
+
+def _scalar_types(rows: list[dict]) -> dict[str, type]:
+    """The further columns, and their type; one of mixed types is left out."""
+    types: dict[str, set[type]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in _OWN and (name in types or len(types) < _MAX_COLUMNS):
+                types.setdefault(name, set()).add(type(value))
+    numbers = {name: {float} if kinds == {int, float} else kinds for name, kinds in types.items()}
+    return {
+        name: next(iter(kinds)) for name, kinds in numbers.items() if len(kinds) == 1 and kinds <= set(_SCALARS)
+    }
+
+
+def _to_dataset(rows: list[dict]) -> Dataset:
+    content = pa.string()
+    if any(isinstance(turn["content"], list) for row in rows for turn in row["messages"]):
+        content = pa.list_(_PART)
+        for turn in chain.from_iterable(row["messages"] for row in rows):
+            if isinstance(turn["content"], str):
+                turn["content"] = [{"type": "text", "text": turn["content"]}]
+    columns = {"messages": pa.list_(pa.struct({"role": pa.string(), "content": content})), "source_row": pa.int64()}
+    if any(row["images"] for row in rows):
+        columns["images"] = pa.list_(pa.binary())
+    types = _scalar_types(rows)
+    for row in rows:
+        row.update((name, kind(row[name])) for name, kind in types.items() if name in row)
+    schema = pa.schema(columns | {name: _SCALARS[kind] for name, kind in types.items()})
+    return Dataset(pa.concat_tables(pa.Table.from_pylist(batch, schema=schema) for batch in _batches(rows)))
+
+
+def _batches(rows: list[dict]) -> Iterator[list[dict]]:
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += len(str(row["messages"])) + sum(len(image or b"") for image in row["images"] or ())
+        if len(batch) == 1000 or size > _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# --- sources ----------------------------------------------------------------------------------------------------
+Rows = Iterator[tuple[int, Any]]  # numbered; one that can't be read is the ChatError that says why
+_MAX_LINE = 32 * 2**20  # bytes in one line of JSONL; a longer one is no chat but a damaged file
 
 
 def _without_folders(content: Any) -> Any:
-    """The content of a turn with the bare names of its pictures' files."""
+    """The content of a turn with the bare names of its pictures' files: folders differ between machines."""
     if not isinstance(content, list | tuple):
         return content
     parts = [dict(part) for part in content]
@@ -426,12 +553,12 @@ def _open_source(source: Any, split: str) -> Rows:
         return enumerate(source, 1)
     if not isinstance(source, str | os.PathLike):
         raise ChatError(f"the source is a {type(source).__name__}; expected a path, hub name, list or Dataset")
-    path, suffix = Path(source), Path(source).suffix.lower()
+    path = Path(source)
     if path.is_dir():
-        files = sorted(one.name for one in path.iterdir() if one.suffix.lower() in _READERS)[:5]
+        files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _READERS)[:5]
         raise ChatError(f"{path} is a directory; name one file in it ({', '.join(files) or 'it has no data file'})")
-    if suffix in _READERS:
-        return _READERS[suffix](path)
+    if path.suffix.lower() in _READERS:
+        return _READERS[path.suffix.lower()](path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.exists():
         return _read_hub(str(source), split)
     raise ChatError(f"{path}: not a kind of file that is read here; expected {', '.join(_READERS)}")
@@ -455,7 +582,7 @@ def _parse(raw: bytes) -> Any:
     try:
         return json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of 5,000 digits
-        came, reason = short(raw.decode(errors="replace").strip()), str(error).replace("line 1 column", "column")
+        came, reason = _short(raw.decode(errors="replace").strip()), str(error).replace("line 1 column", "column")
         return ChatError(f"expected JSON in UTF-8: {reason}", field="line", value=came)
 
 
@@ -465,7 +592,7 @@ def _read_json(path: Path) -> Rows:
         hint = " (one object per line is JSON Lines: name the file .jsonl)" * ("Extra data" in rows.reason)
         raise ChatError(f"{path}: {rows.reason}{hint}")
     if not isinstance(rows, list):
-        raise ChatError(f"{path}: holds {short(rows)}; expected an array of objects")
+        raise ChatError(f"{path}: holds {_short(rows)}; expected an array of objects")
     return enumerate(rows, 1)
 
 
@@ -485,7 +612,7 @@ def _read_hub(name: str, split: str) -> Rows:
         dataset = load_dataset(name, split=split)
     except Exception as error:  # whatever the hub, the network, a cache or a loader has to say
         tried = f"no such file here, and the split {split!r} of a hub dataset of this name could not be loaded"
-        why = f"{type(error).__name__}: {short(str(error))}"
+        why = f"{type(error).__name__}: {_short(str(error))}"
         advice = "check the name, or give the path of a local file"
         if datasets.config.HF_HUB_OFFLINE:
             advice = "the hub is switched off here, set HF_HUB_OFFLINE=0 before the first cell"
@@ -498,37 +625,3 @@ _READERS = {
     ".json": _read_json,
     ".parquet": lambda path: _read_tables(pq.ParquetFile(path).iter_batches(100)),
 }
-
-
-def _to_dataset(waiting: deque[_Row], parts: bool) -> Dataset:
-    """The rows in Arrow; `waiting` is emptied on the way. A column of mixed types is left out."""
-    kinds: dict[str, set[type]] = {}
-    for _, _, extras, _ in waiting:
-        for name, value in extras.items():
-            if name in kinds or len(kinds) < _MAX_COLUMNS:
-                kinds.setdefault(name, set()).add(type(value))
-    tables, digest, seen = [], blake2b(digest_size=8), any(blobs for *_, blobs in waiting)
-    while waiting:
-        rows, size = [], 0
-        while waiting and len(rows) < 1000 and size < _CHUNK:
-            line, text, extras, blobs = waiting.popleft()
-            size += len(text) + sum(len(blob or b"") for blob in blobs)
-            rows.append((line, text, extras, blobs))
-            digest.update(repr((line, text, extras)).encode())
-            for blob in blobs:
-                digest.update(blob or b"-")
-        chats = [json.loads(text) for _, text, _, _ in rows]
-        for turn in chain.from_iterable(chats if parts else []):
-            if isinstance(turn["content"], str):
-                turn["content"] = [{"type": "text", "text": turn["content"]}]
-        arrays = {"messages": pa.array(chats, _PARTS if parts else _TEXT)}
-        arrays["source_row"] = pa.array([line for line, *_ in rows], pa.int64())
-        if seen:
-            arrays["images"] = pa.array([blobs or None for *_, blobs in rows], pa.list_(pa.binary()))
-        for name, types in kinds.items():
-            kind = float if types == {int, float} else next(iter(types)) if len(types) == 1 else list
-            if kind in _SCALARS:
-                values = [None if one.get(name) is None else kind(one[name]) for _, _, one, _ in rows]
-                arrays[name] = pa.array(values, _SCALARS[kind])
-        tables.append(pa.table(arrays))
-    return Dataset(pa.concat_tables(tables), fingerprint=digest.hexdigest())  # else made from a copy of it all

@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
-from itertools import count, groupby, takewhile
+from itertools import groupby, takewhile
 from typing import Any, Literal
 
-from ironlogic.data.chats import ChatError, Rejected, check_chat
+from ironlogic.data.chats import ChatError, Chats, Rejected, check_chat, plain_turns
 
 from datasets import Dataset, List, Value
 
@@ -77,27 +77,27 @@ def encode_chat(messages: Any, tokenizer: Any, *, loss: Loss = "assistant") -> E
 
     Raises ChatError if `messages` is no chat, the template refuses it, or the answers can't be told without doubt.
     """
-    return _encode(messages, tokenizer, _read_template(tokenizer, loss), loss)
+    return _encode(check_chat(messages), tokenizer, _read_template(tokenizer, loss), loss)
 
 
 def encode_chats(
-    dataset: Dataset, tokenizer: Any, *, loss: Loss = "assistant", max_length: int, num_proc: int | None = None
+    chats: Chats, tokenizer: Any, *, loss: Loss = "assistant", max_length: int, num_proc: int | None = None
 ) -> tuple[Dataset, EncodeReport]:
-    """The column `messages` as `input_ids` and `labels`, cut to `max_length` tokens on the right.
+    """The chats as `input_ids` and `labels`, cut to `max_length` tokens on the right.
 
     All other columns stay. A chat that can't be encoded, or has nothing left to train, is left out and reported.
     Raises ChatError if that leaves no row, or if the tokenizer or its template can't be used at all.
     """
     if type(max_length) is not int or max_length < 1:
         raise ChatError(f"max_length is {max_length!r}; expected a number of tokens, 1 or more")
-    if "messages" not in dataset.column_names or not len(dataset):
-        columns = ", ".join(dataset.column_names)
-        raise ChatError(f"there are {len(dataset)} rows with the columns {columns}; expected chats in messages")
+    if not len(chats):
+        raise ChatError("there are no rows; expected one chat or more")
     template = _read_template(tokenizer, loss)
-    replaced = {"messages", "input_ids", "labels", "_seen"}
+    dataset = chats.rows
+    replaced = {"messages", "images", "input_ids", "labels", "_seen"}
     kept = {name: kind for name, kind in dataset.features.items() if name not in replaced}
     made = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "_seen": _SEEN}
-    encoded = dataset.with_format(None).map(
+    encoded = dataset.map(
         _encode_batch,
         batched=True,
         batch_size=100,
@@ -109,7 +109,7 @@ def encode_chats(
         desc="tokens and labels",
     )
     seen = encoded["_seen"][:]
-    report = _report(seen, dataset["source_row"] if "source_row" in kept else count(1), max_length)
+    report = _report(seen, chats, max_length)
     good = [row for row, one in enumerate(seen) if one["trained"]]
     if not good:
         raise ChatError(f"no row is left to train on: {report}")
@@ -246,7 +246,7 @@ def _common(one: str, other: str) -> int:
 
 
 def _encode(messages: Any, tokenizer: Any, template: _Template, loss: Loss) -> Encoded:
-    messages = _shape(check_chat(messages), template.parts)
+    messages = _shape(messages, template.parts)
     for index, turn in enumerate(messages):
         if found := template.reserved.search("".join(_texts(turn))):
             reason = f"holds {found[0]!r}, by which the chat template marks turns; rewrite it"
@@ -345,7 +345,7 @@ def _encode_batch(batch: dict, *, tokenizer: Any, template: _Template, loss: Los
     for messages in batch["messages"]:
         one, problem = Encoded([], []), ChatError("")
         try:
-            one = _encode(messages, tokenizer, template, loss)
+            one = _encode(plain_turns(messages), tokenizer, template, loss)
         except ChatError as error:
             problem = error
         labels = one.labels[:max_length]
@@ -357,11 +357,12 @@ def _encode_batch(batch: dict, *, tokenizer: Any, template: _Template, loss: Los
     return rows
 
 
-def _report(seen: list[dict], lines: Any, max_length: int) -> EncodeReport:
+def _report(seen: list[dict], chats: Chats, max_length: int) -> EncodeReport:
     rejected = []
-    for line, one in zip(lines, seen, strict=False):  # lines may be endless
+    for index, one in enumerate(seen):
         if one["reason"]:
-            rejected.append(Rejected("", line, one["field"], one["value"], one["reason"]))
+            error = ChatError(one["reason"], field=one["field"], value=one["value"])
+            rejected.append(chats.reject(index, error))
     whole = [one for one in seen if not one["reason"]]
     out = [one for one in whole if one["trained"]]
     return EncodeReport(

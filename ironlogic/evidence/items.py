@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ironlogic.burden import apply_burden
-from ironlogic.data.chats import ChatError, Rejected, describe_rejected
+from ironlogic.data.chats import ChatError, Rejected, RejectedRows
 from ironlogic.data.problems import Task, make_tasks, task_chat
 
 import numpy as np
@@ -106,7 +106,7 @@ def items_of_chats(chats: Sequence[Sequence[dict[str, Any]]]) -> Items:
     return Items(tasks, tuple(kept), checkable=False)
 
 
-def load_items(path: str | Path) -> tuple[Items, list[Rejected]]:
+def load_items(path: str | Path) -> tuple[Items, RejectedRows]:
     """Your own items with checkable answers: JSONL rows {"prompt", "answer"} and, if you know, "order" and "hard".
 
     `order` is "free" (the bag of words fixes the answer) or "bound" (the word order decides), `hard` true where
@@ -134,8 +134,8 @@ def load_items(path: str | Path) -> tuple[Items, list[Rejected]]:
         tasks.append(Task("item", row.get("order") or "unknown", hard, row["prompt"], answer, "", ()))
         chats.append([{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": reply}])
     if not tasks:
-        raise ChatError(f"{path}: no usable item. {describe_rejected(rejected)}")
-    return Items(tuple(tasks), tuple(chats)), rejected
+        raise ChatError(f"{path}: no usable item. {RejectedRows(rejected)}")
+    return Items(tuple(tasks), tuple(chats)), RejectedRows(rejected)
 
 
 def _is_whole(text: str) -> bool:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ironlogic.data.chats import ChatError, describe_rejected, load_chats, split_chats
+from ironlogic.data.chats import ChatError, Chats, load_chats, make_chats
 from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.evidence.items import Items, items_of_chats, made_items
 from ironlogic.evidence.measures import decoding_speed
 from ironlogic.evidence.results import Measurement
-from ironlogic.evidence.twins import Arm, Chats, Recipe, as_preset, make_recipes, train_arms
+from ironlogic.evidence.twins import Arm, Recipe, as_preset, make_recipes, train_arms
 from ironlogic.models import LoadedModel, free_memory, resolve, split_adapter
 from ironlogic.presets import Preset, TrainSettings
 from ironlogic.training.runs import RunError, open_run
@@ -143,21 +143,21 @@ def open_study(
     source = data or preset.data
     if source == "problems":
         numbers = range(seed, seed + (seeds or preset.evaluation_seeds))
-        chats = {n: [task_chat(task) for task in make_tasks(rows, seed=n)] for n in numbers}
-        further = {n: [task_chat(task) for task in make_tasks(rows // 3, seed=n + 10_000)] for n in numbers}
+        chats = {n: make_chats(map(task_chat, make_tasks(rows, seed=n))) for n in numbers}
+        further = {n: make_chats(map(task_chat, make_tasks(max(1, rows // 3), seed=n + 10_000))) for n in numbers}
         items = items or made_items(questions, seed=seed)
-        held_out, max_new_tokens = list(items.chats), 72
+        held_out, max_new_tokens = make_chats(items.chats), 72
     else:
-        table, rejected = load_chats(source)
-        print(f"{len(table)} conversations. {describe_rejected(rejected)}")
-        kept, test = split_chats(table, holdout=0.1, seed=seed)
-        if min(len(kept), len(test)) == 0:
-            raise ChatError(f"{source}: {len(table)} rows are too few to hold some out; bring 20 or more")
-        chosen = kept.select(range(min(rows, len(kept))))["messages"]
+        loaded = load_chats(source)
+        print(f"{len(loaded)} conversations. {loaded.rejected}")
+        kept, held_out = loaded.split(0.1, seed=seed)
+        if min(len(kept), len(held_out)) == 0:
+            raise ChatError(f"{source}: {len(loaded)} rows are too few to hold some out; bring 20 or more")
+        chosen = kept[:rows]
         numbers = range(seed, seed + (seeds or 1))
         chats = dict.fromkeys(numbers, chosen)
         further = dict.fromkeys(numbers, chosen[: max(1, len(chosen) // 3)])
-        held_out, max_new_tokens = test["messages"], 512
+        max_new_tokens = 512
         items = items or items_of_chats(held_out[:questions])
     # your own rows, once corrected, are another study
     mark = f"-{content_hash(chats[seed])[:6]}" if data else ""

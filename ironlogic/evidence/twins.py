@@ -11,13 +11,14 @@ where it stopped, and what was measured lies beside the run.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ironlogic.burden import Burden
+from ironlogic.data.chats import Chats, make_chats
 from ironlogic.evidence.items import Items, delete_words
 from ironlogic.evidence.measures import measure, measure_losses
 from ironlogic.evidence.results import Columns, Measurement
@@ -29,11 +30,9 @@ from ironlogic.training.sft import train_sft
 from ironlogic.training.stages import content_hash
 
 import numpy as np
-from datasets import Dataset
 
 __all__ = ["Arm", "Recipe", "as_preset", "make_recipes", "train_arms", "train_twins"]
 
-Chats = Dataset | Sequence[Sequence[dict[str, Any]]]
 _NEFTUNE_ALPHA, _DELETED, _VERSION = 5.0, 0.3, 1
 
 
@@ -105,10 +104,8 @@ class Arm:
 
     def measured(self, seed: int, test: Items | Chats) -> Path:
         """The file of that training's measurements on that test."""
-        if isinstance(test, Items):
-            asked = [[asdict(task) for task in test.tasks], test.chats]
-        else:
-            asked = [list(_messages(test))]
+        items = isinstance(test, Items)
+        asked = [[asdict(task) for task in test.tasks], test.chats] if items else [list(test)]
         asked += [self.seed, self.max_new_tokens, self.brief, _VERSION]
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
         return self.folders[seed] / f"evidence-{name}.json"
@@ -120,7 +117,7 @@ def _measure_folder(arm: Arm, seed: int, test: Items | Chats, *, watch: Any = No
     if isinstance(test, Items):
         columns = measure(loaded, test, seed=arm.seed, max_new_tokens=arm.max_new_tokens, brief=arm.brief)
     else:
-        columns = measure_losses(loaded, _messages(test), seed=arm.seed)
+        columns = measure_losses(loaded, test, seed=arm.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(arm.measured(seed, test), {name: values.tolist() for name, values in columns.items()})
     del loaded
@@ -220,19 +217,12 @@ def _arm_folder(folder: Path, arm: str, seed: int) -> Path:
     return folder / f"{arm.replace(' ', '-')}-{seed}"
 
 
-def _messages(chats: Chats) -> Sequence[Sequence[dict[str, Any]]]:
-    return chats["messages"] if isinstance(chats, Dataset) else chats
-
-
 def _prepare_rows(chats: Chats, recipe: Recipe, seed: int) -> Chats:
     if recipe.rows:
-        first = range(min(recipe.rows, len(chats)))
-        chats = chats.select(first) if isinstance(chats, Dataset) else [chats[row] for row in first]
+        chats = chats[: recipe.rows]
     if recipe.deleted:
-        return [
-            delete_words(messages, recipe.deleted, seed=seed, row=row)
-            for row, messages in enumerate(_messages(chats))
-        ]
+        rows = enumerate(chats)
+        return make_chats(delete_words(messages, recipe.deleted, seed=seed, row=row) for row, messages in rows)
     return chats
 
 
@@ -245,7 +235,7 @@ def _is_trained(folder: Path, rows: Chats, recipe: Recipe, seed: int) -> bool:
     settings = asdict(replace(recipe.settings, seed=seed))
     burden = recipe.burden and asdict(recipe.burden)
     same = {
-        "rows": record["data_sha256"] == content_hash(_messages(rows)),
+        "rows": record["data_sha256"] == content_hash(rows),
         "settings": record["settings"].items() <= json.loads(json.dumps(settings)).items(),
         "burden": record["burden"] == json.loads(json.dumps(burden)),
     }

@@ -12,12 +12,11 @@ import json
 import math
 import os
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ironlogic.burden import Burden, burden_dataset
-from ironlogic.data.chats import ChatError, check_chat
+from ironlogic.burden import Burden
+from ironlogic.data.chats import ChatError, Chats, load_chats
 from ironlogic.data.masking import IGNORED, EncodeReport, encode_chats
 from ironlogic.models import LoadedModel, as_loaded, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
@@ -58,7 +57,7 @@ PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_S
 
 def train_sft(
     loaded: LoadedModel | Any,
-    chats: datasets.Dataset | Sequence[Sequence[dict[str, Any]]],
+    chats: Chats,
     settings: TrainSettings,
     *,
     run: str | Path,
@@ -67,9 +66,9 @@ def train_sft(
 ) -> Run:
     """Supervised fine-tuning of a LoRA adapter; Fragmented Training when a `burden` is given.
 
-    `chats` has a column `messages` (or is a list of conversations). A model that carries an adapter goes on
-    training it, any other gets a fresh one from `settings.lora`. Every epoch of rows is written out before,
-    each with its own draw of the burden, so what the model sees can be looked at and resuming is exact.
+    `chats` come from `load_chats` or `make_chats`. A model that carries an adapter goes on training it, any other
+    gets a fresh one from `settings.lora`. Every epoch of rows is written out before, each with its own draw of the
+    burden, so what the model sees can be looked at and resuming is exact.
     `run` is a name in the results folder or a path; if it holds the same run, finished, that is returned, and
     if interrupted, training goes on from the newest whole checkpoint. `watch` is called with all metrics at
     every logged step. Under torchrun an optimizer step takes processes x batch_size x accumulation rows, and
@@ -77,9 +76,10 @@ def train_sft(
 
     Raises `RunError` when the folder holds another run, can't be written or the loss is no longer finite.
     """
-    loaded, folder, chats = as_loaded(loaded), run_folder(run), _as_dataset(chats)
+    loaded, folder = as_loaded(loaded), run_folder(run)
+    _check_texts(chats)
     stage = "sft" if burden is None else "ft"
-    sha256 = content_hash(chats["messages"])
+    sha256 = content_hash(chats)
     record = describe_stage(stage, loaded, len(chats), sha256, settings, burden=burden, processes=PROCESSES)
     previous = find_run(folder, record)
     if previous.get("finished"):
@@ -102,7 +102,7 @@ def train_sft(
 
 def prepare_sft(
     model: str | Path,
-    chats: datasets.Dataset | Sequence[Sequence[dict[str, Any]]],
+    chats: Chats,
     settings: TrainSettings,
     *,
     run: str | Path,
@@ -114,9 +114,10 @@ def prepare_sft(
     Arguments as in `train_sft`; `model` is what `load_model` takes. Raises `RunError` when the folder holds another
     run or can't be written.
     """
-    folder, chats = run_folder(run), _as_dataset(chats)
+    folder = run_folder(run)
+    _check_texts(chats)
     stage = "sft" if burden is None else "ft"
-    sha256 = content_hash(chats["messages"])
+    sha256 = content_hash(chats)
     record = describe_inputs(stage, str(model), four_bit, len(chats), sha256, settings, burden)
     if not find_run(folder, record):
         _write_chats(folder, chats)
@@ -133,11 +134,10 @@ def train_prepared(run: str | Path, *, watch: Watch | None = None) -> Run:
     if missing:
         raise RunError(f"{folder}: no {missing[0]} here; expected a folder written by train_sft or prepare_sft")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        chats = datasets.Dataset.from_list([json.loads(line) for line in lines if line])
+        chats = load_chats(path)
         settings = TrainSettings(**record["settings"] | {"lora": LoraSettings(**record["settings"]["lora"])})
         burden = record["burden"] and Burden(**record["burden"])
-        unchanged = content_hash(chats["messages"]) == record["data_sha256"]
+        unchanged = content_hash(chats) == record["data_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{folder}: run.json or chats.jsonl is damaged ({error!r:.200}); prepare it again"
@@ -149,37 +149,31 @@ def train_prepared(run: str | Path, *, watch: Watch | None = None) -> Run:
 
 
 # --- the folder -------------------------------------------------------------------------------------------
-def _as_dataset(chats: datasets.Dataset | Sequence[Sequence[dict[str, Any]]]) -> datasets.Dataset:
-    known = isinstance(chats, datasets.Dataset)
-    for row, messages in enumerate(chats["messages"] if known else chats):
-        try:
-            turns = check_chat(messages)
-        except ChatError as error:
-            raise RunError(f"row {row}: {error}; load_chats leaves such rows out and reports them") from error
-        parts = [part for turn in turns if not isinstance(turn["content"], str) for part in turn["content"]]
-        if any(part["type"] == "image" for part in parts):
-            raise RunError(
-                f"row {row} holds a picture, which this stage would not see; train_projector and train_instruct "
-                "train a model that sees"
+def _check_texts(chats: Chats) -> None:
+    if not isinstance(chats, Chats):
+        raise RunError(f"the chats are a {type(chats).__name__}; expected what load_chats or make_chats returns")
+    for row, messages in enumerate(chats):
+        if not all(isinstance(turn["content"], str) for turn in messages):
+            error = ChatError(
+                "holds a picture, which this stage would not see; train_projector and train_instruct train a model "
+                "that sees",
+                field="messages",
             )
-    if not known:
-        return datasets.Dataset.from_list([{"messages": list(chat)} for chat in chats])
-    keys = chats["row"] if "row" in chats.column_names else []
-    if any(type(key) not in (int, str) for key in keys) or len(set(keys)) < len(keys):
-        return chats.remove_columns("row")  # a column of the user's that names no row
-    return chats
+            raise RunError(str(chats.reject(row, error)))
 
 
-def _write_chats(folder: Path, chats: datasets.Dataset) -> None:
+def _write_chats(folder: Path, chats: Chats) -> None:
     """chats.jsonl, unless it is there: run.json, written after it, says whether it is whole and the same."""
     if (folder / "run.json").exists():
         return
-    columns = [name for name in ("messages", "row") if name in chats.column_names]  # `row` keys the burden
+    columns = [name for name in ("messages", "row") if name in chats.rows.column_names]  # `row` keys the burden
     beside = folder / "chats.part"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with beside.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in chats.select_columns(columns))
+            file.writelines(
+                json.dumps(row, ensure_ascii=False) + "\n" for row in chats.rows.select_columns(columns)
+            )
         beside.replace(folder / "chats.jsonl")
 
 
@@ -194,20 +188,15 @@ def _check_processes(folder: Path, previous: dict[str, Any]) -> None:
 
 # --- data -------------------------------------------------------------------------------------------------
 def _prepare(
-    loaded: LoadedModel, chats: datasets.Dataset, settings: TrainSettings, burden: Burden | None
+    loaded: LoadedModel, chats: Chats, settings: TrainSettings, burden: Burden | None
 ) -> tuple[datasets.Dataset, EncodeReport]:
     """All epochs one after the other, tokenised, in the order of training."""
-    rows = burden_dataset(
-        chats,
-        burden or Burden(ratio=0.0),
-        seed=settings.seed,
-        epochs=settings.epochs,
-        tokenizer=loaded.tokenizer,
-    )
+    burden = burden or Burden(ratio=0.0)
+    burdened = burden.apply(chats, epochs=settings.epochs, seed=settings.seed, tokenizer=loaded.tokenizer)
     max_length = min(settings.max_length, loaded.max_length)
-    encoded, report = encode_chats(rows, loaded.tokenizer, loss=settings.loss, max_length=max_length)
+    encoded, report = encode_chats(burdened, loaded.tokenizer, loss=settings.loss, max_length=max_length)
     places = {key: i for i, key in enumerate(zip(encoded["epoch"], encoded["row"], strict=True))}
-    order = [places[key] for key in _training_order(rows, settings) if key in places]
+    order = [places[key] for key in _training_order(burdened.rows, settings) if key in places]
     return encoded.select(order).select_columns(["input_ids", "labels"]), report
 
 

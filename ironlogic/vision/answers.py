@@ -6,18 +6,16 @@ Knows nothing of what a right answer is: that is the caller's.
 import contextlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ironlogic.data.chats import ChatError, describe_rejected, load_chats, split_chats
+from ironlogic.data.chats import ChatError, Chats, load_chats
 from ironlogic.data.masking import IGNORED
-from ironlogic.data.pictures import PictureError
 from ironlogic.models import LoadedModel, inference
 from ironlogic.training.runs import run_folder
 from ironlogic.vision.batches import (
-    Chats,
     PictureRow,
     Pictures,
     batches_for,
@@ -26,7 +24,6 @@ from ironlogic.vision.batches import (
     check_places,
     image_length,
     look_at,
-    read_picture_chats,
     take_pictures,
 )
 
@@ -39,23 +36,24 @@ _EMPTY_THOUGHT = re.compile(r"^\s*<think>\s*</think>")  # Qwen3's template has i
 
 def answer_pictures(
     loaded: LoadedModel,
-    rows: Chats,
+    rows: Iterable[Sequence[dict[str, Any]]],
     *,
     max_new_tokens: int = 32,
     batch_size: int = 32,
     cache: str | Path | None = None,
 ) -> list[str]:
-    """Greedy answers, one a row in their order; an answer that a row ends with is not shown to the model.
+    """Greedy answers to conversations, one a row in their order; an answer that a row ends with is not shown.
 
-    `rows` as in `train_projector`. `cache`: a folder of features, in the results folder unless it is a path.
+    A picture is whatever `read_picture` reads. `cache`: a folder of features, in the results folder unless it is a
+    path.
     Raises `ChatError` naming the row whose picture or text can't be used.
     """
     pictures, asked = Pictures(), []
     tokenizer, block = chat_tokenizer(loaded), image_length(loaded.processor)
-    for number, messages in enumerate(read_picture_chats(rows), 1):
+    for number, messages in enumerate(rows, 1):
         try:
             asked.append(_prompt(messages, loaded, tokenizer, pictures, block))
-        except (ChatError, PictureError) as error:
+        except ChatError as error:
             raise ChatError(f"row {number}: {error}") from error
     seen = None
     if cache is not None:
@@ -85,21 +83,19 @@ def answer_pictures(
     return answers
 
 
-def load_questions(
-    source: Any, *, train: int, test: int, seed: int = 0
-) -> tuple[list[list[dict[str, Any]]], list[list[dict[str, Any]]]]:
+def load_questions(source: Any, *, train: int, test: int, seed: int = 0) -> tuple[Chats, Chats]:
     """(rows to train on, held-out rows that have a picture) of what `load_chats` takes, at most so many of each.
 
     Says how many rows there are and what was left out. Raises `ChatError` when there are too few.
     """
-    rows, rejected = load_chats(source)
-    print(f"{len(rows)} rows. {describe_rejected(rejected)}")
-    kept, apart = split_chats(rows, seed=seed)
-    held = (row for raw in apart for row in read_picture_chats([raw]) if last_question(row)[0] is not None)
-    ours, theirs = read_picture_chats(kept.select(range(min(train, len(kept))))), list(islice(held, test))
-    if not (ours and theirs):
+    rows = load_chats(source)
+    print(f"{len(rows)} rows. {rows.rejected}")
+    kept, apart = rows.split(seed=seed)
+    seen = (index for index, row in enumerate(apart) if last_question(row)[0] is not None)
+    held_out = apart.select(list(islice(seen, test)))
+    if not (len(kept) and len(held_out)):
         raise ChatError(f"{source}: {len(rows)} rows are too few to hold out one with a picture; bring 20 or more")
-    return ours, theirs
+    return kept[:train], held_out
 
 
 def last_question(row: Sequence[dict[str, Any]]) -> tuple[Any, str, str]:
@@ -123,14 +119,17 @@ def _prompt(messages, loaded: LoadedModel, tokenizer, pictures: Pictures, block:
 
 
 def control_rows(
-    rows: Chats, control: Literal["image", "blank", "shuffled", "none"], *, seed: int = 0
+    rows: Iterable[Sequence[dict[str, Any]]],
+    control: Literal["image", "blank", "shuffled", "none"],
+    *,
+    seed: int = 0,
 ) -> list[list[dict]]:
     """The same conversations with their own pictures, grey ones, another row's, or none at all.
 
     Whatever is answered rightly without the right picture was not seen. Shuffled: the rows with pictures in one
     random circle, so that each takes those of the next and none keeps its own (two pictures may look alike).
     """
-    chats = read_picture_chats(rows)
+    chats = [_copy(messages) for messages in rows]
     parts = [[part for turn in chat for part in _image_parts(turn)] for chat in chats]
     if control == "blank":
         grey = Image.new("RGB", (64, 64), (127, 127, 127))
@@ -149,6 +148,15 @@ def control_rows(
     elif control != "image":
         raise ValueError(f"control_rows: control is {control!r}; expected image, blank, shuffled or none")
     return chats
+
+
+def _copy(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """New turns and parts; the pictures are shared."""
+    copies = [dict(turn) for turn in messages]
+    for turn in copies:
+        if not isinstance(turn["content"], str):
+            turn["content"] = [dict(part) for part in turn["content"]]
+    return copies
 
 
 def _text(turn: dict) -> str:

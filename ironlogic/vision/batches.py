@@ -19,7 +19,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
-from ironlogic.data.chats import ChatError, Rejected, check_chat, describe_rejected
+from ironlogic.data.chats import ChatError, Chats, Rejected, RejectedRows
 from ironlogic.data.masking import IGNORED, encode_chats
 from ironlogic.data.pictures import PictureError, check_picture, picture_bytes, picture_key, read_picture
 from ironlogic.models import LoadedModel, ModelError
@@ -34,7 +34,6 @@ from safetensors.torch import save_file
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 __all__ = [
-    "Chats",
     "Features",
     "PictureBatches",
     "PictureRow",
@@ -49,7 +48,6 @@ __all__ = [
     "look_at",
     "open_head",
     "order_by_length",
-    "read_picture_chats",
     "take_pictures",
     "tower_key",
 ]
@@ -215,7 +213,6 @@ def cached_tower(model: Any) -> Iterator[None]:
 
 # --- batches ----------------------------------------------------------------------------------------------------
 _LOGITS = 2**24  # in memory at a time: 64 MiB in float32
-Chats = Dataset | Sequence[Any]  # of `load_chats`, or rows, or conversations
 
 
 # --- rows ----------------------------------------------------------------------------------------------
@@ -227,28 +224,6 @@ class PictureRow:
     labels: list[int]  # IGNORED where not trained, so for every image token
     pictures: tuple[str, ...]  # keys, in the order of their image tokens
     length: int  # tokens with the blocks written out
-
-
-def read_picture_chats(chats: Chats) -> list[list[dict]]:
-    """Conversations whose image parts hold their own picture.
-
-    `chats`: a `Dataset` of `load_chats`, its rows, or conversations. A picture is whatever `read_picture` reads.
-    """
-    rows = [chat if isinstance(chat, dict) else {"messages": chat} for chat in chats]
-    return [_join_pictures(row["messages"], row.get("images")) for row in rows]
-
-
-def _join_pictures(messages: Sequence[dict], images: Sequence[Any] | None) -> list[dict]:
-    waiting, joined = iter(images or ()), []
-    for turn in messages:
-        content = turn["content"]
-        if not isinstance(content, str):
-            content = [dict(part) for part in content]
-            for part in content:
-                if part.get("type") == "image" and (own := next(waiting, None)) is not None:
-                    part["image"] = own
-        joined.append({"role": turn["role"], "content": content})
-    return joined
 
 
 def image_length(processor: Any) -> int:
@@ -282,7 +257,7 @@ def encode_pictures(
     max_length: int,
     loss: Literal["assistant", "all"] = "assistant",
     needs_picture: bool = False,
-) -> tuple[list[PictureRow], Pictures, list[Rejected]]:
+) -> tuple[list[PictureRow], Pictures, RejectedRows]:
     """Chats as rows of tokens, their pictures, and the rows left out, each with its reason.
 
     A row is cut on the right to `max_length` tokens, but never inside or before a picture's block: such a row is
@@ -290,34 +265,37 @@ def encode_pictures(
     Raises ChatError when no row is left.
     """
     pictures, good, rejected = Pictures(), [], []
-    for number, messages in enumerate(read_picture_chats(chats), 1):
+    for index, messages in enumerate(chats):
         try:
-            plain, keys = take_pictures(check_chat(messages), pictures)
+            plain, keys = take_pictures(messages, pictures)
             if needs_picture and not keys:
                 raise ChatError("holds no picture, and nothing else is trained here", field="messages")
-        except (ChatError, PictureError) as error:
-            field, value, reason = getattr(error, "field", ""), getattr(error, "value", ""), str(error)
-            rejected.append(Rejected("", number, field, value, getattr(error, "reason", reason)))
+        except ChatError as error:
+            rejected.append(chats.reject(index, error))
             continue
-        good.append({"messages": plain, "source_row": number, "pictures": keys})
+        good.append({"messages": plain, "source_row": chats.rows[index]["source_row"], "pictures": keys})
     if not good:
-        raise ChatError(f"no row is left to train on: {describe_rejected(rejected)}")
+        raise ChatError(f"no row is left to train on: {RejectedRows(rejected)}")
     tokenizer, block = chat_tokenizer(loaded), image_length(loaded.processor)
-    encoded, report = encode_chats(Dataset.from_list(good), tokenizer, loss=loss, max_length=2**31 - 1)
+    seen = Chats(Dataset.from_list(good), source=chats.source)
+    encoded, report = encode_chats(seen, tokenizer, loss=loss, max_length=2**31 - 1)
     rejected += report.rejected
     rows = []
-    for one in encoded:
+    for row in encoded:
         try:
-            rows.append(_fit(one, loaded.processor, block, max_length))
+            rows.append(_fit(row, loaded.processor, block, max_length))
         except ChatError as error:
-            rejected.append(Rejected("", one["source_row"], error.field, error.value, error.reason))
+            rejected.append(Rejected(chats.source, row["source_row"], error.field, error.value, error.reason))
     if not rows:
-        raise ChatError(f"no row is left to train on: {describe_rejected(rejected)}")
-    return rows, pictures, sorted(rejected, key=lambda one: one.line)
+        raise ChatError(f"no row is left to train on: {RejectedRows(rejected)}")
+    return rows, pictures, RejectedRows(sorted(rejected, key=lambda row: row.line))
 
 
 def take_pictures(messages: list[dict], pictures: Pictures) -> tuple[list[dict], list[str]]:
-    """The messages with bare image parts, every content a list; the keys of their pictures in order."""
+    """The messages with bare image parts, every content a list; the keys of their pictures in order.
+
+    Raises ChatError for a picture that is missing or can't be read.
+    """
     plain, keys = [], []
     for index, turn in enumerate(messages):
         content = turn["content"]
@@ -326,7 +304,10 @@ def take_pictures(messages: list[dict], pictures: Pictures) -> tuple[list[dict],
             if part["type"] == "image":
                 if part.get("image") is None:
                     raise ChatError("is a place for a picture, but no picture came", field=f"messages[{index}]")
-                keys.append(pictures.add(part["image"]))
+                try:
+                    keys.append(pictures.add(part["image"]))
+                except PictureError as error:
+                    raise ChatError(str(error), field=f"messages[{index}]") from error
         parts = [{"type": part["type"], "text": part.get("text")} for part in content]
         plain.append({"role": turn["role"], "content": parts})
     return plain, keys

@@ -4,10 +4,11 @@ Each fault is one line that somebody once wrote or forgot; `check_splice` names 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from ironlogic.data.chats import Chats
 from ironlogic.models import LoadedModel
 from ironlogic.presets import TrainSettings
 from ironlogic.vision.batches import batches_for, encode_pictures
@@ -50,7 +51,7 @@ def break_splice(loaded: LoadedModel, fault: str) -> LoadedModel:
 
 
 def train_unchecked(
-    loaded: LoadedModel, chats: Sequence[Any], settings: TrainSettings, *, learning_rate: float = 2e-3
+    loaded: LoadedModel, chats: Chats, settings: TrainSettings, *, learning_rate: float = 2e-3
 ) -> list[dict[str, float]]:
     """One pass over `chats` that asks nothing; projector and language model both learn, inside `loaded`.
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ironlogic.data.chats import describe_rejected
+from ironlogic.data.chats import Chats
 from ironlogic.models import LoadedModel, ModelError, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.training.runs import Run, RunError, no_room, run_folder, save_adapter, start_or_join, write_json
@@ -32,7 +32,6 @@ from ironlogic.training.stages import (
     trainer_arguments,
 )
 from ironlogic.vision.batches import (
-    Chats,
     Features,
     PictureRow,
     Pictures,
@@ -70,10 +69,10 @@ def train_projector(
 ) -> Run:
     """Stage 1: only the projector learns, inside `loaded`. Its weights come out as `projector.safetensors`.
 
-    `chats`: a `Dataset` of `load_chats`, or conversations with pictures (`read_picture_chats`); a row without a
-    picture, or with one that can't be read, is left out and told in `run.json`. `cache` is a folder, by default one
-    of the results folder, where features of the tower are kept; None: the tower runs at every step. The folder of a
-    finished run is read, an interrupted one goes on, with the same bytes as if it had not been interrupted.
+    `chats` come from `load_chats` or `make_chats`; a row without a picture, or with one that can't be read, is left
+    out and told in `run.json`. `cache` is a folder, by default one of the results folder, where features of the
+    tower are kept; None: the tower runs at every step. The folder of a finished run is read, an interrupted one
+    goes on, with the same bytes as if it had not been interrupted.
 
     Raises `RunError`, `SpliceError` if the splice fails its check, `ChatError` if no row is left.
     """
@@ -138,7 +137,7 @@ def _train(stage, loaded, chats, settings: TrainSettings, run, watch: Watch | No
         wanted,
         trainer,
         trained,
-        data=f"{len(rows)} rows, {describe_rejected(rejected)}" if rejected else f"all {len(rows)} rows",
+        data=f"{len(rows)} rows, {rejected}" if rejected else f"all {len(rows)} rows",
         features="computed once" if seen else "computed at every step",
         seconds=round(seconds, 3),
     )

@@ -88,6 +88,7 @@ def run_notebook(name: str, parameters: dict[str, Any], tiny: bool) -> dict[str,
 # --- b, d: a stage on a model of true shapes --------------------------------------------------------------------
 def our_stage(folder: Path, system: str, length: int, steps: int, tiny: bool) -> dict[str, Any]:
     """Our stage with the preset's settings, one row a step."""
+    from ironlogic.data.chats import make_chats
     from ironlogic.models import load_model
     from ironlogic.presets import PRESETS
     from ironlogic.training.sft import train_sft
@@ -98,7 +99,7 @@ def our_stage(folder: Path, system: str, length: int, steps: int, tiny: bool) ->
     settings = replace(preset.train, epochs=1, accumulation=1, max_length=length, log_steps=1)
     loaded = load_model(folder, four_bit=True, max_length=length)
     memory = after_loading(loaded)
-    rows = conversations(length, steps)
+    rows = make_chats(conversations(length, steps))
     run = train_sft(loaded, rows, settings, run=folder / f"run-{time.time_ns()}", burden=preset.burden)
     return memory | {"tokens_per_second": length / step_seconds([line["seconds"] for line in run.metrics])}
 
@@ -245,13 +246,14 @@ def read_in_4_bit(folder: Path, system: str, length: int, steps: int, tiny: bool
 
 # --- c: float16 -------------------------------------------------------------------------------------------------
 def ft_in_float16(tiny: bool) -> dict[str, Any]:
+    from ironlogic.data.chats import make_chats
     from ironlogic.data.problems import make_tasks, task_chat
     from ironlogic.models import load_model
     from ironlogic.presets import PRESETS
     from ironlogic.training.sft import train_sft
 
     nano = PRESETS["nano"]
-    rows = [task_chat(task) for task in make_tasks(640, seed=3407)]
+    rows = make_chats(map(task_chat, make_tasks(640, seed=3407)))
     run = train_sft(load_model("nano", max_length=256), rows, nano.train, run="float16", burden=nano.burden)
     losses = [round(line["loss"], 3) for line in run.metrics]
     assert losses[-1] < losses[0], f"the loss did not fall: {losses}"
@@ -259,6 +261,7 @@ def ft_in_float16(tiny: bool) -> dict[str, Any]:
 
 
 def splice_in_float16(tiny: bool) -> dict[str, Any]:
+    from ironlogic.data.chats import make_chats
     from ironlogic.data.scenes import KINDS, caption_chat, make_scenes, question_chat, save_scenes
     from ironlogic.presets import VISION_PRESETS
     from ironlogic.vision.check import check_splice
@@ -271,8 +274,8 @@ def splice_in_float16(tiny: bool) -> dict[str, Any]:
     loaded = splice(preset.tower, preset.language_model, projector=preset.projector, four_bit=True, seed=1)
     report = check_splice(loaded)
     assert report.passed, str(report)
-    captions = [caption_chat(*scene) for scene in shown[:160]]
-    questions = [question_chat(*scene, KINDS[i % 3]) for i, scene in enumerate(shown[160:])]
+    captions = make_chats(caption_chat(*scene) for scene in shown[:160])
+    questions = make_chats(question_chat(*scene, KINDS[i % 3]) for i, scene in enumerate(shown[160:]))
     one = train_projector(loaded, captions, preset.projector_stage, run="float16-1")
     two = train_instruct(one.loaded, questions, preset.instruct_stage, run="float16-2")
     return {"losses": [round(run.metrics[-1]["loss"], 3) for run in (one, two)]}
@@ -292,6 +295,7 @@ def grpo_in_float16(tiny: bool) -> dict[str, Any]:
 # --- e: splices -------------------------------------------------------------------------------------------------
 def splice_stage(folder: Path, system: str, stage: int, length: int, steps: int, tiny: bool) -> dict[str, Any]:
     """One stage with a picture in every row, as many rows a pass as the preset has."""
+    from ironlogic.data.chats import make_chats
     from ironlogic.presets import VISION_PRESETS
     from ironlogic.vision.splice import splice
     from ironlogic.vision.train import train_instruct, train_projector
@@ -311,7 +315,7 @@ def splice_stage(folder: Path, system: str, stage: int, length: int, steps: int,
         words = user["content"].split()
         user["content"] = [picture, {"type": "text", "text": " ".join(words[: len(words) // 4])}]
     train = train_projector if stage == 1 else train_instruct
-    run = train(loaded, rows, settings, run=folder / f"run-{time.time_ns()}", cache=None)
+    run = train(loaded, make_chats(rows), settings, run=folder / f"run-{time.time_ns()}", cache=None)
     tokens = settings.batch_size * settings.max_length
     speed = tokens / step_seconds([line["seconds"] for line in run.metrics])
     return {"tokens_per_second": speed, "length": settings.max_length}
