@@ -10,7 +10,6 @@ from ironlogic.data.pictures import (
     PictureError,
     check_picture,
     picture_bytes,
-    picture_key,
     read_picture,
     resolve_picture,
 )
@@ -55,12 +54,24 @@ def test_every_way_in_gives_the_same_pixels(tmp_path):
     assert np.array_equal(np.asarray(read_picture(picture_bytes(IMAGE))), PIXELS)
 
 
-def test_the_key_follows_the_content():
+def test_the_key_follows_the_content_and_a_file_is_opened_once_until_it_changes(tmp_path, monkeypatch):
     other = PIXELS.copy()
     other[0, 0, 0] ^= 1
-    keys = [picture_key(picture_bytes(Image.fromarray(one))) for one in (PIXELS, PIXELS.copy(), other)]
+    keys = [check_picture(Image.fromarray(pixels)) for pixels in (PIXELS, PIXELS.copy(), other)]
     assert keys[0] == keys[1] != keys[2]
     assert len(keys[0]) == 32
+    path = tmp_path / "a.png"
+    path.write_bytes(picture_bytes(IMAGE))
+    assert check_picture(path) == check_picture("a.png", folder=tmp_path) == keys[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", None)  # whoever opens a picture now fails
+        assert check_picture(path) == keys[0]
+    path.write_bytes(picture_bytes(Image.fromarray(other)))
+    os.utime(path, ns=(1, 1))
+    assert check_picture(path) == keys[2]
+    path.write_bytes(b"no picture any more")
+    with pytest.raises(PictureError, match="no picture of a kind"):
+        check_picture(path)
 
 
 def test_transparent_is_white_grey_is_rgb_and_a_turned_camera_is_upright():
@@ -76,7 +87,11 @@ def test_transparent_is_white_grey_is_rgb_and_a_turned_camera_is_upright():
         exif[0x0112] = held
         file = encode(IMAGE, "JPEG", exif=exif)
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(file)))
-        assert read_picture(file).tobytes() == upright.tobytes()
+        from_memory = Image.open(io.BytesIO(file))
+        for source in (file, from_memory, picture_bytes(from_memory)):
+            assert read_picture(source).tobytes() == upright.tobytes()
+    cmyk = Image.open(io.BytesIO(encode(IMAGE.convert("CMYK"), "JPEG", exif=exif)))  # no mode of PNG's
+    assert read_picture(picture_bytes(cmyk)).size == (36, 24)
 
 
 def test_odd_notes_of_a_camera_lose_no_picture():

@@ -5,16 +5,15 @@ in the template. An answer begins where the whole rendered chat and the rendered
 model is given when it has to answer) part, and ends with the template's end-of-turn token, which is trained.
 Whatever would make that doubtful is refused: texts that hold a token by which the template marks turns, templates
 that write the prompt otherwise once its answer is there, templates that leave a text out.
-
-What this module does not know: models, batches, padding, pictures (an image is what the template writes for it).
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby, takewhile
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from ironlogic.data.chats import ChatError, Chats, Rejected, check_chat, plain_turns
 
@@ -25,9 +24,9 @@ __all__ = ["IGNORED", "EncodeReport", "Encoded", "encode_chat", "encode_chats", 
 Loss = Literal["assistant", "all"]
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
 
-_PROBES = ("Zq1 asks", "Zq2 answers", "Zq3 asks", "Zq4 answers")  # found again whatever a template puts around them
-_SEEN = {name: Value("int64") for name in ("length", "trained", "straddling")}
-_SEEN |= {name: Value("string") for name in ("field", "value", "reason")}
+_REPLACED = {"messages", "images", "input_ids", "labels", "outcome"}  # columns of the chats that do not stay
+_OUTCOME = {name: Value("int64") for name in ("length", "trained", "straddling")}  # tokens
+_OUTCOME |= {name: Value("string") for name in ("field", "value", "reason")}  # of a row that can't be encoded
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,21 @@ class EncodeReport:
     rejected: tuple[Rejected, ...]  # rows left out because they can't be encoded
 
     def __str__(self) -> str:
-        said = [f"all {self.rows} rows fit in {self.max_length} tokens (longest {self.longest})"]
         if self.cut:
             longer, cut = ("is", "was") if self.cut == 1 else ("are", "were")
-            said = [f"{self.cut} of {self.rows} rows {longer} longer than {self.max_length} tokens and {cut} cut"]
-            said[0] += f" (longest {self.longest})"
+            fits = f"{self.cut} of {self.rows} rows {longer} longer than {self.max_length} tokens and {cut} cut"
+        else:
+            fits = f"all {self.rows} rows fit in {self.max_length} tokens"
+        sentences = [f"{fits} (longest {self.longest})"]
         if self.dropped:
             dropped = "was" if self.dropped == 1 else "were"
-            said.append(f"{self.dropped} had no trained token left and {dropped} dropped")
+            sentences.append(f"{self.dropped} had no trained token left and {dropped} dropped")
         if self.straddling:
-            said.append(f"tokens not trained because they begin before their answer: {self.straddling}")
+            sentences.append(f"tokens not trained because they begin before their answer: {self.straddling}")
         if self.rejected:
-            said.append(f"{len(self.rejected)} could not be encoded and left out, first {self.rejected[0]}")
-        return "; ".join(said)
+            count, first = len(self.rejected), self.rejected[0]
+            sentences.append(f"{count} could not be encoded and left out, first {first}")
+        return "; ".join(sentences)
 
 
 def encode_chat(messages: Any, tokenizer: Any, *, loss: Loss = "assistant") -> Encoded:
@@ -77,7 +78,7 @@ def encode_chat(messages: Any, tokenizer: Any, *, loss: Loss = "assistant") -> E
 
     Raises ChatError if `messages` is no chat, the template refuses it, or the answers can't be told without doubt.
     """
-    return _encode(check_chat(messages), tokenizer, _read_template(tokenizer, loss), loss)
+    return _encode(check_chat(messages), tokenizer, _template_of(tokenizer, loss), loss)
 
 
 def encode_chats(
@@ -85,35 +86,36 @@ def encode_chats(
 ) -> tuple[Dataset, EncodeReport]:
     """The chats as `input_ids` and `labels`, cut to `max_length` tokens on the right.
 
-    All other columns stay. A chat that can't be encoded, or has nothing left to train, is left out and reported.
-    Raises ChatError if that leaves no row, or if the tokenizer or its template can't be used at all.
+    All other columns stay, but for the bytes of pictures. A chat that can't be encoded, or has nothing left to
+    train, is left out and reported. Raises ChatError if that leaves no row, or if the tokenizer or its template
+    can't be used at all.
     """
     if type(max_length) is not int or max_length < 1:
         raise ChatError(f"max_length is {max_length!r}; expected a number of tokens, 1 or more")
     if not len(chats):
         raise ChatError("there are no rows; expected one chat or more")
-    template = _read_template(tokenizer, loss)
-    dataset = chats.rows
-    replaced = {"messages", "images", "input_ids", "labels", "_seen"}
-    kept = {name: kind for name, kind in dataset.features.items() if name not in replaced}
-    made = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "_seen": _SEEN}
-    encoded = dataset.map(
+    template = _template_of(tokenizer, loss)
+    rows = chats.rows
+    replaced = [name for name in rows.column_names if name in _REPLACED]
+    kept = {name: kind for name, kind in rows.features.items() if name not in replaced}
+    made = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "outcome": _OUTCOME}
+    encoded = rows.map(
         _encode_batch,
         batched=True,
         batch_size=100,
         fn_kwargs={"tokenizer": tokenizer, "template": template, "loss": loss, "max_length": max_length},
-        remove_columns=list(replaced.intersection(dataset.column_names)),
-        features=type(dataset.features)(kept | made),
+        remove_columns=replaced,
+        features=type(rows.features)(kept | made),
         num_proc=num_proc,
         load_from_cache_file=False,
         desc="tokens and labels",
     )
-    seen = encoded["_seen"][:]
-    report = _report(seen, chats, max_length)
-    good = [row for row, one in enumerate(seen) if one["trained"]]
+    outcomes = encoded["outcome"][:]
+    report = _report(outcomes, chats, max_length)
+    good = [row for row, outcome in enumerate(outcomes) if outcome["trained"]]
     if not good:
         raise ChatError(f"no row is left to train on: {report}")
-    return encoded.select(good).remove_columns("_seen"), report
+    return encoded.select(good).remove_columns("outcome"), report
 
 
 def show_mask(encoded: Encoded | Mapping, tokenizer: Any, *, html: bool = False) -> str:
@@ -123,13 +125,16 @@ def show_mask(encoded: Encoded | Mapping, tokenizer: Any, *, html: bool = False)
     """
     if isinstance(encoded, Mapping):
         encoded = Encoded(encoded["input_ids"], encoded["labels"])
-    spans, pairs = [], zip(encoded.input_ids, encoded.labels, strict=True)
-    for trained, run in groupby(pairs, lambda pair: pair[1] != IGNORED):
-        spans.append((trained, tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)))
-    trained = sum(label != IGNORED for label in encoded.labels)
-    title = f"{trained} of {len(encoded.labels)} tokens are trained"
+    spans = []  # (trained?, text)
+    pairs = zip(encoded.input_ids, encoded.labels, strict=True)
+    for trained, span in groupby(pairs, lambda pair: pair[1] != IGNORED):
+        text = tokenizer.decode([token for token, _ in span], clean_up_tokenization_spaces=False)
+        spans.append((trained, text))
+    count = sum(label != IGNORED for label in encoded.labels)
+    title = f"{count} of {len(encoded.labels)} tokens are trained"
     if not html:
-        return "\n".join([title, *(f"{'trained' if trained else '   read'} | {text!r}" for trained, text in spans)])
+        lines = [f"{'trained' if trained else '   read'} | {text!r}" for trained, text in spans]
+        return "\n".join([title, *lines])
     tags = {True: '<mark title="trained">{}</mark>', False: '<span title="read, not trained">{}</span>'}
     body = "".join(tags[trained].format(_escape(text)) for trained, text in spans)
     return f'<figure><figcaption>{title}</figcaption><pre style="white-space: pre-wrap">{body}</pre></figure>'
@@ -137,50 +142,71 @@ def show_mask(encoded: Encoded | Mapping, tokenizer: Any, *, html: bool = False)
 
 def _escape(text: str) -> str:
     """HTML without control characters and without the invisible ones that turn the direction of writing."""
-    shown = (one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
-    return escape("".join(shown))
+    visible = (char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+    return escape("".join(visible))
 
 
 # --- what a chat template writes around the texts
+_PROBES = ("Zq1 asks", "Zq2 answers", "Zq3 asks", "Zq4 answers")  # found again whatever a template puts around them
 
 
 @dataclass(frozen=True)
 class _Template:
-    parts: bool  # does it want contents as lists of parts? Else as strings where there is only text
+    """A chat template's own wording, read off two short exchanges."""
+
+    parts: bool  # it wants contents as lists of parts, not as strings
     opening: str  # what it appends when an answer is asked for
-    cuts: tuple[int, ...]  # the token borders in the opening, in characters from its end, from 0 upwards
-    ends: tuple[list[str], list[str]]  # the end-of-turn tokens behind the last answer and behind those before
+    borders: tuple[int, ...]  # of the opening's tokens, in characters from its end: 0, and so on upwards
+    last_end: list[str]  # end-of-turn tokens behind the last answer
+    inner_end: list[str]  # and behind an answer that another turn follows; empty where it writes none
     reserved: re.Pattern  # the tokens by which it marks turns
 
 
-def _read_template(tokenizer: Any, loss: Loss) -> _Template:
-    """Reads the template's own wording off two short exchanges."""
+_templates: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer -> (what the template depends on, template)
+
+
+def _template_of(tokenizer: Any, loss: Loss) -> _Template:
+    """The template of the tokenizer, read once. Raises ChatError where it can't be used for this loss."""
     if loss not in ("assistant", "all"):
         raise ChatError(f"loss is {loss!r}; expected assistant or all")
     if not tokenizer.is_fast:
         raise ChatError(f"{type(tokenizer).__name__} can't tell where its tokens come from; load a fast tokenizer")
     if not tokenizer.chat_template:
         raise ChatError("the tokenizer has no chat template; set one, or load the tokenizer of an instruct model")
-    chat, text = _render_probes(tokenizer)
-    plain, prompt = _render(chat[:1], tokenizer), _render(chat[:1], tokenizer, opened=True)
-    common, offsets = _common(plain, prompt), _tokenize(prompt, tokenizer)[1]
-    opening = prompt[max((start for start, end in offsets if start <= common < end), default=common) :]
-    cuts = {0} | {len(prompt) - end for _, end in offsets if len(prompt) - end < len(opening)}
-
-    own = [token for token in tokenizer.get_added_vocab() if token.strip() and token in text + prompt]
-    tokens = _any_of(own)
-    _, _, between, _, last = re.split("|".join(_PROBES), text)
-    marks = {mark for part in (plain, between, last) for mark in tokens.findall(part)}
-    marks |= set(tokens.findall(opening)[:1])  # the header; a later one begins a thought, such as <think>
-    marks |= {token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token}
-    ends = _read_ends(last.lstrip(), between.lstrip(), tokens)
-    if loss == "assistant" and not all(ends):
+    state = (tokenizer.chat_template, tokenizer.special_tokens_map)
+    known_state, template = _templates.get(tokenizer, (None, None))
+    if known_state != state:
+        template = _read_template(tokenizer)
+        _templates[tokenizer] = (state, template)
+    if loss == "assistant" and not template.last_end:
         raise ChatError(
             "the chat template puts no special token behind an answer, so its end can't be told nor trained; "
             'use loss="all", or a template that ends every turn with such a token'
         )
+    return template
+
+
+def _read_template(tokenizer: Any) -> _Template:
+    chat, text = _render_probes(tokenizer)
+    question, prompt = _render(chat[:1], tokenizer), _render(chat[:1], tokenizer, opened=True)
+    opening_start = _common_length(question, prompt)
+    offsets = _tokenize(prompt, tokenizer)[1]
+    for start, end in offsets:
+        if start <= opening_start < end:  # a token lies across: all of it belongs to the opening
+            opening_start = start
+            break
+    opening = prompt[opening_start:]
+    borders = {0} | {len(prompt) - end for _, end in offsets if end > opening_start}
+
+    used = [token for token in tokenizer.get_added_vocab() if token.strip() and token in text + prompt]
+    tokens = _any_of(used)
+    before, after_question, between, _, last = re.split("|".join(_PROBES), text)
+    marks = {mark for part in (before, between, last) for mark in tokens.findall(part)}
+    marks |= set(tokens.findall(opening)[:1])  # the header; a later one begins a thought, such as <think>
+    marks |= {token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token}
+    last_end, inner_end = _read_ends(*(_leading(tokens, part) for part in (last, between, after_question)))
     parts = isinstance(chat[0]["content"], list)
-    return _Template(parts, opening, tuple(sorted(cuts)), ends, _any_of(marks))
+    return _Template(parts, opening, tuple(sorted(borders)), last_end, inner_end, _any_of(marks))
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern:
@@ -188,12 +214,27 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
+def _leading(tokens: re.Pattern, text: str) -> list[str]:
+    """The tokens with which the text begins."""
+    return tokens.findall(re.match(f"(?:{tokens.pattern})*", text.lstrip())[0])
+
+
+def _read_ends(last: list[str], between: list[str], after_question: list[str]) -> tuple[list[str], list[str]]:
+    """The end-of-turn tokens of the last answer and of those before, from the tokens that follow the texts."""
+    same = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(last, between, strict=False))]
+    if same:
+        return same, same
+    # Two kinds of end, as in gpt-oss; the inner one ends questions too, or it is the next turn's header.
+    ends_turns = bool(between) and between[:1] == after_question[:1]
+    return last[:1], between[:1] if ends_turns else []
+
+
 def _render_probes(tokenizer: Any) -> tuple[list[dict], str]:
     """Two exchanges in the form of content that the template reads, and how it writes them."""
     turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(_PROBES)]
     why = "it leaves their texts out"
     for parts in (False, True):
-        chat = _shape(turns, parts)
+        chat = _as_parts(turns) if parts else turns
         try:
             text = _render(chat, tokenizer)
         except ChatError as error:
@@ -204,22 +245,15 @@ def _render_probes(tokenizer: Any) -> tuple[list[dict], str]:
     raise ChatError(f"the chat template can't be used for two plain exchanges: {why}")
 
 
-def _read_ends(last: str, between: str, tokens: re.Pattern) -> tuple[list[str], list[str]]:
-    """The tokens with which both begin, most often one; else the first of each (so in gpt-oss)."""
-    runs = [tokens.findall(re.match(f"(?:{tokens.pattern})*", part)[0]) for part in (last, between)]
-    same = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*runs, strict=False))]
-    return (same, same) if same else (runs[0][:1], runs[1][:1])
-
-
-def _shape(messages: list[dict], parts: bool) -> list[dict]:
-    """The same messages, strings as lists of one text part if the template wants `parts`."""
-    shaped = []
+def _as_parts(messages: list[dict]) -> list[dict]:
+    """The same messages, strings as lists of one text part."""
+    turns = []
     for turn in messages:
         content = turn["content"]
-        if parts and isinstance(content, str):
+        if isinstance(content, str):
             content = [{"type": "text", "text": content}]
-        shaped.append({"role": turn["role"], "content": content})
-    return shaped
+        turns.append({"role": turn["role"], "content": content})
+    return turns
 
 
 def _render(messages: list[dict], tokenizer: Any, *, opened: bool = False) -> str:
@@ -231,32 +265,46 @@ def _render(messages: list[dict], tokenizer: Any, *, opened: bool = False) -> st
 
 
 def _tokenize(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and the (start, end) of each in the text."""
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return tokens["input_ids"], tokens["offset_mapping"]
 
 
-def _common(one: str, other: str) -> int:
-    """Length of the common beginning."""
-    if other.startswith(one):
-        return len(one)
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
+def _common_length(a: str, b: str) -> int:
+    """Characters of the common beginning."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
 
 
 # --- one chat
+@dataclass(frozen=True)
+class _Answer:
+    """Where an answer stands in the rendered chat, in characters, and the ids of its end-of-turn tokens."""
+
+    start: int
+    end: int
+    end_ids: list[int]
 
 
-def _encode(messages: Any, tokenizer: Any, template: _Template, loss: Loss) -> Encoded:
-    messages = _shape(messages, template.parts)
+def _encode(messages: list[dict], tokenizer: Any, template: _Template, loss: Loss) -> Encoded:
+    if template.parts:
+        messages = _as_parts(messages)
     for index, turn in enumerate(messages):
-        if found := template.reserved.search("".join(_texts(turn))):
-            reason = f"holds {found[0]!r}, by which the chat template marks turns; rewrite it"
+        if mark := template.reserved.search("".join(_texts(turn))):
+            reason = f"holds {mark[0]!r}, by which the chat template marks turns; rewrite it"
             raise ChatError(reason, field=f"messages[{index}].content")
     text = _render(messages, tokenizer)
     _check_texts(messages, text)
     ids, offsets = _tokenize(text, tokenizer)
     if loss == "all":
         return Encoded(ids, list(ids))
-    return _label(ids, offsets, _find_answers(messages, text, tokenizer, template), tokenizer)
+    answers = [
+        _find_answer(messages, index, text, tokenizer, template)
+        for index, turn in enumerate(messages)
+        if turn["role"] == "assistant"
+    ]
+    return _label(ids, offsets, answers, tokenizer)
 
 
 def _texts(turn: dict) -> list[str]:
@@ -265,13 +313,13 @@ def _texts(turn: dict) -> list[str]:
     return [part["text"] for part in turn["content"] if part["type"] == "text"]
 
 
-def _tail(text: str) -> str:
+def _last_word(text: str) -> str:
     """The last word and the signs behind it; what stands before, a template may rewrite."""
     word = re.search(r"\w+\W*$", text.strip()[-100:])
     return word[0] if word else text.strip()[-1:]
 
 
-def _head(text: str) -> str:
+def _first_word(text: str) -> str:
     """The first word that is no tag."""
     word = re.search(r"(?<![\w<])\w+", text)
     return word[0][:20] if word else ""
@@ -279,100 +327,109 @@ def _head(text: str) -> str:
 
 def _check_texts(messages: list[dict], rendered: str) -> None:
     """The end of every text is there, in order; the beginning need not be (templates strip old thoughts)."""
-    place = 0
+    position = 0
     for index, turn in enumerate(messages):
-        for tail in map(_tail, _texts(turn)):
-            found = rendered.find(tail, place)
-            if found < 0:
+        for word in map(_last_word, _texts(turn)):
+            start = rendered.find(word, position)
+            if start < 0:
                 raise ChatError("is left out or moved by the chat template", field=f"messages[{index}].content")
-            place = found + len(tail)
+            position = start + len(word)
 
 
-def _find_answers(
-    messages: list[dict], text: str, tokenizer: Any, template: _Template
-) -> Iterator[tuple[int, int, list[int]]]:
-    """Of each answer its first character, its end, and the ids of the end-of-turn tokens that follow."""
-    for index, turn in enumerate(messages):
-        if turn["role"] != "assistant":
-            continue
-        prompt = _render(messages[:index], tokenizer, opened=True)
-        common = _common(prompt, text)
-        # The chat may leave the opening early: it can hold a thought that this turn does not begin with.
-        cuts = template.cuts if prompt.endswith(template.opening) else (0,)
-        start = next((len(prompt) - cut for cut in cuts if len(prompt) - cut <= common), -1)
-        mark = template.ends[index < len(messages) - 1]
-        end = text.find("".join(mark), start)
-        answer, field = "".join(_texts(turn)), f"messages[{index}]"
-        if min(start, end) < 0 or not text[start:end].rstrip().endswith(_tail(answer)):
-            reason = "can't be told from what is around it: the chat template does not write it as it wrote others"
-            raise ChatError(reason, field=field)
-        if turn is messages[-1] and _head(answer) not in text[len(prompt) - len(template.opening) : end]:
-            reason = "loses its beginning in the chat template; a thought? Use a template that keeps it"
-            raise ChatError(reason, field=field)
-        yield start, end, tokenizer.convert_tokens_to_ids(mark)
+def _find_answer(messages: list[dict], index: int, text: str, tokenizer: Any, template: _Template) -> _Answer:
+    """The answer of turn `index` in the rendered chat `text`. Raises ChatError where that is in doubt."""
+    is_last = index == len(messages) - 1
+    end_tokens = template.last_end if is_last else template.inner_end
+    if not end_tokens:
+        reason = (
+            "is not ended by a special token in this chat template when a turn follows; train it as the last one"
+        )
+        raise ChatError(reason, field=f"messages[{index}]")
+    prompt = _render(messages[:index], tokenizer, opened=True)
+    common = _common_length(prompt, text)
+    # The chat may leave the opening early: it can hold a thought that this turn does not begin with.
+    borders = template.borders if prompt.endswith(template.opening) else (0,)
+    starts = [len(prompt) - border for border in borders if len(prompt) - border <= common]
+    start = starts[0] if starts else -1
+    end = text.find("".join(end_tokens), start)
+    answer = "".join(_texts(messages[index]))
+    if start < 0 or end < 0 or not text[start:end].rstrip().endswith(_last_word(answer)):
+        reason = "can't be told from what is around it: the chat template does not write it as it wrote others"
+        raise ChatError(reason, field=f"messages[{index}]")
+    if is_last and _first_word(answer) not in text[len(prompt) - len(template.opening) : end]:
+        reason = "loses its beginning in the chat template; a thought? Use a template that keeps it"
+        raise ChatError(reason, field=f"messages[{index}]")
+    return _Answer(start, end, tokenizer.convert_tokens_to_ids(end_tokens))
 
 
-def _label(ids: list[int], offsets: list, answers: Iterator[tuple[int, int, list[int]]], tokenizer: Any) -> Encoded:
+def _label(ids: list[int], offsets: list[tuple[int, int]], answers: list[_Answer], tokenizer: Any) -> Encoded:
     labels, straddling, at = [IGNORED] * len(ids), 0, 0
-    for start, end, mark in answers:
-        while at < len(ids) and offsets[at][1] <= start:
+    for answer in answers:
+        while at < len(ids) and offsets[at][1] <= answer.start:
             at += 1
-        while at < len(ids) and offsets[at][1] <= end:
-            if _begins_before(start, ids, offsets, at, tokenizer):
+        while at < len(ids) and offsets[at][1] <= answer.end:
+            if _begins_before(answer.start, ids, offsets, at, tokenizer):
                 straddling += 1
             else:
                 labels[at] = ids[at]
             at += 1
-        if ids[at : at + len(mark)] != mark:
+        behind = at + len(answer.end_ids)
+        if ids[at:behind] != answer.end_ids:
             raise ChatError("hold an answer whose end-of-turn token is merged with something", field="messages")
-        labels[at : at + len(mark)] = mark
-        at += len(mark)
+        labels[at:behind] = answer.end_ids
+        at = behind
     return Encoded(ids, labels, straddling)
 
 
-def _begins_before(start: int, ids: list[int], offsets: list, at: int, tokenizer: Any) -> bool:
-    before = offsets[at - 1][1] if at else 0
-    if before < start <= offsets[at][0]:  # the blanks between were dropped, or trimmed off this token's offsets
+def _begins_before(start: int, ids: list[int], offsets: list[tuple[int, int]], at: int, tokenizer: Any) -> bool:
+    """Whether a part of token `at` belongs to what stands before character `start`."""
+    previous_end = offsets[at - 1][1] if at else 0
+    if previous_end < start <= offsets[at][0]:  # the blanks between were dropped, or trimmed off its offsets
         return tokenizer.decode([ids[at]])[:1].isspace()
     return offsets[at][0] < start
 
 
 # --- many chats
-
-
 def _encode_batch(batch: dict, *, tokenizer: Any, template: _Template, loss: Loss, max_length: int) -> dict:
-    rows: dict[str, list] = {"input_ids": [], "labels": [], "_seen": []}
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "outcome": []}
     for messages in batch["messages"]:
-        one, problem = Encoded([], []), ChatError("")
+        encoded, problem = Encoded([], []), ChatError("")
         try:
-            one = _encode(plain_turns(messages), tokenizer, template, loss)
+            encoded = _encode(plain_turns(messages), tokenizer, template, loss)
         except ChatError as error:
             problem = error
-        labels = one.labels[:max_length]
-        trained = sum(label != IGNORED for label in labels[1:])  # nothing predicts the first token
-        seen = {"length": len(one.labels), "trained": trained, "straddling": one.straddling}
-        rows["input_ids"].append(one.input_ids[:max_length])
-        rows["labels"].append(labels)
-        rows["_seen"].append(seen | {"field": problem.field, "value": problem.value, "reason": problem.reason})
-    return rows
+        labels = encoded.labels[:max_length]
+        columns["input_ids"].append(encoded.input_ids[:max_length])
+        columns["labels"].append(labels)
+        columns["outcome"].append(
+            {
+                "length": len(encoded.labels),
+                "trained": sum(label != IGNORED for label in labels[1:]),  # nothing predicts the first token
+                "straddling": encoded.straddling,
+                "field": problem.field,
+                "value": problem.value,
+                "reason": problem.reason,
+            }
+        )
+    return columns
 
 
-def _report(seen: list[dict], chats: Chats, max_length: int) -> EncodeReport:
+def _report(outcomes: list[dict], chats: Chats, max_length: int) -> EncodeReport:
     rejected = []
-    for index, one in enumerate(seen):
-        if one["reason"]:
-            error = ChatError(one["reason"], field=one["field"], value=one["value"])
+    for index, outcome in enumerate(outcomes):
+        if outcome["reason"]:
+            error = ChatError(outcome["reason"], field=outcome["field"], value=outcome["value"])
             rejected.append(chats.reject(index, error))
-    whole = [one for one in seen if not one["reason"]]
-    out = [one for one in whole if one["trained"]]
+    whole = [outcome for outcome in outcomes if not outcome["reason"]]
+    good = [outcome for outcome in whole if outcome["trained"]]
     return EncodeReport(
-        rows=len(seen),
+        rows=len(outcomes),
         max_length=max_length,
-        longest=max((one["length"] for one in whole), default=0),
-        cut=sum(one["length"] > max_length for one in whole),
-        dropped=len(whole) - len(out),
-        tokens=sum(min(one["length"], max_length) for one in out),
-        trained=sum(one["trained"] for one in out),
-        straddling=sum(one["straddling"] for one in out),
+        longest=max((outcome["length"] for outcome in whole), default=0),
+        cut=sum(outcome["length"] > max_length for outcome in whole),
+        dropped=len(whole) - len(good),
+        tokens=sum(min(outcome["length"], max_length) for outcome in good),
+        trained=sum(outcome["trained"] for outcome in good),
+        straddling=sum(outcome["straddling"] for outcome in good),
         rejected=tuple(rejected),
     )

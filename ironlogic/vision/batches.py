@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from ironlogic.data.chats import ChatError, Chats, Rejected, RejectedRows
 from ironlogic.data.masking import IGNORED, encode_chats
-from ironlogic.data.pictures import PictureError, check_picture, picture_bytes, picture_key, read_picture
+from ironlogic.data.pictures import PictureError, check_picture, picture_bytes, read_picture
 from ironlogic.models import LoadedModel, ModelError
 from ironlogic.training.runs import RunError, no_room
 from ironlogic.vision.splice import bare, tower_name, tower_of
@@ -57,24 +57,17 @@ _SHARD = 256  # pictures in one file of features
 
 
 class Pictures:
-    """Pictures by their key (`picture_key`): paths, or bytes in memory."""
+    """Pictures by the key of their content (`check_picture`): paths, or bytes in memory."""
 
     def __init__(self) -> None:
         self._sources: dict[str, str | bytes] = {}
-        self._keys: dict[str, str] = {}  # of paths that were read already
 
     def add(self, source: Any) -> str:
         """Its key. Raises PictureError when it can't be read."""
-        path = str(source) if isinstance(source, str | os.PathLike) else ""
-        if path and path in self._keys:
-            return self._keys[path]
-        content = picture_bytes(source)
-        key = picture_key(content)
-        if key not in self._sources:
-            check_picture(content)
-            self._sources[key] = path or content
-        if path:
-            self._keys[path] = key
+        if not isinstance(source, str | os.PathLike):
+            source = picture_bytes(source)
+        key = check_picture(source)
+        self._sources.setdefault(key, source if isinstance(source, bytes) else str(source))
         return key
 
     def open(self, key: str) -> Image.Image:
