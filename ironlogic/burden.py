@@ -7,10 +7,7 @@ with words, Chinese and Japanese characters with such characters, closed sentenc
 of them grow together.
 
 A draw is a pure function of (seed, epoch, row, message): the same bytes for any batch size, order of rows,
-number of processes and platform.
-
-What this module does not know: what a unit is (`units`), and whether a burden does a model any good
-(`evidence`).
+number of processes and platform. What a unit is stands in `units`.
 """
 
 import hashlib
@@ -201,14 +198,14 @@ def apply_burden(
     places = movable_places(pieces, protected_spans(text, protect))
     drawn = places[draw(len(places), number, ratio)]
     moved = list(pieces)
-    for group in _alike(drawn, pieces, unit, text):
+    for group in _by_kind(drawn, pieces, unit, text):
         # Places in random order, and in the order of the text the units that go there.
         for place, source in zip(group.tolist(), np.sort(group).tolist(), strict=True):
             moved[place] = pieces[source]
     return "".join(moved)
 
 
-def _alike(drawn: np.ndarray, pieces: list[str], unit: Unit, text: str) -> list[np.ndarray]:
+def _by_kind(drawn: np.ndarray, pieces: list[str], unit: Unit, text: str) -> list[np.ndarray]:
     """The drawn places, one array for each kind of unit."""
     if unit in ("char", "token") or (unit == "word" and text.isascii()):
         return [drawn]
@@ -248,64 +245,58 @@ def burden_messages(
     The key of a text is (epoch, row, index of its message); the second and later text parts of a list add
     their index. All other fields and parts are kept. Raises `BurdenError`.
     """
-    return _burdened(messages, burden, seed=seed, epoch=epoch, row=row, tokenizer=tokenizer)[0]
+    return _burden_conversation(messages, burden, seed=seed, epoch=epoch, row=row, tokenizer=tokenizer)[0]
 
 
-def _burdened(messages, burden: Burden, *, seed, epoch, row, tokenizer) -> tuple[list[dict], list[tuple[str, str]]]:
+def _burden_conversation(
+    messages, burden: Burden, *, seed, epoch, row, tokenizer
+) -> tuple[list[dict], list[tuple[str, str]]]:
     """The burdened copy of a conversation, and (before, after) of every text that may have changed."""
-    copy, pairs = _copied(messages, row), []
-    drawn = epoch if burden.redraw else 0
-    texts = _texts(copy, burden.roles, row)
-    if _number(seed, ("mix", drawn, row)) >= burden.mix * 2**64:
-        return copy, pairs
+    if not isinstance(messages, (list, tuple)):
+        raise BurdenError(f"row {row}: messages is a {type(messages).__name__}; expected a list of messages")
+    epoch = epoch if burden.redraw else 0
+    is_drawn = _number(seed, ("mix", epoch, row)) < burden.mix * 2**64
     settings = {"ratio": burden.ratio, "unit": burden.unit, "protect": burden.protect, "tokenizer": tokenizer}
-    for end_of_key, holder, field in texts:
-        before = holder[field]
-        holder[field] = apply_burden(before, seed=seed, key=(drawn, row, *end_of_key), **settings)
-        pairs.append((before, holder[field]))
+    copy, pairs = [], []
+    for index, message in enumerate(messages):
+        where = f"row {row}, message {index}"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise BurdenError(f"{where} is {message!r}; expected a dict with role and content")
+        message = dict(message)
+        copy.append(message)
+        if message["role"] not in burden.roles:
+            continue
+        for number, (holder, field) in enumerate(_open_texts(message, where)):
+            key = (epoch, row, index, number) if number else (epoch, row, index)
+            before = holder[field]
+            if is_drawn:
+                holder[field] = apply_burden(before, seed=seed, key=key, **settings)
+                pairs.append((before, holder[field]))
     return copy, pairs
 
 
-def _copied(messages: Sequence[Mapping], row) -> list[dict]:
-    """New dicts down to the parts of a content list; images and other values in them are shared."""
-    if not isinstance(messages, (list, tuple)):
-        raise BurdenError(f"row {row}: messages is a {type(messages).__name__}; expected a list of messages")
-    copies = []
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise BurdenError(f"row {row}, message {index} is {message!r}; expected a dict with role and content")
-        copies.append(dict(message))
-        if isinstance(message.get("content"), (list, tuple)):
-            parts = [dict(part) if isinstance(part, Mapping) else part for part in message["content"]]
-            copies[-1]["content"] = parts
-    return copies
-
-
-def _texts(messages: list[dict], roles: tuple[str, ...], row) -> list[tuple[tuple[int, ...], dict, str]]:
-    """(end of the key, dict, field) of every text that the roles hold."""
-    found = []
-    for index, message in enumerate(messages):
-        if message["role"] not in roles:
-            continue
-        parts = [message]
-        if isinstance(message.get("content"), list):
-            parts = [part for part in message["content"] if isinstance(part, dict) and part.get("type") == "text"]
-        for number, part in enumerate(parts):
-            field = "content" if part is message else "text"
-            if not isinstance(part.get(field), str):
-                wanted = "a string or a list of parts" if field == "content" else "a string"
-                raise BurdenError(f"row {row}, message {index}: {field} is {part.get(field)!r}; expected {wanted}")
-            found.append(((index, number) if number else (index,), part, field))
-    return found
+def _open_texts(message: dict, where: str) -> list[tuple[dict, str]]:
+    """(dict, field) of every text of a message; a list of parts is copied into it first, images are shared."""
+    if isinstance(message.get("content"), (list, tuple)):
+        parts = [dict(part) if isinstance(part, Mapping) else part for part in message["content"]]
+        message["content"] = parts
+        texts = [(part, "text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+        expected = "a string"
+    else:
+        texts, expected = [(message, "content")], "a string or a list of parts"
+    for holder, field in texts:
+        if not isinstance(holder.get(field), str):
+            raise BurdenError(f"{where}: {field} is {holder.get(field)!r}; expected {expected}")
+    return texts
 
 
 def _burden_batch(batch, indices: list[int], *, burden: Burden, seed: int, rows: int, tokenizer) -> dict[str, list]:
     keys = batch["row"] if "row" in batch else [index % rows for index in indices]
     epochs = [index // rows for index in indices]
-    done = [
-        _burdened(messages, burden, seed=seed, epoch=epoch, row=row, tokenizer=tokenizer)
+    burdened = [
+        _burden_conversation(messages, burden, seed=seed, epoch=epoch, row=row, tokenizer=tokenizer)
         for messages, row, epoch in zip(batch["messages"], keys, epochs, strict=True)
     ]
-    reached = [asdict(pooled_disorder(pairs, unit=burden.unit, tokenizer=tokenizer)) for _, pairs in done]
+    reached = [asdict(pooled_disorder(pairs, unit=burden.unit, tokenizer=tokenizer)) for _, pairs in burdened]
     columns = {name: [disorder[name] for disorder in reached] for name in _REACHED}
-    return {"messages": [messages for messages, _ in done], "row": keys, "epoch": epochs, **columns}
+    return {"messages": [messages for messages, _ in burdened], "row": keys, "epoch": epochs, **columns}

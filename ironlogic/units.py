@@ -1,11 +1,11 @@
 """The units a text is made of (words, characters, tokens, sentences), and how far two orders of them are apart.
 
-Taking apart is exact: gaps and units alternate and join to the text again. Beside `burden` because both a
-burden and the measuring of one rest on the same units. Not known here: grammar (the full stop of an
-abbreviation ends a sentence) and dictionaries (a Chinese or Japanese word is its characters; Thai, Lao and
+Taking apart is exact: gaps and units alternate and join to the text again. There is no grammar in it (the full stop
+of an abbreviation ends a sentence) and no dictionary (a Chinese or Japanese word is its characters; Thai, Lao and
 Khmer words are whole runs without blanks).
 """
 
+import bisect
 import re
 import unicodedata
 from collections import defaultdict
@@ -250,7 +250,7 @@ class Disorder:
 
 
 def measure_disorder(before: str, after: str, *, unit: Unit = "word", tokenizer=None) -> Disorder:
-    """The disorder of `after` against `before`, in O(n log n).
+    """The disorder of `after` against `before`.
 
     A word that stands where it stood is not displaced; the other occurrences of a repeated word are matched in
     order, first with first. So repeated words never look more displaced than they were moved, and tau comes out
@@ -268,20 +268,20 @@ def pooled_disorder(pairs: Sequence[tuple[str, str]], *, unit: Unit = "word", to
     total = np.zeros(6, np.int64)
     for before, after in pairs:
         total += _tally(before, after, unit, tokenizer)
-    units, displaced, couples, inversions, bigrams, kept = total.tolist()
+    units, displaced, order_pairs, inverted, bigrams, kept = total.tolist()
     kept_share = kept / bigrams if bigrams else 1.0
-    return Disorder(displaced / max(units, 1), inversions / max(couples, 1), kept_share)
+    return Disorder(displaced / max(units, 1), inverted / max(order_pairs, 1), kept_share)
 
 
-def chosen_count(n, ratio: float):
-    """How many of `n` (a number or an array) units are drawn: ratio * n rounded, halves upwards.
+def chosen_count(n: int, ratio: float) -> int:
+    """How many of `n` units are drawn: ratio * n rounded, halves upwards.
 
     The 1e-9 is for halves that binary fractions put a hair below, such as 0.29 * 50 = 14.499...
 
-    >>> int(chosen_count(10, 0.7)), int(chosen_count(5, 0.7)), int(chosen_count(50, 0.29))
+    >>> chosen_count(10, 0.7), chosen_count(5, 0.7), chosen_count(50, 0.29)
     (7, 4, 15)
     """
-    return np.asarray(n * float(ratio) + (0.5 + 1e-9)).astype(np.int64)
+    return int(n * float(ratio) + (0.5 + 1e-9))
 
 
 def expected_disorder(n: int, ratio: float) -> Disorder:
@@ -298,7 +298,7 @@ def expected_disorder(n: int, ratio: float) -> Disorder:
     check_share("expected_disorder", "ratio", ratio)
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise BurdenError(f"expected_disorder: n is {n!r}; expected a number of units, 0 or more")
-    k = int(chosen_count(n, ratio))
+    k = chosen_count(n, ratio)
     if k < 2:
         return Disorder(0.0, 0.0, 1.0)
     inverted = k * (k - 1) / 4 + (k - 1) * (n - k) / 3
@@ -341,28 +341,17 @@ def _tally(before: str, after: str, unit: Unit, tokenizer) -> np.ndarray:
     units = max(count, len(source))
     same = np.count_nonzero(source == np.arange(len(source)))
     kept = np.count_nonzero((source[1:] == source[:-1] + 1) & (source[:-1] >= 0))
-    found = source[source >= 0]
-    couples = len(found) * (len(found) - 1) // 2
-    return np.array([units, units - same, couples, _inversions(found), max(units - 1, 0), kept])
-
-
-_BLOCK = 64  # compared pair by pair before the merging starts
-_EARLIER = np.triu(np.ones((_BLOCK, _BLOCK), bool), 1)
+    shared = source[source >= 0]  # units that both texts have
+    pairs = len(shared) * (len(shared) - 1) // 2
+    return np.array([units, units - same, pairs, _inversions(shared), max(units - 1, 0), kept])
 
 
 def _inversions(order: np.ndarray) -> int:
-    """Pairs of `order` (n,) in descending order: a merge sort that merges all blocks of one width at once."""
-    width, n = _BLOCK, len(order)
-    size = width << max(-(-n // width) - 1, 0).bit_length()
-    blocks = np.full((size // width, width), order.max(initial=0) + 1)  # the padding inverts nothing
-    blocks.ravel()[:n] = order
-    count = int(np.count_nonzero((blocks[:, :, None] > blocks[:, None, :]) & _EARLIER))
-    blocks.sort(axis=1)
-    while width < n:
-        blocks = blocks.reshape(-1, 2 * width)
-        rank = np.argsort(blocks, axis=1, kind="stable")
-        # In a merged pair, an element of the left half has moved past each smaller one of the right half.
-        count += int(np.nonzero(rank < width)[1].sum()) - len(blocks) * (width * (width - 1) // 2)
-        blocks = np.take_along_axis(blocks, rank, 1)
-        width *= 2
+    """Pairs of `order` (n,) that stand in descending order: of each element, the larger ones before it."""
+    ordered: list[int] = []
+    count = 0
+    for element in order.tolist():
+        position = bisect.bisect(ordered, element)
+        count += len(ordered) - position
+        ordered.insert(position, element)
     return count
