@@ -3,18 +3,26 @@
 import copy
 import io
 import json
-import tempfile
+import re
 from pathlib import Path
 
 from ironlogic.data import chats
-from ironlogic.data.chats import ChatError, Chats, Rejected, RejectedRows, check_chat, load_chats
+from ironlogic.data.chats import (
+    ChatError,
+    Chats,
+    Rejected,
+    RejectedRows,
+    check_chat,
+    image_parts,
+    load_chats,
+    make_chats,
+)
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 
@@ -119,11 +127,6 @@ def test_a_number_too_long_to_print_and_a_key_that_is_no_text_in_memory():
     dataset, rejected = load([{"messages": 10**5000}, GOOD | {"\ud800": 1, 5: 2}])
     assert dataset.column_names == ["messages", "source_row"]
     assert [str(one) for one in rejected] == ["row 1: messages is <int>; expected a list of turns"]
-
-
-def test_the_fingerprint_follows_the_content():
-    one, same, other = (load([chat("q", "a", n=n)])[0] for n in (1, 1, 2))
-    assert one._fingerprint == same._fingerprint != other._fingerprint
 
 
 def test_a_dataset_that_was_selected_from_keeps_its_choice():
@@ -379,7 +382,33 @@ def test_one_image_turns_every_content_into_parts():
     assert dataset[0]["messages"][1]["content"] == [{"type": "text", "text": "4", "image": None}]
     assert [part["image"] for part in dataset[1]["messages"][0]["content"]] == ["cat.png", None, None]
     assert check_chat(dataset[0]["messages"]) == GOOD["messages"]  # and back
-    assert check_chat(dataset[1]["messages"]) == seen["messages"]
+    assert list(Chats(dataset)) == [GOOD["messages"], seen["messages"]]
+
+
+def test_chats_are_like_a_list_of_conversations_that_knows_its_file(tmp_path):
+    path = write(tmp_path, *[chat(f"q{i}", "a", n=i) for i in range(3)], ROLE, chat("q4", "a"))
+    chats = load_chats(path)
+    assert [messages[0]["content"] for messages in chats] == ["q0", "q1", "q2", "q4"]
+    assert (len(chats), chats[-1], chats[1][0]["content"]) == (4, chat("q4", "a")["messages"], "q1")
+    assert [messages[0]["content"] for messages in chats[::-2]] == ["q4", "q1"]
+    assert chats[:2].rows["n"][:] == [0, 1]
+    assert str(chats[2:].reject(1, ChatError("is too long", field="messages"))) == f"{path}:5: messages is too long"
+    assert str(chats.rejected).startswith("1 row left out\n  1 x messages[1].role is 'bot'")
+    with pytest.raises(IndexError):
+        chats[4]
+    chats.to_json(tmp_path / "out.jsonl")
+    assert list(load_chats(tmp_path / "out.jsonl")) == list(chats)
+
+
+def test_conversations_in_memory_are_checked_once_and_the_first_bad_one_is_named():
+    parts = [{"type": "text", "text": "Where is "}, {"type": "text", "text": "the pot?"}]
+    named = [{"role": "user", "content": parts, "name": 5}, ANSWER]
+    chats = make_chats([named, [USER | {"name": "ann"}, ANSWER]])
+    assert list(chats) == [[{"role": "user", "content": "Where is the pot?"}, ANSWER], [USER, ANSWER]]
+    assert named[0]["content"] is parts
+    assert list(make_chats(iter([named]))) == list(chats[:1])
+    with pytest.raises(ChatError, match=r"^row 2: messages\[0\].content is None; expected text"):
+        make_chats([named, [{"role": "user", "content": None}, ANSWER]])
 
 
 # --- summaries and splits
@@ -432,66 +461,168 @@ def test_a_holdout_that_is_no_share(holdout):
         split_chats(load([GOOD])[0], holdout=holdout)
 
 
-# --- anything at all
-
-WORDS = st.text(min_size=1).filter(lambda text: text.strip() and "\0" not in text)  # no surrogates by default
-KEYS = st.sampled_from(["messages", "conversations", "role", "content", "from", "value", "instruction", "output"])
-KEYS |= (
-    st.sampled_from(["history", "input", "system", "type", "text", "image", "tool_calls", "source_row"]) | st.text()
-)
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just("\ud800")
-LEAVES |= st.sampled_from(["user", "assistant", "system", "human", "gpt", "text", "image"])
-JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4))
+def test_odd_text_in_a_column_beside_the_chat_loses_no_chat():
+    dataset, rejected = load([GOOD | {"meta": "bad\0x"}, GOOD | {"meta": "\udfff"}, GOOD])
+    assert (len(dataset), rejected) == (3, [])
 
 
-@st.composite
-def damaged(draw):
-    """A good row with something else in one place."""
-    row = chat(*draw(st.lists(WORDS, min_size=2, max_size=4)), order="free")
-    place, key = row, draw(st.sampled_from(sorted(row)))
-    while isinstance(place[key], dict | list) and draw(st.booleans()):
-        place = place[key]
-        key = draw(st.sampled_from(sorted(place)) if isinstance(place, dict) else st.integers(0, len(place) - 1))
-    place[key] = draw(JSON)
-    return row
+# --- pictures
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+IMAGE = Image.fromarray(PIXELS)
 
 
-@pytest.mark.slow
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_whatever_a_file_holds_its_good_rows_come_out_in_order(data):
-    raw = st.binary().map(lambda line: line.replace(b"\n", b""))
-    lines = data.draw(st.lists(JSON | damaged() | raw | WORDS.map(lambda text: chat(text, text[::-1])), max_size=8))
-    good = {}
-    for number in sorted(data.draw(st.sets(st.integers(0, len(lines)), max_size=4))):
-        good[number] = chat(f"question {number}", data.draw(WORDS))
-        lines.insert(number, good[number])
-    with tempfile.TemporaryDirectory() as folder:
-        path = write(Path(folder), *lines)
-        check_fuzzed(path, {number + 1: row for number, row in good.items()}, len(lines))
-    rows = [one for one in lines if not isinstance(one, bytes)]
-    number_of = {id(row): number for number, row in enumerate(rows, 1)}
-    check_fuzzed(rows, {number_of[id(row)]: row for row in good.values()}, len(rows))
+def png(image=IMAGE) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
-def check_fuzzed(source, good: dict[int, dict], count: int) -> None:
-    try:
-        dataset, rejected = load(source)
-    except ChatError:
-        assert not good
-        return
-    came = dict(zip(dataset["source_row"], texts(dataset), strict=True))
-    assert list(came) == sorted(came)
-    assert not set(came) & {one.line for one in rejected}
-    assert len(came) + len(rejected) <= count  # blank lines are neither
-    for line, row in good.items():
-        assert came[line] == [(turn["role"], turn["content"]) for turn in row["messages"]]
-    assert all(len(str(one)) < 600 for one in rejected)
-    str(RejectedRows(rejected)).encode()  # can be printed
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "coco").mkdir()
+    for name in ("x.png", "coco/y.png"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "cut.png").write_bytes(png()[:200])
+    return tmp_path
+
+
+def llava(image, *texts, **extras):
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return ({"image": image} if image is not None else {}) | {"conversations": turns} | extras
+
+
+def kinds(messages):
+    return [[(p["type"], p["text"]) for p in turn["content"]] for turn in messages]
+
+
+def test_llava_json(folder):
+    rows = [
+        llava("x.png", "<image>\nWhat is it?", "A cat.", "Sure?", "Yes.", id="000"),
+        llava("coco/y.png", "What is it?\n<image>", "A dog.", id="001"),
+        llava("x.png", "Which?", "This."),
+        llava(None, "Hi", "Hello"),
+        llava(["x.png", "coco/y.png"], "<image>\n<image>\nCompare.", "Alike."),
+    ]
+    (folder / "data.json").write_text(json.dumps(rows))
+    dataset, rejected = load(folder / "data.json")
+    assert rejected == []
+    assert kinds(dataset[0]["messages"])[0] == [("image", None), ("text", "What is it?")]
+    assert kinds(dataset[1]["messages"])[0] == [("text", "What is it?"), ("image", None)]
+    assert kinds(dataset[2]["messages"])[0] == [("image", None), ("text", "Which?")]  # no place: in front
+    assert kinds(dataset[3]["messages"])[0] == [("text", "Hi")]
+    assert kinds(dataset[4]["messages"])[0] == [("image", None), ("image", None), ("text", "Compare.")]
+    assert [p["image"] for p in image_parts(dataset[4]["messages"])] == [
+        str((folder / name).resolve()) for name in ("x.png", "coco/y.png")
+    ]
+    assert "images" not in dataset.column_names  # paths stay paths
+    assert dataset["id"][:2] == ["000", "001"]
+
+
+def test_a_bad_picture_costs_its_row_only(folder):
+    (folder / "deep").mkdir()
+    good = llava("x.png", "<image>\nWhat?", "A cat.")
+    bad = {
+        "../x.png": "leads out of",
+        "none.png": "no such picture",
+        "cut.png": "cut off",
+        5: "expected a path",
+    }
+    bad_rows = [llava(image, "<image>\nWhat?", "A cat.") for image in bad]
+    bad_rows += [llava(None, "<image>\nWhat?", "A cat."), llava("x.png", "<image><image> What?", "A cat.")]
+    reasons = [*bad.values(), "1 places for pictures .* has 0 pictures", "2 places for pictures .* has 1 pictures"]
+    path = folder / "data.json"
+    path.write_text(json.dumps([good, *bad_rows, good]))
+    dataset, rejected = load(path)
+    assert dataset["source_row"][:] == [1, len(bad_rows) + 2]
+    assert [one.line for one in rejected] == list(range(2, len(bad_rows) + 2))
+    for one, reason in zip(rejected, reasons, strict=True):
+        assert re.search(reason, str(one))
+
+
+def test_the_folder_of_pictures_can_be_another_one(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "data.jsonl"
+    path.write_text(json.dumps(llava("x.png", "<image>\nWhat?", "A cat.")))
+    dataset, _ = load(path, images=folder)
+    assert image_parts(dataset[0]["messages"])[0]["image"] == str((folder / "x.png").resolve())
+
+
+CAULDRON = {
+    "images": [{"bytes": png(), "path": None}],
+    "texts": [
+        {"user": "What?", "assistant": "A cat.", "source": "s"},
+        {"user": "Sure?", "assistant": "Yes.", "source": "s"},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ["list", "bytes", "dataset", "parquet"])
+def test_the_cauldron_from_memory_and_parquet(tmp_path, kind):
+    source = [CAULDRON, CAULDRON | {"images": []}]
+    if kind == "bytes":
+        source[0] = CAULDRON | {"images": [png()]}
+    elif kind == "dataset":
+        features = datasets.Features(
+            images=datasets.List(datasets.Image()),
+            texts=datasets.List({name: datasets.Value("string") for name in ("user", "assistant", "source")}),
+        )
+        source = datasets.Dataset.from_list(source, features=features)
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(source), tmp_path / "x.parquet")
+        source = tmp_path / "x.parquet"
+    dataset, rejected = load(source)
+    assert rejected == []
+    assert kinds(dataset[0]["messages"]) == [
+        [("image", None), ("text", "What?")],
+        [("text", "A cat.")],
+        [("text", "Sure?")],
+        [("text", "Yes.")],
+    ]
+    assert dataset[0]["images"] == [png()]
+    assert dataset[1]["images"] is None
+
+
+def test_a_damaged_picture_in_memory():
+    dataset, rejected = load([CAULDRON, CAULDRON | {"images": [png()[:99]]}])
+    assert len(dataset) == 1
+    assert str(rejected[0]).startswith("row 2: picture 1 the picture: is damaged or cut off")
+
+
+def test_our_messages_take_pictures_of_every_kind(folder):
+    parts = [{"type": "image", "image": one} for one in (str(folder / "x.png"), IMAGE, png())]
+    user = {"role": "user", "content": [*parts, {"type": "text", "text": "Alike?"}]}
+    dataset, rejected = load([{"messages": [user, {"role": "assistant", "content": "Yes."}]}])
+    assert rejected == []
+    row = dataset[0]
+    assert [p["image"] for p in image_parts(row["messages"])] == [str(folder / "x.png"), None, None]
+    assert row["images"][0] is None
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(row["images"][1]))), PIXELS)
+
+
+def test_rows_with_pictures_are_read_again_as_they_are():
+    first, _ = load([CAULDRON, {"messages": [{"role": "user", "content": "q"}, ANSWER]}])
+    again, rejected = load(first)
+    assert rejected == []
+    assert again["messages"][:] == first["messages"][:]
+    assert again["images"][:] == first["images"][:]
+
+
+def test_images_and_messages_as_trl_has_them():
+    places = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    dataset, rejected = load(
+        [
+            {"messages": [{"role": "user", "content": places}, ANSWER], "images": [IMAGE]},
+            {"messages": [{"role": "user", "content": "<image>What?"}, ANSWER], "images": [IMAGE]},
+            {"messages": [{"role": "user", "content": "What is <image> in HTML?"}, ANSWER]},  # only a text
+            {"messages": [{"role": "user", "content": places}, ANSWER], "images": [IMAGE, IMAGE]},
+        ]
+    )
+    assert kinds(dataset[0]["messages"]) == kinds(dataset[1]["messages"])
+    assert kinds(dataset[2]["messages"])[0] == [("text", "What is <image> in HTML?")]
+    assert "holds 1 places for pictures" in str(rejected[0])
 
 
 def test_one_question_about_many_pictures_is_split_by_picture():
-    pictures = [png_of(color) for color in range(60)]
+    pictures = [png(Image.new("RGB", (8, 8), (color, 0, 0))) for color in range(60)]
     content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a colour"}]
     dataset, rejected = load([{"messages": turns, "images": [picture]} for picture in pictures])
@@ -499,14 +630,3 @@ def test_one_question_about_many_pictures_is_split_by_picture():
     train, test = split_chats(dataset, holdout=0.3)
     assert min(len(train), len(test)) > 5
     assert not {row[0] for row in train["images"]} & {row[0] for row in test["images"]}
-
-
-def png_of(color: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (color, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
-def test_odd_text_in_a_column_beside_the_chat_loses_no_chat():
-    dataset, rejected = load([GOOD | {"meta": "bad\0x"}, GOOD | {"meta": "\udfff"}, GOOD])
-    assert (len(dataset), rejected) == (3, [])

@@ -118,7 +118,8 @@ class Chats:
     def __getitem__(self, index: int | slice) -> "list[dict] | Chats":
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
-        return next(iter(self.select([index])))
+        row = self.rows[index]
+        return _with_pictures((row["messages"], row.get("images")))
 
     def select(self, indices: Iterable[int]) -> "Chats":
         """The rows of these indices, in this order."""
