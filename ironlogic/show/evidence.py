@@ -1,13 +1,13 @@
 """Arms beside their control as figures: curves over the scramble ratio, effects with intervals, recipes."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ironlogic.evidence.items import RATIOS, WORST, Items
-from ironlogic.evidence.results import Arms
-from ironlogic.evidence.statistics import bootstrap_interval
+from ironlogic.evidence.results import Arms, Columns
+from ironlogic.evidence.statistics import Interval, bootstrap_interval
 from ironlogic.show.explorer import Explorer, picture_html, png_bytes
 from ironlogic.show.plots import _axes, _color, plot_losses
 
@@ -93,37 +93,60 @@ def _draw_curves(axes: Axes, arms: Arms, measure: str, among: np.ndarray | None,
     column = "correct" if measure == "of the ceiling" else measure
     ideal_drawn = False
     for i, (arm, trainings) in enumerate(arms.items()):
-        first = next(iter(trainings.values()))
-        drawn, intervals, ceilings = [], [], []
-        for ratio in ratios:
-            name = f"{column}@{ratio:g}"
-            tables = [columns[name] for columns in trainings.values() if name in columns]
-            ceiling = _chosen(first.get(f"ceiling@{ratio:g}", np.array([])), among)
-            ceiling = ceiling.mean() if ceiling.size else np.nan
-            scale = ceiling if measure == "of the ceiling" else 1.0
-            if not tables or not np.isfinite(scale):
-                continue
-            table = np.stack([_chosen(values, among) for values in tables]) / scale
-            table = table[:, np.isfinite(table).all(axis=0)]
-            if table.size:
-                drawn.append(ratio)
-                intervals.append(bootstrap_interval(table))
-                ceilings.append(ceiling)
-        if not drawn:
+        tables = _tables(trainings, column, among, ratios)
+        ceilings = _ceilings(trainings, among, ratios)
+        if measure == "of the ceiling":
+            tables = {ratio: table / ceilings[ratio] for ratio, table in tables.items() if ratio in ceilings}
+        if not tables:
             continue
         color, style = _color(arm, i), "o-" if len(trainings) > 1 else "o:"
-        axes.plot(drawn, [interval.mean for interval in intervals], style, ms=4, color=color, label=arm)
-        low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
-        axes.fill_between(drawn, low, high, color=color, alpha=0.13, lw=0)
-        if measure != "correct":
-            continue
-        floors = [c["correct substituted"] for c in trainings.values() if "correct substituted" in c]
-        if floors:
-            axes.plot(WORST, np.mean([_chosen(floor, among).mean() for floor in floors]), "x", color=color, ms=7)
-        if not ideal_drawn and np.isfinite(ceilings).all():
-            axes.plot(drawn, ceilings, "k--", lw=1.2, label="ideal reader")
-            ideal_drawn = True
+        intervals = [bootstrap_interval(table) for table in tables.values()]
+        _draw_band(axes, list(tables), intervals, color=color, label=arm, style=style)
+        if measure == "correct":
+            floors = [c["correct substituted"] for c in trainings.values() if "correct substituted" in c]
+            if floors:
+                floor = np.mean([_chosen(values, among).mean() for values in floors])
+                axes.plot(WORST, floor, "x", color=color, ms=7)
+            if ceilings and not ideal_drawn:
+                axes.plot(list(ceilings), list(ceilings.values()), "k--", lw=1.2, label="ideal reader")
+                ideal_drawn = True
     axes.set(xlabel="burden ratio of the test prompt", ylabel=MEASURES[measure], xticks=list(ratios))
+
+
+def _tables(
+    trainings: Mapping[int, Columns], column: str, among: np.ndarray | None, ratios: Sequence[float]
+) -> dict[float, np.ndarray]:
+    """The column by ratio, (training, item), where it was measured."""
+    tables = {}
+    for ratio in ratios:
+        name = f"{column}@{ratio:g}"
+        values = [columns[name] for columns in trainings.values() if name in columns]
+        if values:
+            table = np.stack([_chosen(training, among) for training in values])
+            table = table[:, np.isfinite(table).all(axis=0)]
+            if table.size:
+                tables[ratio] = table
+    return tables
+
+
+def _ceilings(
+    trainings: Mapping[int, Columns], among: np.ndarray | None, ratios: Sequence[float]
+) -> dict[float, float]:
+    """What an ideal reader reaches, by ratio, where it is known of every item."""
+    columns, ceilings = next(iter(trainings.values())), {}
+    for ratio in ratios:
+        values = _chosen(columns.get(f"ceiling@{ratio:g}", np.array([])), among)
+        if values.size and np.isfinite(values).all():
+            ceilings[ratio] = float(values.mean())
+    return ceilings
+
+
+def _draw_band(
+    axes: Axes, x: Sequence[float], intervals: Sequence[Interval], *, color: str, label: str, style: str = "o-"
+) -> None:
+    axes.plot(x, [interval.mean for interval in intervals], style, ms=4, color=color, label=label)
+    low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
+    axes.fill_between(x, low, high, color=color, alpha=0.14, lw=0)
 
 
 def _chosen(values: np.ndarray, among: np.ndarray | None) -> np.ndarray:
@@ -140,10 +163,7 @@ def plot_learning(arms: Arms, sizes: Sequence[int], *, column: str, label: str) 
             if trainings:
                 drawn.append(size)
                 intervals.append(bootstrap_interval(np.stack([columns[column] for columns in trainings])))
-        color = _color(arm, i)
-        axes.plot(drawn, [interval.mean for interval in intervals], "o-", ms=4, color=color, label=arm)
-        low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
-        axes.fill_between(drawn, low, high, color=color, alpha=0.15, lw=0)
+        _draw_band(axes, drawn, intervals, color=_color(arm, i), label=arm)
     axes.set(xscale="log", xlabel="rows trained on", ylabel="loss (nats per token)", title=label, ylim=(0, None))
     axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
     axes.minorticks_off()
