@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -332,11 +331,11 @@ def test_an_interrupted_stage_goes_on_with_equal_bytes(stage, tmp_path, capsys):
 IN_A_CHILD = """
 import os, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from test_vision_train import CHATS, SETTINGS, tiny, train_projector
+from test_vision_train import ROWS, SETTINGS, tiny, train_projector
 def die(lines):
     if lines[-1]["step"] == int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
-train_projector(tiny(), CHATS, SETTINGS, run=sys.argv[2], watch=die, cache=sys.argv[3])
+train_projector(tiny(), ROWS, SETTINGS, run=sys.argv[2], watch=die, cache=sys.argv[3])
 """
 
 
