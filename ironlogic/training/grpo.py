@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ironlogic import IronLogicError
+from ironlogic.data.chats import Chats, make_chats
 from ironlogic.data.problems import Task, accuracy_reward, check_answer, normal_answer, thinks
 from ironlogic.generate import Completion, generate
 from ironlogic.models import LoadedModel, as_loaded
@@ -391,11 +392,11 @@ def sample_answers(
     )
 
 
-def rejection_chats(samples: Samples) -> list[list[dict[str, str]]]:
+def rejection_chats(samples: Samples) -> Chats:
     """The right answers as conversations: one round of rejection sampling is `train_sft` on these."""
-    return [
+    return make_chats(
         [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": answer.text}]
         for task, answers, marks in zip(samples.tasks, samples.answers, samples.correct, strict=True)
         for answer, right in zip(answers, marks, strict=True)
         if right
-    ]
+    )
