@@ -9,19 +9,12 @@ from ironlogic.vision.splice import SpliceError, image_template, projector_of, s
 import pytest
 import torch
 import transformers as tf
+from eyes import image_processor, language_model, tokenizer, tower
 from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-}
 # In the manner of Qwen3's: content that is no text becomes empty, old thoughts are dropped, tools have a turn.
 DROPS_PARTS = """
 {%- if tools %}
@@ -57,57 +50,12 @@ DROPS_PARTS = """
 """
 
 
-def picture_maker(kind):
-    if kind == "clip":
-        return tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    if kind in ("vit", "dinov2"):
-        return tf.ViTImageProcessorPil(size={"height": 32, "width": 32})
-    return tf.SiglipImageProcessorPil(size={"height": 32, "width": 32})
-
-
-def tower(kind="clip", **more):
-    torch.manual_seed(0)
-    sizes = SIZES | more
-    if kind == "dinov2":
-        sizes.pop("intermediate_size")
-    config, model = {
-        "clip": (tf.CLIPVisionConfig, tf.CLIPVisionModel),
-        "siglip": (tf.SiglipVisionConfig, tf.SiglipVisionModel),
-        "smolvlm": (SmolVLMVisionConfig, SmolVLMVisionTransformer),
-        "vit": (tf.ViTConfig, tf.ViTModel),
-        "dinov2": (tf.Dinov2Config, tf.Dinov2Model),
-    }[kind]
-    made = model(config(**sizes)).eval()
-    assert sum(p.numel() for p in made.parameters()) < 300_000
-    return made, picture_maker(kind)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tf.AutoTokenizer.from_pretrained(load_model("nano", four_bit=False, backend="transformers").base)
-
-
-def language_model(tokenizer, kind="Qwen3", **more):
-    """A fresh random one."""
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    if kind != "GPTNeoX":
-        sizes |= {"num_key_value_heads": 1, "tie_word_embeddings": True}
-    if kind.startswith(("Qwen3", "Gemma")):
-        sizes["head_dim"] = 32
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = getattr(tf, f"{kind}Config")(vocab_size=1024, max_position_embeddings=256, **ends | sizes | more)
-    model = getattr(tf, f"{kind}ForCausalLM")(config).eval()
-    assert sum(p.numel() for p in model.parameters()) < 400_000
-    return model, tokenizer
-
-
 # --- what works
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "smolvlm", "vit", "dinov2"])
-def test_towers(kind, tokenizer):
-    model, words = language_model(tokenizer)
+def test_towers(kind):
+    model, words = language_model()
     with torch.no_grad():
         ids = torch.arange(4, 20)[None]
         reference = ids, model(input_ids=ids).logits
@@ -117,9 +65,9 @@ def test_towers(kind, tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["smolvlm", "siglip"])
-def test_pixel_shuffle(kind, tokenizer):
+def test_pixel_shuffle(kind):
     eye, maker = tower(kind)
-    loaded = splice((eye, maker), language_model(tokenizer), projector="pixel_shuffle", shuffle_factor=2)
+    loaded = splice((eye, maker), language_model(), projector="pixel_shuffle", shuffle_factor=2)
     assert type(loaded.model) is tf.SmolVLMForConditionalGeneration
     assert [tuple(p.shape) for p in projector_of(loaded.model).parameters()] == [(64, 64 * 4)]
     report = check_splice(loaded)
@@ -134,8 +82,8 @@ def test_pixel_shuffle(kind, tokenizer):
     ("kind", "more"),
     [("Llama", {}), ("Llama", {"tie_word_embeddings": False}), ("Gemma", {}), ("Qwen2", {}), ("GPTNeoX", {})],
 )
-def test_language_models(kind, more, tokenizer):
-    loaded = splice(tower(), language_model(tokenizer, kind, **more))
+def test_language_models(kind, more):
+    loaded = splice(tower(), language_model(kind, **more))
     report = check_splice(loaded)
     assert report.passed, str(report)
     assert loaded.model.config.text_config.model_type in kind.lower() + "gpt_neox"
@@ -155,23 +103,14 @@ def test_four_bit():
 # --- the seeds' own sizes
 
 
-def qwen3(tokenizer, hidden, layers, intermediate, heads):
-    config = tf.Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def qwen3(hidden, layers, intermediate, heads):
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": intermediate}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+    words = tokenizer()
+    ends = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
     with torch.device("meta"):
-        return tf.Qwen3ForCausalLM(config), tokenizer
+        config = tf.Qwen3Config(vocab_size=151_936, max_position_embeddings=40_960, **sizes, **ends)
+        return tf.Qwen3ForCausalLM(config), words
 
 
 def sizes_of(model):
@@ -179,21 +118,12 @@ def sizes_of(model):
     return sum(p.numel() for p in unique if p.requires_grad), sum(p.numel() for p in unique)
 
 
-def test_seed_003_at_its_own_size(tokenizer):
+def test_seed_003_at_its_own_size():
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     with torch.device("meta"):
-        eye = tf.CLIPVisionModel(
-            tf.CLIPVisionConfig(
-                hidden_size=1024,
-                intermediate_size=4096,
-                num_hidden_layers=24,
-                num_attention_heads=16,
-                image_size=336,
-                patch_size=14,
-                projection_dim=768,
-            )
-        )
-    maker = tf.CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    loaded = splice((eye, maker), qwen3(tokenizer, 2560, 36, 9728, 32))
+        eye = tf.CLIPVisionModel(tf.CLIPVisionConfig(**sizes, image_size=336, patch_size=14, projection_dim=768))
+    maker = image_processor("clip", 336)
+    loaded = splice((eye, maker), qwen3(2560, 36, 9728, 32))
     report = check_splice(loaded)
     assert report.passed, str(report)
     assert len(report.rows) == 8
@@ -204,12 +134,12 @@ def test_seed_003_at_its_own_size(tokenizer):
     assert written_places(loaded) == 576
 
 
-def test_seed_004_at_its_own_size(tokenizer):
+def test_seed_004_at_its_own_size():
     sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     with torch.device("meta"):
         eye = SmolVLMVisionTransformer(SmolVLMVisionConfig(**sizes, image_size=512, patch_size=16))
-    maker = tf.SiglipImageProcessorPil(size={"height": 512, "width": 512})
-    loaded = splice((eye, maker), qwen3(tokenizer, 1024, 28, 3072, 16), projector="pixel_shuffle")
+    maker = image_processor("siglip", 512)
+    loaded = splice((eye, maker), qwen3(1024, 28, 3072, 16), projector="pixel_shuffle")
     report = check_splice(loaded)
     assert report.passed, str(report)
     trainable, every = sizes_of(loaded.model)
@@ -228,10 +158,6 @@ def written_places(loaded):
 # --- the chat template
 
 
-def test_a_template_that_knows_images_is_kept(tokenizer):
-    assert image_template(tokenizer, "<|image_pad|>") == tokenizer.chat_template
-
-
 CHATS = [
     [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1", "reasoning_content": "easy"}],
     [
@@ -247,8 +173,8 @@ CHATS = [
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("options", [{}, {"add_generation_prompt": True, "enable_thinking": False}])
-def test_a_template_that_drops_parts_is_wrapped_and_else_unchanged(chat, options, tokenizer):
-    own = tf.AutoTokenizer.from_pretrained(tokenizer.name_or_path, chat_template=DROPS_PARTS)
+def test_a_template_that_drops_parts_is_wrapped_and_else_unchanged(chat, options):
+    own = tokenizer(chat_template=DROPS_PARTS)
     wrapped = image_template(own, "<|image_pad|>")
     assert wrapped.endswith(DROPS_PARTS)
 
@@ -267,9 +193,10 @@ def test_a_template_that_drops_parts_is_wrapped_and_else_unchanged(chat, options
     assert render(parts, wrapped).count(image) == 1
 
 
-def test_the_wrapped_template_still_marks_answers_and_refuses_other_parts(tokenizer):
-    own = tf.AutoTokenizer.from_pretrained(tokenizer.name_or_path, chat_template=DROPS_PARTS)
+def test_the_wrapped_template_still_marks_answers_and_refuses_other_parts():
+    own = tokenizer(chat_template=DROPS_PARTS)
     own.chat_template = image_template(own, "<|image_pad|>")
+    assert image_template(own, "<|image_pad|>") == own.chat_template, "one that knows images is kept"
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
     chat = [asked, {"role": "assistant", "content": [{"type": "text", "text": "A four."}]}]
     out = own.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
@@ -279,18 +206,11 @@ def test_the_wrapped_template_still_marks_answers_and_refuses_other_parts(tokeni
         own.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=False)
 
 
-def test_no_template_is_refused(tokenizer):
-    own = tf.AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    own.chat_template = None
-    with pytest.raises(SpliceError, match="no chat template"):
-        splice(tower(), (language_model(tokenizer)[0], own))
-
-
 # --- the image token
 
 
-def test_a_new_image_token_makes_the_embedding_larger(tokenizer):
-    model, words = language_model(tokenizer)
+def test_a_new_image_token_makes_the_embedding_larger():
+    model, words = language_model()
     before = model.get_input_embeddings().weight.detach().clone()
     loaded = splice(tower(), (model, words), image_token="<image>")
     assert loaded.model.config.image_token_id == 1024
@@ -301,10 +221,10 @@ def test_a_new_image_token_makes_the_embedding_larger(tokenizer):
     assert "<image>" not in words.get_vocab()
 
 
-def test_the_rows_of_a_new_image_token_follow_the_seed(tokenizer):
+def test_the_rows_of_a_new_image_token_follow_the_seed():
     rows = []
     for state, seed in ((1, 7), (2, 7), (2, 8)):
-        model, words = language_model(tokenizer)
+        model, words = language_model()
         torch.manual_seed(state)
         loaded = splice(tower(), (model, words), image_token="<image>", seed=seed)
         rows.append(loaded.model.get_input_embeddings().weight[1024:])
@@ -315,28 +235,24 @@ def test_the_rows_of_a_new_image_token_follow_the_seed(tokenizer):
 # --- where the parts come from
 
 
-def test_folders_names_and_objects(tmp_path, tokenizer):
+def test_folders_names_and_objects(tmp_path):
     eye, maker = tower()
     eye.save_pretrained(tmp_path / "eye")
     maker.save_pretrained(tmp_path / "eye")
-    text = {
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 64,
-    }
-    whole = tf.CLIPModel(tf.CLIPConfig(vision_config=eye.config.to_dict(), text_config=text, projection_dim=16))
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = tf.CLIPModel(
+        tf.CLIPConfig(vision_config=eye.config.to_dict(), text_config=text | {"vocab_size": 64}, projection_dim=16)
+    )
     whole.vision_model.load_state_dict(eye.state_dict())
     whole.save_pretrained(tmp_path / "whole")
     maker.save_pretrained(tmp_path / "whole")
-    model, words = language_model(tokenizer)
+    model, words = language_model()
     model.save_pretrained(tmp_path / "words")
     words.save_pretrained(tmp_path / "words")
     made = [
         splice(tmp_path / "eye", tmp_path / "words"),
-        splice(str(tmp_path / "whole"), language_model(tokenizer)),
-        splice((whole, maker), LoadedModel(*language_model(tokenizer), max_length=77)),
+        splice(str(tmp_path / "whole"), language_model()),
+        splice((whole, maker), LoadedModel(*language_model(), max_length=77)),
     ]
     for loaded in made:
         for name, value in made[0].model.state_dict().items():
@@ -345,34 +261,34 @@ def test_folders_names_and_objects(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_a_smolvlm_checkpoint_without_torchvision(tmp_path, tokenizer):
+def test_a_smolvlm_checkpoint_without_torchvision(tmp_path):
     eye, _ = tower("smolvlm")
-    words = language_model(tokenizer)[0].config
+    words = language_model()[0].config
     config = tf.SmolVLMConfig(vision_config=eye.config, text_config=words, scale_factor=2, pad_token_id=0)
     whole = tf.SmolVLMForConditionalGeneration(config)
     whole.model.vision_model.load_state_dict(eye.state_dict())
     whole.save_pretrained(tmp_path)
     told = {"image_processor_type": "SmolVLMImageProcessor", "image_mean": [0.4] * 3, "image_std": [0.3] * 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(told | {"resample": 1}))
-    loaded = splice(tmp_path, language_model(tokenizer), projector="pixel_shuffle", shuffle_factor=2)
+    loaded = splice(tmp_path, language_model(), projector="pixel_shuffle", shuffle_factor=2)
     assert check_splice(loaded).passed
     assert list(loaded.processor.image_processor.image_mean) == [0.4] * 3
     assert loaded.processor.image_processor.resample == 1
     for name, value in eye.state_dict().items():
         assert torch.equal(tower_of(loaded.model).state_dict()[name], value)
     tiles = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})
-    assert check_splice(splice((eye, tiles), language_model(tokenizer))).passed
+    assert check_splice(splice((eye, tiles), language_model())).passed
 
 
-def test_the_projector_follows_its_seed_and_nothing_else_moves(tokenizer):
+def test_the_projector_follows_its_seed_and_nothing_else_moves():
     eye, maker = tower()
-    model, words = language_model(tokenizer)
+    model, words = language_model()
     torch.manual_seed(5)
     drawn = torch.rand(3)
     torch.manual_seed(5)
     one = splice((eye, maker), (model, words), seed=1)
     assert torch.equal(torch.rand(3), drawn), "the global generator is left alone"
-    again, other = (splice(tower(), language_model(tokenizer), seed=seed) for seed in (1, 2))
+    again, other = (splice(tower(), language_model(), seed=seed) for seed in (1, 2))
     weights = [loaded.model.model.multi_modal_projector.linear_1.weight for loaded in (one, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -383,9 +299,9 @@ def test_the_projector_follows_its_seed_and_nothing_else_moves(tokenizer):
     }
 
 
-def test_the_projector_starts_as_linear_layers_do(tokenizer):
+def test_the_projector_starts_as_linear_layers_do():
     """Uniform within 1 / sqrt(inputs), whose deviation is that over sqrt(3)."""
-    part = splice(tower(), language_model(tokenizer)).model.model.multi_modal_projector
+    part = splice(tower(), language_model()).model.model.multi_modal_projector
     for layer in (part.linear_1, part.linear_2):
         bound = layer.in_features**-0.5
         assert layer.weight.abs().max() <= bound
@@ -396,31 +312,26 @@ def test_the_projector_starts_as_linear_layers_do(tokenizer):
 # --- what is refused
 
 
-@pytest.mark.parametrize(
-    ("kind", "more", "reason"),
-    [
-        ("Gemma2", {"final_logit_softcapping": 1.0}, "capping or scaling"),
-        ("Granite", {"logits_scaling": 8.0}, "capping or scaling"),
-    ],
-)
-def test_language_models_that_do_more_to_their_logits(kind, more, reason, tokenizer):
-    with pytest.raises(SpliceError, match=reason):
-        splice(tower(), language_model(tokenizer, kind, **more))
-
-
-def test_gpt2(tokenizer):
+def test_language_models_that_do_not_fit():
+    for kind, more in (("Gemma2", {"final_logit_softcapping": 1.0}), ("Granite", {"logits_scaling": 8.0})):
+        with pytest.raises(SpliceError, match="capping or scaling"):
+            splice(tower(), language_model(kind, **more))
     config = tf.GPT2Config(vocab_size=1024, n_embd=64, n_layer=1, n_head=2, n_positions=64)
+    without_template = tokenizer()
+    without_template.chat_template = None
+    with pytest.raises(SpliceError, match="no chat template"):
+        splice(tower(), (language_model()[0], without_template))
     with pytest.raises(SpliceError, match="can't carry a gpt2 model"):
-        splice(tower(), (tf.GPT2LMHeadModel(config), tokenizer))
+        splice(tower(), (tf.GPT2LMHeadModel(config), tokenizer()))
 
 
-def test_towers_that_do_not_fit(tmp_path, tokenizer):
-    words = language_model(tokenizer)
+def test_towers_that_do_not_fit(tmp_path):
+    words = language_model()
     eye, maker = tower()
     with pytest.raises(SpliceError, match="40 x 40 pixels, but CLIPVisionModel wants 32 x 32"):
-        splice((eye, tf.SiglipImageProcessorPil(size={"height": 40, "width": 40})), words)
+        splice((eye, image_processor("siglip", 40)), words)
     with pytest.raises(SpliceError, match="holds a ViTImageProcessorPil; expected"):
-        splice((picture_maker("vit"), eye), words)
+        splice((image_processor("vit"), eye), words)
     with pytest.raises(SpliceError, match="SmolVLM, Idefics3 or SigLIP"):
         splice((eye, maker), words, projector="pixel_shuffle")
     with pytest.raises(SpliceError, match="divides 4"):
@@ -429,14 +340,8 @@ def test_towers_that_do_not_fit(tmp_path, tokenizer):
         splice((eye, maker), words, projector="mlp3x")
     with pytest.raises(SpliceError, match="has no layer -9"):
         splice((eye, maker), words, vision_feature_layer=-9)
-    flexible = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "patch_size": 8,
-    }
+    flexible = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     with pytest.raises(SpliceError, match="image_size=None"):
-        splice((tf.Siglip2VisionModel(tf.Siglip2VisionConfig(**flexible)), maker), words)
+        splice((tf.Siglip2VisionModel(tf.Siglip2VisionConfig(**flexible, patch_size=8)), maker), words)
     with pytest.raises(RuntimeError, match="no such folder"):
         splice(str(tmp_path / "nothing"), words)

@@ -1,59 +1,34 @@
 """The check of a splice: a good one passes every row, each thing broken on purpose is named by its row."""
 
+import functools
 import types
 
+from ironlogic.data.chats import make_chats
+from ironlogic.data.scenes import make_scenes, question_chat, save_scenes
 from ironlogic.models import LoadedModel, load_model
+from ironlogic.presets import VISION_PRESETS
 from ironlogic.vision.check import check_splice
+from ironlogic.vision.faults import FAULTS, break_splice, train_fault
 from ironlogic.vision.splice import SpliceError, projector_of, splice
 
-import numpy as np
 import peft
 import pytest
 import torch
 import transformers as tf
-from PIL import Image
+from eyes import chat, language_model, picture, tower
 
 TEXT_ONLY = "{%- for m in messages %}{{- m.role + ': ' }}{%- if m.content is string %}{{- m.content }}{%- endif %}"
 TEXT_ONLY += "{{- '<|im_end|>\\n' }}{%- endfor %}"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tf.AutoTokenizer.from_pretrained(load_model("nano", four_bit=False, backend="transformers").base)
-
-
-def make(tokenizer, kind="clip"):
+def make(kind="clip"):
     """(a good splice, its language model's logits of a text): CLIP, SigLIP, or SigLIP with pixel shuffle."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    sizes |= {"image_size": 32, "patch_size": 8}
-    if kind == "clip":
-        eye = tf.CLIPVisionModel(tf.CLIPVisionConfig(**sizes)).eval()
-        maker = tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    else:
-        eye = tf.SiglipVisionModel(tf.SiglipVisionConfig(**sizes)).eval()
-        maker = tf.SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    config = tf.Qwen3Config(
-        vocab_size=1024,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    words = tf.Qwen3ForCausalLM(config).eval()
+    words, tokenizer = language_model()
     ids = torch.arange(4, 20)[None]
     with torch.no_grad():
         reference = ids, words(input_ids=ids).logits
     shape = {"projector": "pixel_shuffle", "shuffle_factor": 2} if kind == "shuffle" else {}
-    loaded = splice((eye, maker), (words, tokenizer), **shape)
-    assert sum(p.numel() for p in loaded.model.parameters()) < 400_000
-    return loaded, reference
+    return splice(tower("siglip" if kind == "shuffle" else kind), (words, tokenizer), **shape), reference
 
 
 def adapt(loaded, **options):
@@ -69,8 +44,8 @@ def failed(loaded, reference=None):
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "shuffle"])
-def test_a_good_splice_passes_and_is_left_as_it_was(kind, tokenizer):
-    loaded, reference = make(tokenizer, kind)
+def test_a_good_splice_passes_and_is_left_as_it_was(kind):
+    loaded, reference = make(kind)
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     trainable = [p.requires_grad for p in loaded.model.parameters()]
     loaded.model.train()
@@ -83,9 +58,9 @@ def test_a_good_splice_passes_and_is_left_as_it_was(kind, tokenizer):
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
 
 
-def test_own_images_and_how_a_report_looks(tokenizer):
-    loaded, _ = make(tokenizer)
-    same = [Image.new("RGB", (20, 30), "red")] * 2
+def test_own_images_and_how_a_report_looks():
+    loaded, _ = make()
+    same = [picture()] * 2
     report = check_splice(loaded, images=same, reload=False)
     assert [row.name for row in report.failed] == ["image reaches logits"], "two equal pictures prove nothing"
     assert "BAD image reaches logits" in str(report)
@@ -96,9 +71,9 @@ def test_own_images_and_how_a_report_looks(tokenizer):
     assert "needed" in check_splice(loaded, images=same[:1], reload=False).failed[0].detail
 
 
-def test_an_adapter_on_the_language_model_with_the_projector_saved(tokenizer):
+def test_an_adapter_on_the_language_model_with_the_projector_saved():
     for kind, name in (("clip", "multi_modal_projector"), ("shuffle", "connector")):
-        loaded, _ = make(tokenizer, kind)
+        loaded, _ = make(kind)
         target = r".*\.(?:language_model|text_model)\..*\.(?:q_proj|down_proj)"
         report = check_splice(adapt(loaded, target_modules=target, modules_to_save=[name]))
         assert report.passed, str(report)
@@ -106,8 +81,8 @@ def test_an_adapter_on_the_language_model_with_the_projector_saved(tokenizer):
 
 
 @pytest.mark.slow
-def test_a_reloaded_model_passes_before_anything_is_frozen(tokenizer, tmp_path):
-    loaded, reference = make(tokenizer)
+def test_a_reloaded_model_passes_before_anything_is_frozen(tmp_path):
+    loaded, reference = make()
     loaded.model.save_pretrained(tmp_path)
     loaded.processor.save_pretrained(tmp_path)
     again = load_model(tmp_path, four_bit=False, backend="transformers")
@@ -128,65 +103,7 @@ def test_other_models_are_refused():
         check_splice(load_model("nano", four_bit=False, backend="transformers"))
 
 
-# --- what is broken on purpose: (kind of splice, what to break) -> the rows that have to say so
-
-
-def _config_id(loaded):
-    loaded.model.config.image_token_id = 1000
-
-
-def _nested_id(loaded):
-    loaded.model.config.text_config.image_token_id = 1000
-
-
-def _processor_id(loaded):
-    loaded.processor.image_token_id = 1000
-
-
-def _model_id(loaded):
-    loaded.model.image_token_id = 1000
-
-
-def _trunk_id(loaded):
-    loaded.model.model.image_token_id = 1000
-
-
-def _pieces(loaded):
-    loaded.processor.image_token = "<image>"
-
-
-def _large_tokenizer(loaded):
-    loaded.tokenizer.add_tokens(["<one>", "<two>"])
-
-
-def _small_head(loaded):
-    loaded.model.lm_head = torch.nn.Linear(64, 1000, bias=False)
-
-
-def _template(loaded):
-    loaded.processor.chat_template = loaded.tokenizer.chat_template = TEXT_ONLY
-
-
-def _processor_template(loaded):
-    loaded.processor.chat_template = loaded.processor.chat_template.replace("<|vision_end|>", "")
-
-
-def _strategy(loaded):
-    loaded.model.config.vision_feature_select_strategy = "default"
-    loaded.processor.vision_feature_select_strategy = "default"
-
-
-def _keeps_cls(loaded):
-    loaded.model.config.vision_feature_select_strategy = "full"
-    loaded.processor.vision_feature_select_strategy = "full"
-
-
-def _one_too_few(loaded):
-    loaded.processor.num_additional_image_tokens -= 1
-
-
-def _patch(loaded):
-    loaded.processor.patch_size = 16
+# --- what is broken on purpose
 
 
 def _one_over(loaded):
@@ -198,10 +115,6 @@ def _one_over(loaded):
         return self.image_token * (write(images, index, **options).count(self.image_token) + more)
 
     processor.replace_image_token = types.MethodType(shifted, processor)
-
-
-def _padding(loaded):
-    loaded.tokenizer.padding_side = "right"
 
 
 def _other_rows_picture(loaded):
@@ -230,33 +143,28 @@ def _dead_projector(loaded):
     torch.nn.init.zeros_(loaded.model.model.multi_modal_projector.linear_2.weight)
 
 
-def _mean(loaded):
-    loaded.processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+def _large_tokenizer(loaded):
+    loaded.tokenizer.add_tokens(["<one>", "<two>"])
 
 
-def _deviation(loaded):
-    loaded.processor.image_processor.image_std = [1.0, 1.0, 1.0]
+def _small_head(loaded):
+    loaded.model.lm_head = torch.nn.Linear(64, 1000, bias=False)
 
 
-def _no_scaling(loaded):
-    loaded.processor.image_processor.do_rescale = False
+def _untied(loaded):
+    loaded.model.lm_head = torch.nn.Linear(64, 1024, bias=False)
 
 
-def _eos(loaded):
-    loaded.model.generation_config.eos_token_id = 0
+def _template(loaded):
+    loaded.processor.chat_template = loaded.tokenizer.chat_template = TEXT_ONLY
+
+
+def _processor_template(loaded):
+    loaded.processor.chat_template = loaded.processor.chat_template.replace("<|vision_end|>", "")
 
 
 def _pad(loaded):
     loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
-
-
-def _untied(loaded):
-    head = torch.nn.Linear(64, 1024, bias=False)
-    loaded.model.lm_head = head
-
-
-def _tie_flag(loaded):
-    loaded.model.config.tie_word_embeddings = False
 
 
 def _trained_embedding(loaded):
@@ -268,67 +176,88 @@ def _unfrozen(loaded):
     loaded.model.model.vision_tower.requires_grad_(True)
 
 
-def _not_written(loaded):
-    loaded.model._keys_to_ignore_on_save = ["model.multi_modal_projector.linear_2.weight"]
+def _strategy(value):
+    """Features kept ("full") or dropped ("default") at the front, by model and processor alike."""
+
+    def change(loaded):
+        loaded.model.config.vision_feature_select_strategy = value
+        loaded.processor.vision_feature_select_strategy = value
+
+    return change
 
 
-FAULTS = [
-    ("clip", _config_id, {"image token"}),
-    ("clip", _nested_id, {"image token"}),
-    ("clip", _processor_id, {"image token"}),
-    ("clip", _pieces, {"image token"}),
-    ("shuffle", _config_id, {"image token", "image reaches logits", "projector gradient"}),
-    ("shuffle", _model_id, {"image token"}),
-    ("shuffle", _trunk_id, {"image token"}),
+def _set(path, value):
+    """Another value for one attribute."""
+
+    def change(loaded):
+        *parents, name = path.split(".")
+        setattr(functools.reduce(getattr, parents, loaded), name, value)
+
+    return change
+
+
+# kind of splice, what is broken -> the rows that have to say so; what they say is what is wrong
+BROKEN = [
+    ("clip", _set("model.config.image_token_id", 1000), {"image token"}),
+    ("clip", _set("model.config.text_config.image_token_id", 1000), {"image token"}),
+    ("clip", _set("processor.image_token_id", 1000), {"image token"}),
+    ("clip", _set("processor.image_token", "<image>"), {"image token"}),
+    (
+        "shuffle",
+        _set("model.config.image_token_id", 1000),
+        {"image token", "image reaches logits", "projector gradient"},
+    ),
+    ("shuffle", _set("model.image_token_id", 1000), {"image token"}),
+    ("shuffle", _set("model.model.image_token_id", 1000), {"image token"}),
     ("clip", _large_tokenizer, {"tokenizer fits"}),
     ("clip", _small_head, {"tokenizer fits"}),
     ("clip", _template, {"chat template"}),
     ("clip", _processor_template, {"chat template"}),
-    ("siglip", _strategy, {"image features"}),
-    ("clip", _keeps_cls, {"image features"}),
-    ("clip", _one_too_few, {"image features", "placeholders"}),
-    ("clip", _patch, {"image features", "placeholders"}),
+    ("siglip", _strategy("default"), {"image features"}),
+    ("clip", _strategy("full"), {"image features"}),
+    ("clip", _set("processor.num_additional_image_tokens", 0), {"image features", "placeholders"}),
+    ("clip", _set("processor.patch_size", 16), {"image features", "placeholders"}),
     ("clip", _one_over, {"placeholders"}),
-    ("clip", _padding, {"batch equals single"}),
+    ("clip", _set("tokenizer.padding_side", "right"), {"batch equals single"}),
     ("clip", _other_rows_picture, {"batch equals single"}),
     ("clip", _detached, {"projector gradient"}),
     ("clip", _dead_projector, {"image reaches logits", "projector gradient"}),
-    ("clip", _mean, {"mean and deviation"}),
-    ("siglip", _deviation, {"mean and deviation"}),
-    ("clip", _no_scaling, {"mean and deviation"}),
-    ("clip", _eos, {"answer ends"}),
+    ("clip", _set("processor.image_processor.image_mean", [0.5, 0.5, 0.5]), {"mean and deviation"}),
+    ("siglip", _set("processor.image_processor.image_std", [1.0, 1.0, 1.0]), {"mean and deviation"}),
+    ("clip", _set("processor.image_processor.do_rescale", False), {"mean and deviation"}),
+    ("clip", _set("model.generation_config.eos_token_id", 0), {"answer ends"}),
     ("clip", _pad, {"answer ends"}),
     ("clip", _untied, {"tied weights", "text alone"}),
-    ("shuffle", _tie_flag, {"tied weights"}),
+    ("shuffle", _set("model.config.tie_word_embeddings", False), {"tied weights"}),
     ("clip", _trained_embedding, {"text alone"}),
     ("clip", _unfrozen, {"trainable parts"}),
-    ("clip", _not_written, {"reload"}),
+    ("clip", _set("model._keys_to_ignore_on_save", ["model.multi_modal_projector.linear_2.weight"]), {"reload"}),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "fault", "rows"), FAULTS, ids=[f"{k}{f.__name__}" for k, f, _ in FAULTS])
-def test_a_fault_is_named(kind, fault, rows, tokenizer):
-    loaded, reference = make(tokenizer, kind)
+@pytest.mark.parametrize(("kind", "fault", "rows"), BROKEN)
+def test_a_fault_is_named(kind, fault, rows):
+    loaded, reference = make(kind)
     fault(loaded)
     broken = [row.name for row in check_splice(loaded, reference=reference, reload="reload" in rows).failed]
     assert rows <= set(broken)
     assert broken[0] in rows, "what follows from it comes later"
 
 
-def test_every_row_is_needed_by_some_fault(tokenizer):
-    loaded, reference = make(tokenizer)
+def test_every_row_is_needed_by_some_fault():
+    loaded, reference = make()
     every = {row.name for row in check_splice(loaded, reference=reference).rows}
-    assert every == set().union(*(rows for _, _, rows in FAULTS))
+    assert every == set().union(*(rows for _, _, rows in BROKEN))
 
 
-def test_adapters_that_land_in_the_tower_or_lose_the_projector(tokenizer):
-    loaded, _ = make(tokenizer)
+def test_adapters_that_land_in_the_tower_or_lose_the_projector():
+    loaded, _ = make()
     in_tower = adapt(loaded, target_modules=["q_proj", "v_proj"], modules_to_save=["multi_modal_projector"])
     report = check_splice(in_tower)
     assert [row.name for row in report.failed] == ["trainable parts"]
     assert "vision_tower" in report.failed[0].detail
-    loaded, _ = make(tokenizer)
+    loaded, _ = make()
     lost = adapt(loaded, target_modules=r".*language_model.*\.q_proj")
     assert failed(lost) == {"trainable parts", "adapter saved"}
     projector_of(lost.model).requires_grad_(True)  # by hand: it trains, and is not written
@@ -337,17 +266,15 @@ def test_adapters_that_land_in_the_tower_or_lose_the_projector(tokenizer):
     assert "0 of 4 tensors" in report.failed[0].detail
 
 
-def test_the_loss_falls_while_no_picture_reaches_the_language_model(tokenizer):
+def test_the_loss_falls_while_no_picture_reaches_the_language_model():
     """Seed 004: one forgotten id, and the projector's gradient is 0.0, not None."""
-    loaded, _ = make(tokenizer, "shuffle")
+    loaded, _ = make("shuffle")
     loaded.model.config.image_token_id = 1000
     loaded.model.requires_grad_(True)
     loaded.model.model.vision_model.requires_grad_(False)
-    rng = np.random.default_rng(1)
-    images = [[Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))] for _ in range(2)]
-    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    chats = [[{"role": "user", "content": parts}, {"role": "assistant", "content": a}] for a in ("red", "blue")]
-    text = [loaded.processor.apply_chat_template(chat, tokenize=False) for chat in chats]
+    chats = [chat("What is it?", answer, picture()) for answer in ("red", "blue")]
+    images = [[messages[0]["content"][0]["image"]] for messages in chats]
+    text = [loaded.processor.apply_chat_template(messages, tokenize=False) for messages in chats]
     batch = loaded.processor(text=text, images=images, padding=True, return_tensors="pt")
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=1e-2)
     losses = []
@@ -366,3 +293,41 @@ def test_the_loss_falls_while_no_picture_reaches_the_language_model(tokenizer):
     assert {"image token", "placeholders", "image reaches logits", "projector gradient"} <= failed(loaded)
     assert "config.image_token_id is 1000" in str(report)
     assert "modality_projection.proj.weight 0:" in str(report)
+
+
+# --- the faults that notebook 03 shows
+SEEN_BY = {
+    "pictures go nowhere (seed 004)": "image reaches logits",
+    "a wrong image token id": "image token",
+    "template that reads text only (Qwen3's)": "chat template",
+    "tower's output sliced wrong": "image features",
+    "another tower's colours": "mean and deviation",
+    "answers padded on the right": "batch equals single",
+    "head no longer tied": "tied weights",
+    "LoRA inside the tower": "trainable parts",
+    "LoRA without the projector": "adapter saved",
+}
+
+
+@pytest.mark.slow
+def test_each_fault_of_the_notebook_turns_its_check_red():
+    assert FAULTS.keys() == SEEN_BY.keys()
+    for fault, row in SEEN_BY.items():
+        assert row in failed(break_splice(splice("nano-vision", "nano"), fault)), fault
+    assert not failed(splice("nano-vision", "nano")), "nothing is left behind"
+    with pytest.raises(ValueError, match="no fault 'x'; expected one of pictures go nowhere"):
+        break_splice(splice("nano-vision", "nano"), "x")
+
+
+@pytest.mark.slow
+def test_both_losses_fall_but_the_broken_splice_answers_every_picture_alike(tmp_path):
+    scenes = make_scenes(160, seed=1)
+    paths = save_scenes(scenes, tmp_path)
+    rows = make_chats(question_chat(scene, path, "color") for scene, path in zip(scenes, paths, strict=True))
+    build = functools.partial(splice, "nano-vision", "nano")
+    settings = VISION_PRESETS["nano-vision"].instruct_stage
+    for fault in ("", "pictures go nowhere (seed 004)"):
+        metrics, answers = train_fault(build, fault, rows, settings, rows[:40], seed=1, max_new_tokens=6)
+        assert [line["step"] for line in metrics] == list(range(1, 21))
+        assert sum(line["loss"] for line in metrics[-5:]) / 5 < 0.7 * metrics[0]["loss"]
+        assert (len(set(answers)) == 1) == (fault != "")

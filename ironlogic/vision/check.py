@@ -9,6 +9,7 @@ import html
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ironlogic.models import LoadedModel
@@ -32,7 +33,8 @@ from PIL import Image
 __all__ = ["SpliceReport", "SpliceRow", "check_splice"]
 
 Reference = LoadedModel | tuple[torch.Tensor, torch.Tensor]
-Verdict = tuple[bool, str]
+Images = Sequence[Any] | None  # two different ones; None: noise
+Verdict = tuple[bool, str]  # passed, detail
 
 
 @dataclass(frozen=True)
@@ -65,19 +67,21 @@ class SpliceReport:
         return self
 
     def __str__(self) -> str:
-        wide = max(len(row.name) for row in self.rows)
-        return "\n".join(f"{'ok ' if row.passed else 'BAD'} {row.name:{wide}} {row.detail}" for row in self.rows)
+        width = max(len(row.name) for row in self.rows)
+        return "\n".join(f"{'ok ' if row.passed else 'BAD'} {row.name:{width}} {row.detail}" for row in self.rows)
 
     def _repr_html_(self) -> str:
-        mark = {True: "<b style='color:#1a7f37'>ok</b>", False: "<b style='color:#cf222e'>broken</b>"}
-        lines = ((mark[row.passed], html.escape(row.name), html.escape(row.detail)) for row in self.rows)
-        cells = ("".join(f"<td style='text-align:left'>{cell}</td>" for cell in line) for line in lines)
-        return f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>"
+        lines = []
+        for row in self.rows:
+            color, mark = ("#1a7f37", "ok") if row.passed else ("#cf222e", "broken")
+            cells = f"<b style='color:{color}'>{mark}</b>", html.escape(row.name), html.escape(row.detail)
+            lines.append("".join(f"<td style='text-align:left'>{cell}</td>" for cell in cells))
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def check_splice(
     loaded: LoadedModel,
-    images: Sequence[Any] | None = None,
+    images: Images = None,
     reference: Reference | None = None,
     *,
     reload: bool = True,
@@ -93,30 +97,29 @@ def check_splice(
     if getattr(model.config, "model_type", "") not in ("llava", "smolvlm") or loaded.processor is None:
         raise SpliceError(f"check_splice checks what splice makes, with its processor; got {type(model).__name__}")
     training = loaded.model.training
-    probe = _Probe(loaded, model, images, training)
     checks: dict[str, Callable[[], Verdict]] = {
-        "image token": probe.image_token,
-        "tokenizer fits": probe.tokenizer_fits,
-        "chat template": probe.chat_template,
-        "answer ends": probe.answer_ends,
-        "mean and deviation": probe.mean_and_deviation,
-        "tied weights": probe.tied_weights,
-        "trainable parts": probe.trainable_parts,
-        "image features": probe.image_features,
+        "image token": partial(_image_token, loaded),
+        "tokenizer fits": partial(_tokenizer_fits, loaded),
+        "chat template": partial(_chat_template, loaded),
+        "answer ends": partial(_answer_ends, loaded),
+        "mean and deviation": partial(_mean_and_deviation, loaded),
+        "tied weights": partial(_tied_weights, loaded),
+        "trainable parts": partial(_trainable_parts, loaded, training),
+        "image features": partial(_image_features, loaded),
     }
     if model.device.type != "meta":
         checks |= {
-            "placeholders": probe.placeholders,
-            "image reaches logits": probe.image_reaches_logits,
-            "batch equals single": probe.batch_equals_single,
-            "projector gradient": probe.projector_gradient,
+            "placeholders": partial(_placeholders, loaded, images),
+            "image reaches logits": partial(_image_reaches_logits, loaded, images),
+            "batch equals single": partial(_batch_equals_single, loaded, images),
+            "projector gradient": partial(_projector_gradient, loaded, images),
         }
         if reference is not None:
-            checks["text alone"] = lambda: probe.text_alone(reference)
+            checks["text alone"] = partial(_text_alone, loaded, reference)
         if isinstance(loaded.model, peft.PeftModel):
-            checks["adapter saved"] = probe.adapter_saved
+            checks["adapter saved"] = partial(_adapter_saved, loaded)
         elif reload:
-            checks["reload"] = probe.reload
+            checks["reload"] = partial(_reload, loaded, images)
     loaded.model.eval()
     try:
         return SpliceReport(tuple(_run(name, check) for name, check in checks.items()))
@@ -131,248 +134,303 @@ def _run(name: str, check: Callable[[], Verdict]) -> SpliceRow:
         return SpliceRow(name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def _say(passed: bool, said: str, advice: str) -> Verdict:
-    return passed, said if passed else f"{said}: {advice}"
+def _verdict(passed: bool, detail: str, advice: str) -> Verdict:
+    return passed, detail if passed else f"{detail}: {advice}"
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """The checks, each -> (passed, detail)."""
+# --- checks of configuration, tokenizer and processor: nothing is run -------------------------------------------
+def _image_token(loaded: LoadedModel) -> Verdict:
+    """One special token, and every copy of its id the same."""
+    processor, token = loaded.processor, loaded.processor.image_token
+    ids = processor.tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        return False, f"{token!r} is {len(ids)} tokens, {ids}; it has to be one: add it as a special token"
+    if token not in processor.tokenizer.get_added_vocab():
+        return False, f"{token!r} is an ordinary token, so any text may hold it; add it as a special token"
+    copies = {"processor.image_token_id": processor.image_token_id} | image_token_ids(bare(loaded.model))
+    wrong = [f"{name} is {copy}" for name, copy in copies.items() if copy != ids[0]]
+    if wrong:
+        return False, f"{', '.join(wrong)}; the tokenizer's {token!r} is {ids[0]}: set it to that"
+    return True, f"{token!r} is {ids[0]} in the tokenizer and in {len(copies)} other places"
 
-    loaded: LoadedModel
-    model: Any
-    images: Sequence[Any] | None
-    training: bool = False
 
-    @property
-    def processor(self) -> Any:
-        return self.loaded.processor
+def _tokenizer_fits(loaded: LoadedModel) -> Verdict:
+    model = bare(loaded.model)
+    tokens = len(loaded.processor.tokenizer)
+    embedding = len(model.get_input_embeddings().weight)
+    head = len(model.get_output_embeddings().weight)
+    size = model.config.get_text_config().vocab_size
+    detail = (
+        f"{tokens} tokens, {embedding} rows of the embedding, {head} of the head, text_config.vocab_size {size}"
+    )
+    return _verdict(tokens <= embedding == head == size, detail, "call resize_token_embeddings")
 
-    # --- what needs no numbers
 
-    def image_token(self) -> Verdict:
-        token = self.processor.image_token
-        ids = self.processor.tokenizer.encode(token, add_special_tokens=False)
-        if len(ids) != 1:
-            return False, f"{token!r} is {len(ids)} tokens, {ids}; it has to be one: add it as a special token"
-        if token not in self.processor.tokenizer.get_added_vocab():
-            return False, f"{token!r} is an ordinary token, so any text may hold it; add it as a special token"
-        places = {"processor.image_token_id": self.processor.image_token_id} | image_token_ids(self.model)
-        wrong = [f"{place} is {found}" for place, found in places.items() if found != ids[0]]
-        if wrong:
-            return False, f"{', '.join(wrong)}; the tokenizer's {token!r} is {ids[0]}: set it to that"
-        return True, f"{token!r} is {ids[0]} in the tokenizer and in {len(places)} other places"
+def _chat_template(loaded: LoadedModel) -> Verdict:
+    processor = loaded.processor
+    text = keeps_image(processor, processor.image_token)
+    if not text:
+        return False, "processor.chat_template drops the image or the question of a list of parts"
+    if text != keeps_image(processor.tokenizer, processor.image_token):
+        return False, "tokenizer.chat_template writes a picture otherwise than processor.chat_template"
+    return True, repr(text)
 
-    def tokenizer_fits(self) -> Verdict:
-        table, head = (
-            len(m.weight) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        )
-        size, tokens = self.model.config.get_text_config().vocab_size, len(self.processor.tokenizer)
-        good = tokens <= table == head == size
-        said = f"{tokens} tokens, {table} rows of the embedding, {head} of the head, text_config.vocab_size {size}"
-        return _say(good, said, "call resize_token_embeddings")
 
-    def chat_template(self) -> Verdict:
-        processor, tokenizer = self.processor, self.processor.tokenizer
-        text = keeps_image(processor, processor.image_token)
-        if not text:
-            return False, "processor.chat_template drops the image or the question of a list of parts"
-        if text != keeps_image(tokenizer, processor.image_token):
-            return False, "tokenizer.chat_template writes a picture otherwise than processor.chat_template"
-        return True, repr(text)
+def _answer_ends(loaded: LoadedModel) -> Verdict:
+    """What the template writes behind an answer is what generation stops at, and not what pads."""
+    tokenizer = loaded.processor.tokenizer
+    eos = bare(loaded.model).generation_config.eos_token_id
+    stops = eos if isinstance(eos, list) else [eos]
+    names = tokenizer.convert_ids_to_tokens([token for token in stops if token is not None])
+    chat = [{"role": "user", "content": "zxq"}, {"role": "assistant", "content": "qxz"}]
+    behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("qxz")[2].strip()
+    ids = tokenizer.encode(behind, add_special_tokens=False)
+    end = ids[0] if ids else None
+    if end not in stops:
+        written = tokenizer.decode([end]) if ids else "no token"
+        return False, f"the template ends an answer with {written!r}, generation_config.eos_token_id is {names}"
+    if tokenizer.pad_token_id in (None, end):  # a further end of generation_config may pad: Qwen3's does
+        return False, f"the pad token, {tokenizer.pad_token!r}, has to be one that doesn't end an answer"
+    return True, f"ends {names}, pads with {tokenizer.pad_token!r}"
 
-    def answer_ends(self) -> Verdict:
-        tokenizer = self.processor.tokenizer
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        chat = [{"role": "user", "content": "zxq"}, {"role": "assistant", "content": "qxz"}]
-        written = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("qxz")[2].strip()
-        ids = tokenizer.encode(written, add_special_tokens=False)
-        end = ids[0] if ids else None
-        names = tokenizer.convert_ids_to_tokens([one for one in ends if one is not None])
-        if end not in ends:
-            wanted = tokenizer.decode([end]) if ids else "no token"
-            return False, f"the template ends an answer with {wanted!r}, generation_config.eos_token_id is {names}"
-        if tokenizer.pad_token_id in (None, end):  # a further end of generation_config may pad: Qwen3's does
-            return False, f"the pad token, {tokenizer.pad_token!r}, has to be one that doesn't end an answer"
-        return True, f"ends {names}, pads with {tokenizer.pad_token!r}"
 
-    def mean_and_deviation(self) -> Verdict:
-        own, vision = self.processor.image_processor, self.model.config.vision_config.to_dict()
-        wrong, said = [], []
-        for name in ("image_mean", "image_std"):
-            found = [round(float(value), 4) for value in getattr(own, name)]
-            wanted = [round(float(value), 4) for value in vision.get(name, found)]
-            said.append(f"{name} {found}" + ("" if name in vision else " (the tower's is not recorded)"))
-            if found != wanted or not own.do_normalize:
-                wrong.append(f"image_processor.{name} is {found}, the tower's {wanted}")
-        if not own.do_rescale or abs(own.rescale_factor * 255 - 1) > 1e-6:
-            wrong.append("image_processor.rescale_factor has to be 1/255")
-        return not wrong, ", ".join(wrong or said)
-
-    def tied_weights(self) -> Verdict:
-        config = self.model.config
-        outer, inner = config.tie_word_embeddings, config.get_text_config().tie_word_embeddings
-        head, table = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
-        shared = head is table or (not head.is_meta and head.data_ptr() == table.data_ptr())
-        said = f"config {outer}, text_config {inner}, head and embedding {'shared' if shared else 'apart'}"
-        return _say(outer == inner == shared, said, "all three have to agree")
-
-    def trainable_parts(self) -> Verdict:
-        every = list(self.model.named_parameters())
-        tower = {id(parameter) for parameter in tower_of(self.model).parameters()}
-        projector = {id(parameter) for parameter in projector_of(self.model).parameters()}
-        counts = {"tower": 0, "projector": 0, "adapter": 0, "language model": 0}
-        for name, parameter in every:
-            kind = "tower" if id(parameter) in tower else "projector" if id(parameter) in projector else ""
-            kind = kind or ("adapter" if "lora_" in name else "language model")
-            counts[kind] += parameter.numel() * parameter.requires_grad
-        said = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
-        if strangers := [name for name, parameter in every if "lora_" in name and id(parameter) in tower]:
-            return False, f"{said}: an adapter sits in the vision tower ({strangers[0]}); give LoRA a pattern"
-        floats = (p for _, p in every if p.is_floating_point())  # 4-bit weights can't be trained
-        if all(p.requires_grad for p in floats) and not self.training:
-            return True, f"{said}: nothing is frozen yet"
-        if counts["tower"]:
-            return False, f"{said}: the vision tower has to be frozen"
-        if any(counts.values()) and not counts["projector"]:
-            return False, f"{said}: the projector is frozen; name it in modules_to_save"
-        return True, said
-
-    def image_features(self) -> Verdict:
-        """One feature for each patch, none cut off and no CLS among them, and as many places for them."""
-        wrong = []
-        for name, wanted in feature_fields(self.model).items():
-            holder = self.model.config if name.startswith("config") else self.processor
-            found = getattr(holder, name.partition(".")[2])
-            wrong += [f"{name} is {found!r}, not {wanted!r}"] if found != wanted else []
-        return not wrong, "; ".join(wrong) or f"a place for each patch of {type(tower_of(self.model)).__name__}"
-
-    # --- what runs the model
-
-    def _batch(self, texts: Sequence[str], images: Sequence[Any]) -> dict[str, torch.Tensor]:
-        # one picture a list: what the SmolVLM class needs, and LLaVA's takes
-        nested = [[image] for image in images]
-        batch = self.processor(text=list(texts), images=nested, padding=True, return_tensors="pt")
-        batch = {name: value.to(self.loaded.device) for name, value in batch.items()}
-        batch["pixel_values"] = batch["pixel_values"].to(next(tower_of(self.model).parameters()).dtype)
-        return batch
-
-    def _pictures(self) -> list[Any]:
-        if self.images is not None:
-            if len(self.images) < 2:
-                raise SpliceError(f"images holds {len(self.images)}; two different ones are needed")
-            return list(self.images[:2])
-        size, rng = self.model.config.vision_config.image_size, np.random.default_rng(0)
-        shapes = ((size, size + size // 4, 3), (size + size // 4, size, 3))
-        return [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
-
-    def _ask(self, *questions: str) -> str:
-        parts = [part for q in questions for part in ({"type": "image"}, {"type": "text", "text": q})]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True
-        )
-
-    @torch.no_grad()
-    def placeholders(self) -> Verdict:
-        """In a batch, each text has as many places as its own pictures have features; the sum is no proof."""
-        one, two = self._pictures()
-        batch = self._batch([self._ask("zxq"), self._ask("zxq", "qxz")], [one, two, one])
-        found = (batch["input_ids"] == self.model.config.image_token_id).sum(1).tolist()
-        features = self.model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
-        sent = [len(one) for one in features]
-        wanted = [sent[0], sent[1] + sent[2]]
-        said = f"{found} in texts of one and two pictures, {wanted} features"
-        return _say(found == wanted, said, "the processor writes the wrong number")
-
-    @torch.no_grad()
-    def image_reaches_logits(self) -> Verdict:
-        batch = self._batch([self._ask("zxq")] * 2, self._pictures())
-        here = self.model(**batch).logits[:, -1].float()
-        there = self.model(**batch | {"pixel_values": batch["pixel_values"].flip(0)}).logits[:, -1].float()
-        change = (here - there).abs().max().item()
-        passed = change > 1e-6 * here.abs().max().item()
-        said = f"exchanging two pictures changes the next token's logits by {change:.2g}"
-        return _say(passed, said, "the pictures never reach the language model")
-
-    @torch.no_grad()
-    def batch_equals_single(self) -> Verdict:
-        if self.processor.tokenizer.padding_side != "left":
-            return False, "tokenizer.padding_side is 'right': answers of a batch begin behind padding; set 'left'"
-        rows = list(zip([self._ask("zxq"), self._ask("zxq and more of it")], self._pictures(), strict=True))
-        together = self.model(**self._batch(*zip(*rows, strict=True))).logits[:, -1].float()
-        alone = torch.cat([self.model(**self._batch([t], [image])).logits[:, -1].float() for t, image in rows])
-        apart = (together - alone).abs().max().item() / alone.std().item()
-        swapped = (alone[0] - alone[1]).abs().max().item() / alone.std().item()
-        # other shapes take other kernels: in 16 bit that is some per cent of the spread
-        passed = apart < max(1e-3 if self.model.dtype == torch.float32 else 0.1, swapped / 10)
-        said = f"logits of a padded batch differ by {apart:.2g} of their spread from those alone"
-        return _say(passed, said, "a row sees another row's picture, or its padding")
-
-    def projector_gradient(self) -> Verdict:
-        """0.0 is what a projector gets whose features go nowhere while the loss falls; None, one cut off."""
-        batch = self._batch([self._ask("zxq")] * 2, self._pictures())
-        labels = torch.full_like(batch["input_ids"], -100)
-        labels[:, -3:] = batch["input_ids"][:, -3:]
-        every = projector_of(self.model).named_parameters()
-        named = {name: parameter for name, parameter in every if "original_module" not in name}
-        before = [parameter.requires_grad for parameter in named.values()]
-        for parameter in named.values():
-            parameter.requires_grad_(True)
-        try:
-            loss = self.model(**batch, labels=labels).loss
-            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        finally:
-            for parameter, trainable in zip(named.values(), before, strict=True):
-                parameter.requires_grad_(trainable)
-        most = {name: g if g is None else g.abs().max().item() for name, g in zip(named, grads, strict=True)}
-        said = ", ".join(f"{name} {'None' if one is None else f'{one:.2g}'}" for name, one in most.items())
-        passed = all(one is not None and 0 < one < float("inf") for one in most.values())
-        return _say(passed, said, "the loss does not depend on the pictures")
-
-    @torch.no_grad()
-    def text_alone(self, reference: Reference) -> Verdict:
-        if isinstance(reference, tuple):
-            ids, logits = reference
+def _mean_and_deviation(loaded: LoadedModel) -> Verdict:
+    """Pixels are scaled as the tower was trained on."""
+    image_processor, vision = loaded.processor.image_processor, bare(loaded.model).config.vision_config.to_dict()
+    details, wrong = [], []
+    for name in ("image_mean", "image_std"):
+        ours = [round(float(value), 4) for value in getattr(image_processor, name)]
+        if name not in vision:
+            details.append(f"{name} {ours} (the tower's is not recorded)")
+            theirs = ours
         else:
-            ids = reference.tokenizer("Where is it?", return_tensors="pt", add_special_tokens=False)["input_ids"]
-            logits = reference.model(input_ids=ids.to(reference.device)).logits
-        mine = self.model(input_ids=ids.to(self.loaded.device)).logits.float().cpu()
-        words = min(mine.shape[-1], logits.shape[-1])  # an added token makes the head longer
-        change = (mine[..., :words] - logits[..., :words].float().cpu()).abs().max().item()
-        said = f"logits of a text differ from the language model's by {change:.2g}"
-        return _say(change < 1e-3, said, "its head or its embedding is not the language model's")
+            details.append(f"{name} {ours}")
+            theirs = [round(float(value), 4) for value in vision[name]]
+        if ours != theirs or not image_processor.do_normalize:
+            wrong.append(f"image_processor.{name} is {ours}, the tower's {theirs}")
+    if not image_processor.do_rescale or abs(image_processor.rescale_factor * 255 - 1) > 1e-6:
+        wrong.append("image_processor.rescale_factor has to be 1/255")
+    return not wrong, ", ".join(wrong or details)
 
-    # --- what is written
 
-    @torch.no_grad()
-    def reload(self) -> Verdict:
-        """Plain transformers reads the same model from a folder. On a card its tensors are compared, on the CPU."""
-        there = self.loaded.device if self.model.device.type == "cpu" or self.loaded.four_bit_share else "cpu"
-        with tempfile.TemporaryDirectory() as folder:
-            self.model.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
-            processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
-            model = transformers.AutoModelForImageTextToText.from_pretrained(
-                folder, dtype=self.model.dtype, device_map={"": there}, local_files_only=True
-            ).eval()
-        again = _Probe(LoadedModel(model, processor.tokenizer, processor), model, self.images)
-        here, back = (one._batch([one._ask("zxq")] * 2, one._pictures()) for one in (self, again))
-        pixels = (here["pixel_values"].cpu() - back["pixel_values"].cpu()).abs().mean().item()
-        wrong = ["token ids"] * (not torch.equal(here["input_ids"].cpu(), back["input_ids"].cpu()))
-        wrong += ["pixels"] * (pixels > 0.02)  # with torchvision another resampler is read back, a hair apart
-        if there == self.loaded.device:
-            wrong += ["logits"] * (not torch.equal(self.model(**here).logits, model(**here).logits))
+def _tied_weights(loaded: LoadedModel) -> Verdict:
+    model = bare(loaded.model)
+    outer = model.config.tie_word_embeddings
+    inner = model.config.get_text_config().tie_word_embeddings
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    shared = head is embedding or (not head.is_meta and head.data_ptr() == embedding.data_ptr())
+    detail = f"config {outer}, text_config {inner}, head and embedding {'shared' if shared else 'apart'}"
+    return _verdict(outer == inner == shared, detail, "all three have to agree")
+
+
+def _trainable_parts(loaded: LoadedModel, training: bool) -> Verdict:
+    """The tower is frozen and holds no adapter; whoever trains anything trains the projector."""
+    model = bare(loaded.model)
+    parameters = dict(model.named_parameters())
+    tower = {id(parameter) for parameter in tower_of(model).parameters()}
+    projector = {id(parameter) for parameter in projector_of(model).parameters()}
+    trainable = {"tower": 0, "projector": 0, "adapter": 0, "language model": 0}
+    for name, parameter in parameters.items():
+        if id(parameter) in tower:
+            part = "tower"
+        elif id(parameter) in projector:
+            part = "projector"
         else:
-            tensors = model.state_dict()
-            wrong += [n for n, x in self.model.state_dict().items() if not torch.equal(x.cpu(), tensors[n])][:3]
-        said = f"{type(model).__name__} with {type(processor).__name__} from a folder"
-        return not wrong, f"{said}: {'other ' + ', '.join(wrong) if wrong else 'the same logits'}"
+            part = "adapter" if "lora_" in name else "language model"
+        if parameter.requires_grad:
+            trainable[part] += parameter.numel()
+    detail = ", ".join(f"{part} {count:,}" for part, count in trainable.items())
+    if misplaced := [name for name, p in parameters.items() if "lora_" in name and id(p) in tower]:
+        return False, f"{detail}: an adapter sits in the vision tower ({misplaced[0]}); give LoRA a pattern"
+    floats = [p for p in parameters.values() if p.is_floating_point()]  # 4-bit weights can't be trained
+    if all(p.requires_grad for p in floats) and not training:
+        return True, f"{detail}: nothing is frozen yet"
+    if trainable["tower"]:
+        return False, f"{detail}: the vision tower has to be frozen"
+    if any(trainable.values()) and not trainable["projector"]:
+        return False, f"{detail}: the projector is frozen; name it in modules_to_save"
+    return True, detail
 
-    def adapter_saved(self) -> Verdict:
-        """The trained projector is among what the adapter writes."""
-        name = projector_name(self.model)
-        saved = [key for key in peft.get_peft_model_state_dict(self.loaded.model) if f".{name}." in key]
-        active = [key for key, _ in projector_of(self.model).named_parameters() if "original_module" not in key]
-        said = f"{len(saved)} of {len(active)} tensors of the projector are saved with the adapter"
-        return _say(len(saved) == len(active), said, f"name {name} in modules_to_save")
+
+def _image_features(loaded: LoadedModel) -> Verdict:
+    """One feature for each patch, none cut off and no CLS among them, and as many places for them."""
+    model, wrong = bare(loaded.model), []
+    for field, expected in feature_fields(model).items():
+        holder, _, name = field.partition(".")
+        value = getattr(model.config if holder == "config" else loaded.processor, name)
+        if value != expected:
+            wrong.append(f"{field} is {value!r}, not {expected!r}")
+    return not wrong, "; ".join(wrong) or f"a place for each patch of {type(tower_of(model)).__name__}"
+
+
+# --- checks that run the model ----------------------------------------------------------------------------------
+def _two_pictures(loaded: LoadedModel, images: Images) -> list[Any]:
+    """Two of `images`, or two of noise, one wide and one high."""
+    if images is not None:
+        if len(images) < 2:
+            raise SpliceError(f"images holds {len(images)}; two different ones are needed")
+        return list(images[:2])
+    short = bare(loaded.model).config.vision_config.image_size
+    long = short + short // 4
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        for shape in ((short, long, 3), (long, short, 3))
+    ]
+
+
+def _prompt(loaded: LoadedModel, *questions: str) -> str:
+    """One user turn with a picture before each question."""
+    parts = []
+    for question in questions:
+        parts += [{"type": "image"}, {"type": "text", "text": question}]
+    chat = [{"role": "user", "content": parts}]
+    return loaded.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def _batch(loaded: LoadedModel, texts: Sequence[str], images: Sequence[Any]) -> dict[str, torch.Tensor]:
+    # one picture a list: what the SmolVLM class needs, and LLaVA's takes
+    nested = [[image] for image in images]
+    batch = loaded.processor(text=list(texts), images=nested, padding=True, return_tensors="pt")
+    batch = {name: value.to(loaded.device) for name, value in batch.items()}
+    batch["pixel_values"] = batch["pixel_values"].to(next(tower_of(loaded.model).parameters()).dtype)
+    return batch
+
+
+def _twin_batch(loaded: LoadedModel, images: Images) -> dict[str, torch.Tensor]:
+    """The same question about each of the two pictures."""
+    return _batch(loaded, [_prompt(loaded, "zxq")] * 2, _two_pictures(loaded, images))
+
+
+def _next_token_logits(loaded: LoadedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, V), in float32."""
+    return bare(loaded.model)(**batch).logits[:, -1].float()
+
+
+@torch.no_grad()
+def _placeholders(loaded: LoadedModel, images: Images) -> Verdict:
+    """In a batch, each text has as many places as its own pictures have features; the sum is no proof."""
+    model = bare(loaded.model)
+    first, second = _two_pictures(loaded, images)
+    texts = [_prompt(loaded, "zxq"), _prompt(loaded, "zxq", "qxz")]
+    batch = _batch(loaded, texts, [first, second, first])
+    places = (batch["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    sent = [
+        len(features) for features in model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
+    ]
+    features = [sent[0], sent[1] + sent[2]]
+    detail = f"{places} in texts of one and two pictures, {features} features"
+    return _verdict(places == features, detail, "the processor writes the wrong number")
+
+
+@torch.no_grad()
+def _image_reaches_logits(loaded: LoadedModel, images: Images) -> Verdict:
+    batch = _twin_batch(loaded, images)
+    own = _next_token_logits(loaded, batch)
+    exchanged = _next_token_logits(loaded, batch | {"pixel_values": batch["pixel_values"].flip(0)})
+    change = (own - exchanged).abs().max().item()
+    passed = change > 1e-6 * own.abs().max().item()
+    detail = f"exchanging two pictures changes the next token's logits by {change:.2g}"
+    return _verdict(passed, detail, "the pictures never reach the language model")
+
+
+@torch.no_grad()
+def _batch_equals_single(loaded: LoadedModel, images: Images) -> Verdict:
+    if loaded.processor.tokenizer.padding_side != "left":
+        return False, "tokenizer.padding_side is 'right': answers of a batch begin behind padding; set 'left'"
+    texts = [_prompt(loaded, "zxq"), _prompt(loaded, "zxq and more of it")]
+    pictures = _two_pictures(loaded, images)
+    together = _next_token_logits(loaded, _batch(loaded, texts, pictures))
+    rows = zip(texts, pictures, strict=True)
+    alone = torch.cat([_next_token_logits(loaded, _batch(loaded, [text], [picture])) for text, picture in rows])
+    spread = alone.std().item()
+    apart = (together - alone).abs().max().item() / spread
+    between_rows = (alone[0] - alone[1]).abs().max().item() / spread
+    # other shapes take other kernels: in 16 bit that is some per cent of the spread
+    rounding = 1e-3 if bare(loaded.model).dtype == torch.float32 else 0.1
+    detail = f"logits of a padded batch differ by {apart:.2g} of their spread from those alone"
+    passed = apart < max(rounding, between_rows / 10)
+    return _verdict(passed, detail, "a row sees another row's picture, or its padding")
+
+
+def _projector_gradient(loaded: LoadedModel, images: Images) -> Verdict:
+    """0.0 is what a projector gets whose features go nowhere while the loss falls; None, one cut off."""
+    model, batch = bare(loaded.model), _twin_batch(loaded, images)
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[:, -3:] = batch["input_ids"][:, -3:]
+    named = _active_parameters(model)
+    before = [parameter.requires_grad for parameter in named.values()]
+    for parameter in named.values():
+        parameter.requires_grad_(True)
+    try:
+        loss = model(**batch, labels=labels).loss
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    finally:
+        for parameter, trainable in zip(named.values(), before, strict=True):
+            parameter.requires_grad_(trainable)
+    largest = [None if gradient is None else gradient.abs().max().item() for gradient in gradients]
+    passed = all(value is not None and 0 < value < float("inf") for value in largest)
+    shown = ["None" if value is None else f"{value:.2g}" for value in largest]
+    detail = ", ".join(f"{name} {value}" for name, value in zip(named, shown, strict=True))
+    return _verdict(passed, detail, "the loss does not depend on the pictures")
+
+
+def _active_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The projector's parameters, without the untrained copy that PEFT keeps beside them."""
+    named = projector_of(model).named_parameters()
+    return {name: parameter for name, parameter in named if "original_module" not in name}
+
+
+@torch.no_grad()
+def _text_alone(loaded: LoadedModel, reference: Reference) -> Verdict:
+    if isinstance(reference, tuple):
+        ids, theirs = reference
+    else:
+        ids = reference.tokenizer("Where is it?", return_tensors="pt", add_special_tokens=False)["input_ids"]
+        theirs = reference.model(input_ids=ids.to(reference.device)).logits
+    ours = bare(loaded.model)(input_ids=ids.to(loaded.device)).logits
+    words = min(ours.shape[-1], theirs.shape[-1])  # an added token makes the head longer
+    ours, theirs = (logits[..., :words].float().cpu() for logits in (ours, theirs))
+    change = (ours - theirs).abs().max().item()
+    detail = f"logits of a text differ from the language model's by {change:.2g}"
+    return _verdict(change < 1e-3, detail, "its head or its embedding is not the language model's")
+
+
+# --- checks of what is written ----------------------------------------------------------------------------------
+@torch.no_grad()
+def _reload(loaded: LoadedModel, images: Images) -> Verdict:
+    """Plain transformers reads the same model from a folder. On a card its tensors are compared, on the CPU."""
+    model = bare(loaded.model)
+    device = loaded.device if model.device.type == "cpu" or loaded.four_bit_share else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded.processor.save_pretrained(folder)
+        processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+        reloaded = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=model.dtype, device_map={"": device}, local_files_only=True
+        ).eval()
+    before = _twin_batch(loaded, images)
+    after = _twin_batch(LoadedModel(reloaded, processor.tokenizer, processor), images)
+    wrong = []
+    if not torch.equal(before["input_ids"].cpu(), after["input_ids"].cpu()):
+        wrong.append("token ids")
+    # with torchvision another resampler is read back, a hair apart
+    if (before["pixel_values"].cpu() - after["pixel_values"].cpu()).abs().mean().item() > 0.02:
+        wrong.append("pixels")
+    if device == loaded.device:
+        if not torch.equal(model(**before).logits, reloaded(**before).logits):
+            wrong.append("logits")
+    else:
+        tensors = reloaded.state_dict()
+        wrong += [name for name, x in model.state_dict().items() if not torch.equal(x.cpu(), tensors[name])][:3]
+    same = f"other {', '.join(wrong)}" if wrong else "the same logits"
+    return not wrong, f"{type(reloaded).__name__} with {type(processor).__name__} from a folder: {same}"
+
+
+def _adapter_saved(loaded: LoadedModel) -> Verdict:
+    """The trained projector is among what the adapter writes."""
+    name = projector_name(bare(loaded.model))
+    saved = [key for key in peft.get_peft_model_state_dict(loaded.model) if f".{name}." in key]
+    active = _active_parameters(loaded.model)
+    detail = f"{len(saved)} of {len(active)} tensors of the projector are saved with the adapter"
+    return _verdict(len(saved) == len(active), detail, f"name {name} in modules_to_save")

@@ -4,19 +4,20 @@ Each fault is one line that somebody once wrote or forgot; `check_splice` names 
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ironlogic.data.chats import Chats
-from ironlogic.models import LoadedModel
+from ironlogic.models import LoadedModel, free_memory
 from ironlogic.presets import TrainSettings
+from ironlogic.vision.answers import answer_pictures
 from ironlogic.vision.batches import batches_for, encode_pictures
 
 import peft
 import torch
 
-__all__ = ["FAULTS", "break_splice", "train_unchecked"]
+__all__ = ["FAULTS", "break_splice", "train_fault", "train_unchecked"]
 
 _TEXT_ONLY = "{% for m in messages %}{{ m.content if m.content is string else '' }}{{ '<|im_end|>' }}{% endfor %}"
 _EVERYWHERE = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
@@ -72,3 +73,28 @@ def train_unchecked(
         lines.append({"step": len(lines) + 1, "loss": loss.item()})
     model.eval()
     return lines
+
+
+def train_fault(
+    build: Callable[..., LoadedModel],
+    fault: str,
+    chats: Chats,
+    settings: TrainSettings,
+    test: Iterable[Sequence[dict[str, Any]]],
+    *,
+    seed: int,
+    watch: Any = None,
+    **answering: Any,
+) -> tuple[list[dict[str, float]], list[str]]:
+    """`train_unchecked` of a fresh splice with that fault ("": none): its metrics, and its answers to `test`.
+
+    A job of `run_parallel`, which nobody watches; `build` and `answering` as in `train_and_answer`.
+    """
+    loaded = build(seed=seed)
+    if fault:
+        loaded = break_splice(loaded, fault)
+    metrics = train_unchecked(loaded, chats, settings)
+    answers = answer_pictures(loaded, test, **answering)
+    del loaded
+    free_memory()
+    return metrics, answers

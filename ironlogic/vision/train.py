@@ -12,14 +12,14 @@ import copy
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ironlogic.data.chats import Chats
-from ironlogic.models import LoadedModel, ModelError, load_model
+from ironlogic.models import LoadedModel, ModelError, free_memory, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.training.runs import Run, RunError, no_room, run_folder, save_adapter, start_or_join, write_json
 from ironlogic.training.stages import (
@@ -27,10 +27,12 @@ from ironlogic.training.stages import (
     content_hash,
     describe_stage,
     finish_stage,
+    finished_run,
     fit,
     stage_callbacks,
     trainer_arguments,
 )
+from ironlogic.vision.answers import answer_pictures
 from ironlogic.vision.batches import (
     Features,
     PictureRow,
@@ -53,7 +55,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-__all__ = ["reopen", "save_spliced", "train_instruct", "train_projector"]
+__all__ = ["reopen", "save_spliced", "train_and_answer", "train_instruct", "train_projector"]
 
 _MARK = "save_spliced.json"  # in the folder of a whole model: it may be written anew
 
@@ -96,6 +98,39 @@ def train_instruct(
     return _train("instruct", loaded, chats, settings, run, watch, cache)
 
 
+def train_and_answer(
+    build: Callable[..., LoadedModel],
+    tests: Mapping[str, Iterable[Sequence[dict[str, Any]]]],
+    *,
+    instruct: tuple[Chats, TrainSettings],
+    projector: tuple[Chats, TrainSettings] | None = None,
+    run: str | Path,
+    seed: int,
+    watch: Watch | None = None,
+    cache: str | Path | None = "features",
+    **answering: Any,
+) -> dict[str, list[str]]:
+    """Stage 1 and stage 2 of a fresh splice, then its answers to the rows of every test, by the test's name.
+
+    A job of `run_parallel`: it keeps no model. `build(seed=seed)` makes the splice; without `projector` stage 1 is
+    left out. The runs lie in the folders `projector` and `instruct` of `run`; `reopen` gives their models. `tests`
+    and `answering` as in `answer_pictures`.
+    """
+    folder = run_folder(run)
+    loaded = build(seed=seed)
+    if projector is not None:
+        captions, settings = projector
+        settings = replace(settings, seed=seed)
+        train_projector(loaded, captions, settings, run=folder / "projector", watch=watch, cache=cache)
+    questions, settings = instruct
+    settings = replace(settings, seed=seed)
+    trained = train_instruct(loaded, questions, settings, run=folder / "instruct", watch=watch, cache=cache).loaded
+    answers = {name: answer_pictures(trained, rows, cache=cache, **answering) for name, rows in tests.items()}
+    del loaded, trained  # a card has room for one model
+    free_memory()
+    return answers
+
+
 def _train(stage, loaded, chats, settings: TrainSettings, run, watch: Watch | None, cache) -> Run:
     folder = run_folder(run)
     _must_be_bare(loaded)
@@ -112,7 +147,7 @@ def _train(stage, loaded, chats, settings: TrainSettings, run, watch: Watch | No
     wanted = describe_stage(stage, loaded, len(rows), content_hash(content), settings)
     previous = start_or_join(folder, wanted)
     if previous.get("finished"):
-        finished = Run(folder, previous)
+        finished = finished_run(folder, previous, watch)
         return replace(finished, loaded=reopen(finished, loaded))
     seen = None
     if cache is not None:
