@@ -22,7 +22,14 @@ import time
 
 from ironlogic.data.chats import make_chats
 from ironlogic.models import load_model
-from ironlogic.vision.batches import batches_for, cached_tower, encode_pictures, label_loss, look_at, open_head
+from ironlogic.vision.batches import (
+    batches_for,
+    cached_tower,
+    compute_features,
+    encode_pictures,
+    label_loss,
+    open_head,
+)
 from ironlogic.vision.splice import splice
 
 import numpy as np
@@ -116,7 +123,7 @@ def test_stage_1_is_five_times_as_fast_at_the_same_loss(tmp_path, capsys):
 
     (wanted, gradient), seed_seconds = timed(lambda: the_seeds_way(rows[0]))
     keys = [key for row in rows for key in row.pictures]
-    seen, look_seconds = timed(lambda: look_at(loaded, pictures, keys, tmp_path, batch_size=ROWS))
+    seen, look_seconds = timed(lambda: compute_features(loaded, pictures, keys, tmp_path, batch_size=ROWS))
     (got, our_gradient) = ours(rows[:1], seen)
     assert got == pytest.approx(wanted, rel=1e-5)
     for one, other in zip(our_gradient, gradient, strict=True):

@@ -21,9 +21,9 @@ from ironlogic.vision.batches import (
     batches_for,
     cached_tower,
     chat_tokenizer,
-    check_places,
+    check_image_tokens,
+    compute_features,
     image_length,
-    look_at,
     take_pictures,
 )
 
@@ -57,7 +57,7 @@ def answer_pictures(
             raise ChatError(f"row {number}: {error}") from error
     seen = None
     if cache is not None:
-        seen = look_at(loaded, pictures, [key for row in asked for key in row.pictures], run_folder(cache))
+        seen = compute_features(loaded, pictures, [key for row in asked for key in row.pictures], run_folder(cache))
     batches, answers = batches_for(loaded, pictures, seen, side="left"), [""] * len(asked)
     order = sorted(range(len(asked)), key=lambda row: asked[row].length)
     with inference(loaded) as model, cached_tower(model) if seen else contextlib.nullcontext():
@@ -111,7 +111,7 @@ def _prompt(messages, loaded: LoadedModel, tokenizer, pictures: Pictures, block:
         messages = messages[:-1]
     plain, keys = take_pictures(messages, pictures)
     ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
-    check_places(ids, keys, loaded.processor)
+    check_image_tokens(ids, keys, loaded.processor)
     length = len(ids) + len(keys) * (block - 1)
     if length >= loaded.max_length:
         raise ChatError(f"needs {length} tokens and room to answer; max_length is {loaded.max_length}")

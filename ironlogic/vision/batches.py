@@ -1,9 +1,9 @@
 """Chats with pictures -> batches: token ids with a block of image tokens for each picture, labels, pixels.
 
 Three things cost most when the seeds train: running the frozen tower on the same picture again and again, padding
-every row to one length, and logits over 151,936 words where nothing is learned. So pixels give way to features
-(`image_features`), rows of similar length share a batch, and `label_loss` makes logits for a few labels at a time.
-What it does not know: optimizers and stages (`vision_train`), whether the splice sees (`splice_check`).
+every row to one length, and logits over 151,936 words where nothing is learned. So the features of the tower are
+computed once and kept, rows of similar length share a batch, and `label_loss` makes the logits of a few labels at a
+time.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ __all__ = [
     "batches_for",
     "cached_tower",
     "chat_tokenizer",
-    "check_places",
+    "check_image_tokens",
+    "compute_features",
     "encode_pictures",
     "image_length",
     "label_loss",
-    "look_at",
     "open_head",
     "order_by_length",
     "take_pictures",
@@ -77,13 +77,13 @@ class Pictures:
 def tower_key(loaded: LoadedModel) -> str:
     """Names everything that a feature depends on but the picture: the tower's weights, its layer, the processor."""
     tower, config = tower_of(loaded.model), loaded.model.config
-    said = {
+    settings = {
         "tower": tower.config.to_dict(),
         "layer": getattr(config, "vision_feature_layer", None),
         "pictures": loaded.processor.image_processor.to_dict(),
         "device": loaded.device.type,
     }
-    content = blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16)
+    content = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in sorted(tower.state_dict().items()):
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -91,7 +91,7 @@ def tower_key(loaded: LoadedModel) -> str:
 
 
 class Features:
-    """What a frozen tower says of pictures, (N, D) each, by key; in files that are whole or not there."""
+    """A frozen tower's features of pictures, (N, D) each, by key; in files that are whole or not there."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -125,7 +125,7 @@ class Features:
         self._file |= dict.fromkeys(features, file)
 
 
-def look_at(
+def compute_features(
     loaded: LoadedModel, pictures: Pictures, keys: Sequence[str], folder: Path, *, batch_size: int = 32
 ) -> Features | None:
     """The features of these pictures; those that `folder` doesn't hold yet are computed. None: no room for them.
@@ -138,48 +138,49 @@ def look_at(
     missing = [key for key in dict.fromkeys(keys) if key not in features]
     for begin in range(0, len(missing), _SHARD):
         shard = missing[begin : begin + _SHARD]
-        made: dict[str, torch.Tensor] = {}
+        computed: dict[str, torch.Tensor] = {}
         for first in range(0, len(shard), batch_size):
             batch = shard[first : first + batch_size]
             full = batch + batch[-1:] * (batch_size - len(batch))
-            seen = _run_tower(loaded, [pictures.open(key) for key in full])
-            made |= {key: one.clone() for key, one in zip(batch, seen, strict=False)}
-            if not begin and not first and _too_many(seen[0], len(missing), folder):
+            emitted = _run_tower(loaded, [pictures.open(key) for key in full])
+            if begin == first == 0 and not _fits_on_disk(emitted[0].nbytes * len(missing), len(missing), folder):
                 return None
-        features.add(made)
+            computed |= {key: feature.clone() for key, feature in zip(batch, emitted, strict=False)}
+        features.add(computed)
     return features
 
 
-def _too_many(one: torch.Tensor, count: int, folder: Path) -> bool:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    needed, free = one.nbytes * count, shutil.disk_usage(there).free
-    if needed > free / 2:
-        print(
-            f"the features of {count:,} pictures would take {needed / 2**30:,.1f} GiB, more than half of what is "
-            f"free in {there} ({free / 2**30:,.1f} GiB): not kept, the tower runs at every step"
-        )
-    return needed > free / 2
+def _fits_on_disk(needed: int, count: int, folder: Path) -> bool:
+    """Whether so many bytes are at most half of what is free; else that is printed."""
+    disk = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if needed <= free / 2:
+        return True
+    print(
+        f"the features of {count:,} pictures would take {needed / 2**30:,.1f} GiB, more than half of what is "
+        f"free in {disk} ({free / 2**30:,.1f} GiB): not kept, the tower runs at every step"
+    )
+    return False
 
 
 def _run_tower(loaded: LoadedModel, images: list[Image.Image]) -> torch.Tensor:
+    """(P, N, D), of the layer that the projector reads, on the CPU."""
     tower, config = tower_of(loaded.model), loaded.model.config
+    layer = getattr(config, "vision_feature_layer", None)  # SmolVLM has none: it takes the last one
+    if layer is not None and not isinstance(layer, int):
+        raise ModelError(f"vision_feature_layer is {layer}; expected one layer")
     pixels = loaded.processor.image_processor([[image] for image in images], return_tensors="pt")["pixel_values"]
-    one = next(tower.parameters())
+    weight = next(tower.parameters())
     training = tower.training
     tower.eval()
     with torch.inference_mode():
-        pixels = pixels.reshape(len(images), *pixels.shape[-3:]).to(one.device, one.dtype)
-        said = tower(pixel_values=pixels, output_hidden_states=True, return_dict=True)
-        seen = said.last_hidden_state
-        if hasattr(config, "vision_feature_layer"):
-            if not isinstance(config.vision_feature_layer, int):
-                raise ModelError(f"vision_feature_layer is {config.vision_feature_layer}; expected one layer")
-            seen = said.hidden_states[config.vision_feature_layer]
+        pixels = pixels.reshape(len(images), *pixels.shape[-3:]).to(weight.device, weight.dtype)
+        output = tower(pixel_values=pixels, output_hidden_states=True, return_dict=True)
     tower.train(training)
-    return seen.cpu()
+    return (output.last_hidden_state if layer is None else output.hidden_states[layer]).cpu()
 
 
-class _Seen(torch.nn.Module):
+class _KeptFeatures(torch.nn.Module):
     """In the tower's place: gets features where the tower gets pixels, and hands them on."""
 
     def __init__(self, layer: int | None) -> None:
@@ -187,28 +188,27 @@ class _Seen(torch.nn.Module):
         self.layer = layer
 
     def forward(self, pixel_values, **_):
-        seen = pixel_values.squeeze(1) if pixel_values.dim() == 4 else pixel_values
-        return BaseModelOutputWithPooling(last_hidden_state=seen, hidden_states={self.layer: seen})
+        features = pixel_values.squeeze(1) if pixel_values.dim() == 4 else pixel_values
+        return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states={self.layer: features})
 
 
 @contextlib.contextmanager
 def cached_tower(model: Any) -> Iterator[None]:
-    """Inside, `pixel_values` are features of `look_at`, and the tower is not run; all else is as it was."""
+    """Inside, `pixel_values` are features of `compute_features`, and the tower is not run."""
     plain = bare(model)
     name = tower_name(plain)
     tower = getattr(plain.model, name)
-    setattr(plain.model, name, _Seen(getattr(plain.config, "vision_feature_layer", None)))
+    setattr(plain.model, name, _KeptFeatures(getattr(plain.config, "vision_feature_layer", None)))
     try:
         yield
     finally:
         setattr(plain.model, name, tower)
 
 
-# --- batches ----------------------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------------------------
 _LOGITS = 2**24  # in memory at a time: 64 MiB in float32
 
 
-# --- rows ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PictureRow:
     """One chat. Image tokens stand once for each picture; the collator writes the whole block."""
@@ -221,14 +221,11 @@ class PictureRow:
 
 def image_length(processor: Any) -> int:
     """Image tokens that stand for one picture, asked of the processor. Raises ModelError unless always as many."""
-    blanks = [Image.new("RGB", size, "gray") for size in ((64, 64), (96, 64))]
-    counts = {
-        processor(text=processor.image_token, images=[[blank]], return_tensors="pt")["input_ids"]
-        .eq(processor.image_token_id)
-        .sum()
-        .item()
-        for blank in blanks
-    }
+    counts = set()
+    for size in ((64, 64), (96, 64)):
+        blank = Image.new("RGB", size, "gray")
+        ids = processor(text=processor.image_token, images=[[blank]], return_tensors="pt")["input_ids"]
+        counts.add(ids.eq(processor.image_token_id).sum().item())
     if len(counts) > 1:
         raise ModelError(
             f"{type(processor).__name__} writes {sorted(counts)} image tokens; expected always as many"
@@ -257,7 +254,7 @@ def encode_pictures(
     left out, and the reason says how many tokens it needs. `needs_picture` leaves out rows of text alone.
     Raises ChatError when no row is left.
     """
-    pictures, good, rejected = Pictures(), [], []
+    pictures, readable, rejected = Pictures(), [], []
     for index, messages in enumerate(chats):
         try:
             plain, keys = take_pictures(messages, pictures)
@@ -266,19 +263,18 @@ def encode_pictures(
         except ChatError as error:
             rejected.append(chats.reject(index, error))
             continue
-        good.append({"messages": plain, "source_row": chats.rows[index]["source_row"], "pictures": keys})
-    if not good:
-        raise ChatError(f"no row is left to train on: {RejectedRows(rejected)}")
-    tokenizer, block = chat_tokenizer(loaded), image_length(loaded.processor)
-    seen = Chats(Dataset.from_list(good), source=chats.source)
-    encoded, report = encode_chats(seen, tokenizer, loss=loss, max_length=2**31 - 1)
-    rejected += report.rejected
-    rows = []
-    for row in encoded:
-        try:
-            rows.append(_fit(row, loaded.processor, block, max_length))
-        except ChatError as error:
-            rejected.append(Rejected(chats.source, row["source_row"], error.field, error.value, error.reason))
+        readable.append({"messages": plain, "source_row": chats.rows[index]["source_row"], "pictures": keys})
+    rows: list[PictureRow] = []
+    if readable:
+        block = image_length(loaded.processor)
+        readable = Chats(Dataset.from_list(readable), source=chats.source)
+        encoded, report = encode_chats(readable, chat_tokenizer(loaded), loss=loss, max_length=2**31 - 1)
+        rejected += report.rejected
+        for row in encoded:
+            try:
+                rows.append(_fit(row, loaded.processor, block, max_length))
+            except ChatError as error:
+                rejected.append(Rejected(chats.source, row["source_row"], error.field, error.value, error.reason))
     if not rows:
         raise ChatError(f"no row is left to train on: {RejectedRows(rejected)}")
     return rows, pictures, RejectedRows(sorted(rejected, key=lambda row: row.line))
@@ -306,41 +302,47 @@ def take_pictures(messages: list[dict], pictures: Pictures) -> tuple[list[dict],
     return plain, keys
 
 
-def _fit(one: dict, processor: Any, block: int, max_length: int) -> PictureRow:
-    ids, keys = one["input_ids"], one["pictures"]
-    check_places(ids, keys, processor)
-    places = [at for at, token in enumerate(ids) if token == processor.image_token_id]
-    labels = [IGNORED, *one["labels"][1:]]  # nothing predicts the first token
-    for place in places:
-        labels[place] = IGNORED
-    end = min(len(ids), max_length - len(keys) * (block - 1))
-    if (places and end <= places[-1]) or not any(label != IGNORED for label in labels[: max(end, 0)]):
-        first = next((at for at, label in enumerate(labels) if label != IGNORED), len(ids) - 1)
-        needed = max([first, *places]) + 1 + len(keys) * (block - 1)
-        reason = (
-            f"needs at least {needed} tokens, {len(keys) * block} of them for {len(keys)} pictures, but max_length "
-            f"is {max_length}; a picture is never cut"
+def _fit(row: dict, processor: Any, block: int, max_length: int) -> PictureRow:
+    """The encoded row, cut to `max_length` with its blocks of `block` image tokens written out."""
+    ids, keys = row["input_ids"], row["pictures"]
+    check_image_tokens(ids, keys, processor)
+    image_positions = [position for position, token in enumerate(ids) if token == processor.image_token_id]
+    labels = [IGNORED, *row["labels"][1:]]  # nothing predicts the first token
+    for position in image_positions:
+        labels[position] = IGNORED
+    trained = [position for position, label in enumerate(labels) if label != IGNORED]
+    written_out = len(keys) * (block - 1)  # tokens that the blocks add
+    end = min(len(ids), max_length - written_out)
+    first_trained = trained[0] if trained else len(ids) - 1
+    last_needed = max([first_trained, *image_positions])
+    if not trained or end <= last_needed:
+        raise ChatError(
+            f"needs at least {last_needed + 1 + written_out} tokens, {len(keys) * block} of them for {len(keys)} "
+            f"pictures, but max_length is {max_length}; a picture is never cut",
+            field="messages",
         )
+    return PictureRow(ids[:end], labels[:end], tuple(keys), end + written_out)
+
+
+def check_image_tokens(ids: list[int], keys: Sequence[str], processor: Any) -> None:
+    """Raises ChatError unless there is one image token for each picture."""
+    count = ids.count(processor.image_token_id)
+    if count != len(keys):
+        cause = "a text holds it" if count > len(keys) else "the chat template left it out"
+        reason = f"hold {count} times {processor.image_token!r} for {len(keys)} pictures: {cause}"
         raise ChatError(reason, field="messages")
-    return PictureRow(ids[:end], labels[:end], tuple(keys), end + len(keys) * (block - 1))
 
 
-def check_places(ids: list[int], keys: Sequence[str], processor: Any) -> None:
-    found = ids.count(processor.image_token_id)
-    if found != len(keys):
-        why = "a text holds it" if found > len(keys) else "the chat template left it out"
-        reason = f"hold {found} times {processor.image_token!r} for {len(keys)} pictures: {why}"
-        raise ChatError(reason, field="messages")
-
-
+# --- batches ----------------------------------------------------------------------------------------------------
 def order_by_length(lengths: Sequence[int], batch_size: int, *, seed: int, epochs: int = 1) -> list[int]:
     """Row numbers of all epochs: each row once an epoch, in random order, rows of similar length in one batch."""
     order: list[int] = []
+    window = batch_size * 32  # rows that are sorted among each other
     for epoch in range(epochs):
         rng, rows = random.Random(f"{seed}-{epoch}"), list(range(len(lengths)))
         rng.shuffle(rows)
-        for begin in range(0, len(rows), batch_size * 32):
-            nearby = sorted(rows[begin : begin + batch_size * 32], key=lambda row: lengths[row])
+        for begin in range(0, len(rows), window):
+            nearby = sorted(rows[begin : begin + window], key=lambda row: lengths[row])
             batches = [nearby[i : i + batch_size] for i in range(0, len(nearby), batch_size)]
             rng.shuffle(batches)
             order += [row for batch in batches for row in batch]
@@ -373,7 +375,7 @@ class PictureBatches:
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         batch = {name: torch.tensor(values) for name, values in batch.items()}
         if keys := [key for row in rows for key in row.pictures]:
-            batch["pixel_values"] = self._look(keys)
+            batch["pixel_values"] = self._pixels(keys)
         return batch
 
     @cached_property
@@ -383,26 +385,28 @@ class PictureBatches:
     def _pad(self, values: list[int], filler: int, space: int) -> list[int]:
         return [filler] * space + values if self.side == "left" else values + [filler] * space
 
-    def _look(self, keys: Sequence[str]) -> torch.Tensor:
+    def _pixels(self, keys: Sequence[str]) -> torch.Tensor:
         if self.features is not None:
-            seen = torch.stack([self.features[key] for key in keys])
-            return seen[:, None, None] if self.nested else seen
+            features = torch.stack([self.features[key] for key in keys])
+            return features[:, None, None] if self.nested else features
         images = [[self.pictures.open(key)] for key in keys]  # one a list: what the SmolVLM class needs
         pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         return pixels.reshape(len(keys), *([1] * self.nested), *pixels.shape[-3:])
 
 
-def batches_for(loaded: LoadedModel, pictures: Pictures, seen: Features | None, **more: Any) -> PictureBatches:
+def batches_for(
+    loaded: LoadedModel, pictures: Pictures, features: Features | None, **options: Any
+) -> PictureBatches:
     """The collator that fits the model's class."""
     nested = bare(loaded.model).config.model_type == "smolvlm"
-    return PictureBatches(loaded.processor, pictures, seen, nested=nested, **more)
+    return PictureBatches(loaded.processor, pictures, features, nested=nested, **options)
 
 
 def _repeat(values: Sequence[int], times: Sequence[int]) -> list[int]:
     return [value for value, n in zip(values, times, strict=True) for _ in range(n)]
 
 
-# --- logits only where something is learned ------------------------------------------------------------
+# --- logits only where something is learned ---------------------------------------------------------------------
 @contextlib.contextmanager
 def open_head(model: Any) -> Iterator[torch.nn.Module]:
     """Inside, the model's `logits` are the states that the head would read (B, T, D); gives the head."""
@@ -425,33 +429,35 @@ def label_loss(
     if head.weight.requires_grad:
         raise ValueError("label_loss: the head is trained; expected a frozen one")
     trained = labels[:, 1:] != IGNORED
-    chosen, wanted = hidden[:, :-1][trained], labels[:, 1:][trained]
-    return _ChunkedLoss.apply(chosen, wanted, head.weight, head.bias) / (len(wanted) if count is None else count)
+    states, targets = hidden[:, :-1][trained], labels[:, 1:][trained]
+    total = _ChunkedLoss.apply(states, targets, head.weight, head.bias)
+    return total / (len(targets) if count is None else count)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     """Sum of cross entropies; keeps the gradient of the states (M, D), never more than 64 MiB of logits."""
 
     @staticmethod
-    def forward(ctx, hidden, wanted, weight, bias):
+    def forward(ctx, states, targets, weight, bias):
         rows = max(1, _LOGITS // len(weight))
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(hidden, dtype=weight.dtype)
-        for begin in range(0, len(hidden), rows):
-            some = slice(begin, begin + rows)
-            logits = torch.nn.functional.linear(hidden[some].to(weight.dtype), weight, bias).float()
-            at = wanted[some, None]
+        total = states.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(states, dtype=weight.dtype)
+        for begin in range(0, len(states), rows):
+            chunk = slice(begin, begin + rows)
+            logits = torch.nn.functional.linear(states[chunk].to(weight.dtype), weight, bias).float()
+            target = targets[chunk, None]
+            # softmax in place: d loss / d logits = probabilities - 1 at the target
             logits -= logits.amax(1, keepdim=True)
-            right = logits.gather(1, at)
+            target_logits = logits.gather(1, target)
             sums = logits.exp_().sum(1, keepdim=True)
-            total += (sums.log() - right).sum()
+            total += (sums.log() - target_logits).sum()
             logits /= sums
-            logits.scatter_add_(1, at, torch.full_like(right, -1.0))
-            gradient[some] = logits.to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient.to(hidden.dtype))
+            logits.scatter_add_(1, target, torch.full_like(target_logits, -1.0))
+            gradient[chunk] = logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient.to(states.dtype))
         return total
 
     @staticmethod
-    def backward(ctx, above):
+    def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        return gradient * above.to(gradient.dtype), None, None, None
+        return gradient * upstream.to(gradient.dtype), None, None, None

@@ -39,9 +39,9 @@ from ironlogic.vision.batches import (
     Pictures,
     batches_for,
     cached_tower,
+    compute_features,
     encode_pictures,
     label_loss,
-    look_at,
     open_head,
     order_by_length,
     tower_key,
@@ -152,7 +152,7 @@ def _train(stage, loaded, chats, settings: TrainSettings, run, watch: Watch | No
     seen = None
     if cache is not None:
         keys = [key for row in rows for key in row.pictures]
-        seen = look_at(loaded, pictures, keys, run_folder(cache))
+        seen = compute_features(loaded, pictures, keys, run_folder(cache))
     transformers.set_seed(settings.seed)
     before = {name: p.detach().clone() for name, p in projector_of(loaded.model).named_parameters()}
     trained = _with_trained(stage, loaded, settings.lora)
