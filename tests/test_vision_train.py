@@ -6,23 +6,24 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ironlogic.data.chats import make_chats
 from ironlogic.models import ModelError, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.training.runs import Run, RunError, newest_whole_checkpoint
-from ironlogic.vision.answers import answer_pictures
+from ironlogic.training.runs import Run, RunError, newest_whole_checkpoint, open_run
+from ironlogic.vision.answers import answer_pictures, control_rows
 from ironlogic.vision.splice import SpliceError, projector_of, splice, tower_of
-from ironlogic.vision.train import reopen, save_spliced, train_instruct, train_projector
+from ironlogic.vision.train import reopen, save_spliced, train_and_answer, train_instruct, train_projector
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from eyes import chat, on_nano
 from PIL import Image
 from safetensors.torch import load_file
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 pytestmark = pytest.mark.slow
 SETTINGS = TrainSettings(
@@ -35,40 +36,26 @@ SETTINGS = TrainSettings(
     save_steps=1,
     lora=LoraSettings(rank=4, alpha=8, dropout=0.1),
 )
+RATES = replace(SETTINGS, projector_learning_rate=1e-3)
 
 
-def tiny():
-    torch.manual_seed(0)
-    tower = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=16,
-        )
-    ).eval()
-    look = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return splice((tower, look), "nano", max_length=128)
+def tiny(kind="clip"):
+    return on_nano(kind, max_length=128)
 
 
 def conversations(text_only=0):
     """16 flat pictures, bright or dark, and what they are."""
     rng, rows = np.random.default_rng(0), []
     for index in range(16):
-        bright = index % 2
-        noise = rng.integers(0, 40, (32, 32, 3)) + 200 * bright
+        noise = rng.integers(0, 40, (32, 32, 3)) + 200 * (index % 2)
         image = Image.fromarray(noise.astype(np.uint8))
-        content = [{"type": "image", "image": image}, {"type": "text", "text": "Bright or dark?"}]
-        answer = "bright" if bright else "dark"
-        rows.append([{"role": "user", "content": content}, {"role": "assistant", "content": answer}])
+        rows.append(chat("Bright or dark?", ("dark", "bright")[index % 2], image))
     plain = [{"role": "user", "content": "Say yes."}, {"role": "assistant", "content": "yes"}]
     return rows + [plain] * text_only
 
 
 CHATS = conversations()
-ROWS = make_chats(CHATS)
+ROWS, MORE = make_chats(CHATS), make_chats(conversations(2))
 
 
 def tensors(module):
@@ -87,10 +74,7 @@ def runs(tmp_path_factory):
     before = {name: tensors(part) for name, part in parts(loaded).items()}
     one = train_projector(loaded, ROWS, SETTINGS, run=folder / "one", cache=folder / "features")
     between = {name: tensors(part) for name, part in parts(loaded).items()}
-    rate = replace(SETTINGS, projector_learning_rate=1e-3)
-    two = train_instruct(
-        one.loaded, make_chats(conversations(2)), rate, run=folder / "two", cache=folder / "features"
-    )
+    two = train_instruct(one.loaded, MORE, RATES, run=folder / "two", cache=folder / "features")
     return one, two, before, between, folder
 
 
@@ -156,10 +140,7 @@ def test_a_finished_run_comes_back_from_its_folder(runs):
     before = (one.folder / "run.json").read_bytes()
     again = train_projector(loaded, ROWS, SETTINGS, run=one.folder, cache=folder / "features")
     assert same(tensors(projector_of(again.loaded.model)), between["projector"])
-    rate = replace(SETTINGS, projector_learning_rate=1e-3)
-    second = train_instruct(
-        again.loaded, make_chats(conversations(2)), rate, run=two.folder, cache=folder / "features"
-    )
+    second = train_instruct(again.loaded, MORE, RATES, run=two.folder, cache=folder / "features")
     assert (one.folder / "run.json").read_bytes() == before
     assert logits(second.loaded).equal(logits(two.loaded))
     with pytest.raises(ModelError, match="an earlier run put an adapter into this model"):
@@ -191,13 +172,6 @@ def test_the_saved_whole_reloads_with_plain_transformers(runs, tmp_path):
     assert same(*(load_file(path / "model.safetensors") for path in (folder, whole)))
 
 
-def test_answers_come_from_the_saved_run(runs):
-    _, two, *_ = runs
-    reopened = reopen(two, tiny())
-    rows = CHATS[:4]
-    assert answer_pictures(reopened, rows, max_new_tokens=6) == answer_pictures(two.loaded, rows, max_new_tokens=6)
-
-
 def test_features_or_the_tower_at_every_step_give_the_same_projector(runs, tmp_path):
     one, *_ = runs
     plain = train_projector(tiny(), ROWS, SETTINGS, run=tmp_path / "plain", cache=None)
@@ -207,11 +181,41 @@ def test_features_or_the_tower_at_every_step_give_the_same_projector(runs, tmp_p
         )
 
 
-def test_the_same_call_gives_the_same_bytes(runs, tmp_path):
-    one, *_ = runs
-    again = train_projector(tiny(), ROWS, SETTINGS, run=tmp_path / "a", cache=tmp_path / "features")
-    name = "projector.safetensors"
-    assert (again.folder / name).read_bytes() == (one.folder / name).read_bytes()
+def test_both_stages_as_one_job_train_the_same_bytes_and_answer(runs, tmp_path):
+    """`train_and_answer`, and the same call again when all is finished."""
+    one, two, *_, folder = runs
+    torch.manual_seed(99)
+    job = partial(
+        train_and_answer,
+        tiny_with_seed,
+        {"right": CHATS[:4], "none": control_rows(CHATS[:4], "none")},
+        projector=(ROWS, SETTINGS),
+        instruct=(MORE, RATES),
+        run=tmp_path / "job",
+        seed=SETTINGS.seed,
+        cache=folder / "features",
+        max_new_tokens=6,
+    )
+    watched = []
+    answers = job(watch=watched.append)
+    for run, file in (
+        (one, "projector/projector.safetensors"),
+        (two, "instruct/adapter/adapter_model.safetensors"),
+    ):
+        assert (tmp_path / "job" / file).read_bytes() == (run.folder / file.partition("/")[2]).read_bytes()
+    assert answers["right"] == answer_pictures(two.loaded, CHATS[:4], max_new_tokens=6)
+    assert answers.keys() == {"right", "none"}
+    watched.clear()
+    assert job(watch=watched.append) == answers
+    assert [lines[-1]["step"] for lines in watched] == [4, 5], (
+        "finished runs show their metrics, and are not trained"
+    )
+    reopened = reopen(open_run(tmp_path / "job" / "instruct"), tiny())
+    assert answer_pictures(reopened, CHATS[:4], max_new_tokens=6) == answers["right"]
+
+
+def tiny_with_seed(*, seed):
+    return tiny()
 
 
 def test_rows_that_cant_be_used_are_told_and_the_rest_is_trained(tmp_path):
@@ -228,26 +232,25 @@ def test_rows_that_cant_be_used_are_told_and_the_rest_is_trained(tmp_path):
     assert "holds no picture" in run.record["data"]
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"settings": replace(SETTINGS, seed=1)}, "settings"),
-        ({"chats": ROWS[1:]}, "rows, data_sha256"),
-        ({"chats": make_chats([*CHATS[1:], CHATS[0]])}, "data_sha256"),
-    ],
-)
-def test_another_run_in_the_same_folder_is_refused(runs, change, named):
-    one, *_ = runs
-    call = {"chats": ROWS, "settings": SETTINGS} | change
-    with pytest.raises(RunError, match=f"differs in {named}"):
-        train_projector(tiny(), **call, run=one.folder)
-
-
-def test_stage_2_from_another_projector_is_another_run(runs):
-    _, two, *_ = runs
-    rate = replace(SETTINGS, projector_learning_rate=1e-3)
+def test_another_run_in_the_same_folder_is_refused(runs):
+    """Other settings, rows, order; another projector or tower to begin with."""
+    one, two, *_ = runs
+    others = {
+        "settings": {"settings": replace(SETTINGS, seed=1)},
+        "rows, data_sha256": {"chats": ROWS[1:]},
+        "data_sha256": {"chats": make_chats([*CHATS[1:], CHATS[0]])},
+    }
+    for named, change in others.items():
+        with pytest.raises(RunError, match=f"holds another run: it differs in {named}"):
+            train_projector(tiny(), **({"chats": ROWS, "settings": SETTINGS} | change), run=one.folder)
+    for part in (projector_of, tower_of):
+        loaded = tiny()
+        with torch.no_grad():
+            next(part(loaded.model).parameters()).add_(0.01)
+        with pytest.raises(RunError, match="differs in data_sha256"):
+            train_projector(loaded, ROWS, SETTINGS, run=one.folder)
     with pytest.raises(RunError, match="differs in data_sha256"):
-        train_instruct(tiny(), make_chats(conversations(2)), rate, run=two.folder)
+        train_instruct(tiny(), MORE, RATES, run=two.folder)  # not from stage 1's projector
 
 
 def test_a_broken_splice_is_not_trained(tmp_path):
@@ -259,28 +262,20 @@ def test_a_broken_splice_is_not_trained(tmp_path):
 
 
 def test_the_smolvlm_class_goes_through_both_stages_and_reloads(tmp_path):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.SiglipVisionConfig(**sizes, image_size=32, patch_size=8, vision_use_head=False)
-    look = transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    eye = (transformers.SiglipVisionModel(config).eval(), look)
-    loaded = splice(eye, "nano", projector="pixel_shuffle", shuffle_factor=2, max_length=128)
-    before = {name: tensors(part) for name, part in (("eye", tower_of(loaded.model)), ("text", text(loaded)))}
+    loaded = tiny("shuffle")
+    before = {
+        name: tensors(part)
+        for name, part in (("eye", tower_of(loaded.model)), ("text", loaded.model.model.text_model))
+    }
     one = train_projector(loaded, ROWS, SETTINGS, run=tmp_path / "one", cache=tmp_path / "features")
-    assert one.record["trained_parameters"] == 4 * 32 * 128
-    assert same(tensors(text(one.loaded)), before["text"])
-    two = train_instruct(
-        one.loaded, make_chats(conversations(2)), SETTINGS, run=tmp_path / "two", cache=tmp_path / "features"
-    )
+    assert one.record["trained_parameters"] == 4 * 64 * 128
+    assert same(tensors(one.loaded.model.model.text_model), before["text"])
+    two = train_instruct(one.loaded, MORE, SETTINGS, run=tmp_path / "two", cache=tmp_path / "features")
     assert same(tensors(tower_of(two.loaded.model)), before["eye"])
     again = load_model(save_spliced(two, tmp_path / "whole"), four_bit=False)
     assert type(again.model).__name__ == "SmolVLMForConditionalGeneration"
-    said, told = (answer_pictures(one, CHATS[:3], max_new_tokens=3) for one in (two.loaded, again))
-    assert said == told
-
-
-def text(loaded):
-    return loaded.model.model.text_model
+    ours, reloaded = (answer_pictures(one, CHATS[:3], max_new_tokens=3) for one in (two.loaded, again))
+    assert ours == reloaded
 
 
 def test_both_stages_over_a_4_bit_base_merge_into_its_16_bit_weights(tmp_path):
@@ -370,13 +365,3 @@ def test_a_splice_in_4_bit_is_saved_in_16_and_whatever_else_lies_there_stays(tmp
     with pytest.raises(RunError, match="holds something that save_spliced did not write"):
         save_spliced(plain, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
-
-
-@pytest.mark.parametrize("change", ["projector", "tower"])
-def test_another_start_is_another_run(runs, change):
-    *_, folder = runs
-    loaded = tiny()
-    with torch.no_grad():
-        next((projector_of if change == "projector" else tower_of)(loaded.model).parameters()).add_(0.01)
-    with pytest.raises(RunError, match="holds another run: it differs in data_sha256"):
-        train_projector(loaded, ROWS, SETTINGS, run=folder / "one", cache=folder / "features")
