@@ -21,7 +21,6 @@ import sys
 import time
 
 from ironlogic.data.chats import make_chats
-from ironlogic.models import load_model
 from ironlogic.vision.batches import (
     batches_for,
     cached_tower,
@@ -32,57 +31,43 @@ from ironlogic.vision.batches import (
 )
 from ironlogic.vision.splice import splice
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from PIL import Image
+from eyes import chat, image_processor, picture, tokenizer
 
 LAYERS, PADDED, ROWS = int(os.environ.get("LAYERS", "1")), 2048, 8
 
 
 def build(layers: int):
     torch.manual_seed(0)
-    tower = transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            image_size=512,
-            patch_size=16,
-            vision_use_head=False,
-        )
-    ).eval()
-    tokenizer = load_model("nano", four_bit=False).tokenizer
-    lm = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=151_936,
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_hidden_layers=layers,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            tie_word_embeddings=True,
-            max_position_embeddings=4096,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    tower_sizes = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
+    tower_config = transformers.SiglipVisionConfig(
+        **tower_sizes, image_size=512, patch_size=16, vision_use_head=False
     )
-    look = transformers.SiglipImageProcessorPil(size={"height": 512, "width": 512})
-    return splice((tower, look), (lm, tokenizer), projector="pixel_shuffle", max_length=PADDED)
+    tower = transformers.SiglipVisionModel(tower_config).eval()
+    words = tokenizer()
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": layers, "head_dim": 128}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151_936}
+    ends = {"eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    config = transformers.Qwen3Config(**sizes, **ends, tie_word_embeddings=True, max_position_embeddings=4096)
+    lm = transformers.Qwen3ForCausalLM(config)
+    return splice(
+        (tower, image_processor("siglip", 512)), (lm, words), projector="pixel_shuffle", max_length=PADDED
+    )
 
 
 def conversations():
-    rng = np.random.default_rng(0)
     rows = []
     for index in range(ROWS):
-        image = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((640, 480))
         question = " ".join(["Which color is it?"] * (2 + index % 4))
         answer = " ".join(["It is red."] * (1 + index % 3))
-        parts = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        rows.append([{"role": "user", "content": parts}, {"role": "assistant", "content": answer}])
+        rows.append(chat(question, answer, picture().resize((640, 480))))
     return rows
 
 

@@ -1,6 +1,6 @@
 """Ask about a picture: pick a held-out one or bring your own, type a question, read the answer.
 
-Layout and callbacks only. The answer is greedy; the right one is shown where it is known.
+The answer is greedy; the right one is shown where it is known.
 """
 
 import io
@@ -44,9 +44,11 @@ def picture_explorer(
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         (answer,) = answer_pictures(loaded, [[{"role": "user", "content": content}]], max_new_tokens=max_new_tokens)
         truth = known.get((picture, question)) if mine is None else None
-        verdict = "" if truth is None else " · right" if answer == truth else f" · the truth: {escape(truth)}"
-        said = f"<p>{escape(question)}<br><b>{escape(answer) or 'no answer'}</b>{verdict}</p>"
-        return picture_html(_enlarged(image), "the picture") + said, None
+        verdict = ""
+        if truth is not None:
+            verdict = " · right" if answer == truth else f" · the truth: {escape(truth)}"
+        reply = f"<p>{escape(question)}<br><b>{escape(answer) or 'no answer'}</b>{verdict}</p>"
+        return picture_html(_enlarged(image), "the picture") + reply, None
 
     wide = ipywidgets.Layout(width="95%")
     numbers = [(f"held-out picture {i + 1}", i) for i in range(len(offered))]

@@ -29,16 +29,14 @@ def plot_answers(
     rows = -(-len(pictures) // columns)
     figure = _Picture(figsize=(1.6 * columns, 2.1 * rows), layout="constrained", dpi=110)
     axes = figure.subplots(rows, columns, squeeze=False)
-    for spot in axes.flat:
-        spot.axis("off")
-    for spot, picture, question, answer, truth in zip(
-        axes.flat, pictures, questions, answers, truths, strict=False
-    ):
+    for panel in axes.flat:
+        panel.axis("off")
+    shown = zip(axes.flat, pictures, questions, answers, truths, strict=False)
+    for panel, picture, question, answer, truth in shown:
+        panel.imshow(np.asarray(picture), interpolation="nearest")
         right = answer == truth
-        spot.imshow(np.asarray(picture), interpolation="nearest")
-        said = answer if right else f"{answer}\n(truth: {truth})"
-        color = _RIGHT if right else _WRONG
-        spot.set_title(f"{question}\n{said}", fontsize=7, color=color, parse_math=False)
+        caption = f"{question}\n{answer}" if right else f"{question}\n{answer}\n(truth: {truth})"
+        panel.set_title(caption, fontsize=7, color=_RIGHT if right else _WRONG, parse_math=False)
     return figure
 
 
@@ -50,31 +48,32 @@ def plot_checks(reports: "Mapping[str, SpliceReport]") -> Figure:
         for row in report.rows:
             table[i, names.index(row.name)] = float(row.passed)
     figure = _Picture(figsize=(1.6 + 0.42 * len(names), 1.6 + 0.3 * len(reports)), layout="constrained", dpi=110)
-    spot = figure.subplots()
+    axes = figure.subplots()
     colors = np.array([[0.81, 0.13, 0.18], [0.85, 0.85, 0.85], [0.68, 0.86, 0.71]])  # broken, not run, in order
-    spot.imshow(colors[(table * 2).astype(int)], aspect="auto")
-    spot.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
-    spot.set_yticks(range(len(reports)), list(reports), fontsize=8)
-    spot.set_xticks(np.arange(len(names)) - 0.5, minor=True)
-    spot.set_yticks(np.arange(len(reports)) - 0.5, minor=True)
-    spot.grid(which="minor", color="white", lw=1.5)
-    spot.tick_params(which="both", length=0)
-    spot.spines[:].set_visible(False)
+    axes.imshow(colors[(table * 2).astype(int)], aspect="auto")
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(len(reports)), list(reports), fontsize=8)
+    axes.set_xticks(np.arange(len(names)) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(reports)) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", lw=1.5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
     return figure
 
 
 def plot_controls(arms: Mapping[str, Any], *, ours: int = 1) -> Figure:
     """Accuracy of each arm, (item,) or (training, item), with its 95 % interval; the first `ours` stand out."""
     figure = _Picture(figsize=(7.5, 0.8 + 0.34 * len(arms)), layout="constrained", dpi=110)
-    spot = figure.subplots()
-    for place, correct in enumerate(arms.values()):
-        found = bootstrap_interval(correct)
-        color = _RIGHT if place < ours else "#8a8f98"
-        spot.barh(place, found.mean, color=color, height=0.62)
-        spot.plot([found.low, found.high], [place, place], color="black", lw=1.5)
-        spot.text(max(found.mean, found.high) + 0.015, place, f"{found.mean:.2f}", va="center", fontsize=9)
-    spot.set_yticks(range(len(arms)), list(arms), fontsize=9)
-    spot.set(xlim=(0, 1.08), xlabel="share of held-out questions answered rightly (95 % interval)")
-    spot.invert_yaxis()
-    spot.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots()
+    for row, correct in enumerate(arms.values()):
+        interval = bootstrap_interval(correct)
+        color = _RIGHT if row < ours else "#8a8f98"
+        axes.barh(row, interval.mean, color=color, height=0.62)
+        axes.plot([interval.low, interval.high], [row, row], color="black", lw=1.5)
+        label = f"{interval.mean:.2f}"
+        axes.text(max(interval.mean, interval.high) + 0.015, row, label, va="center", fontsize=9)
+    axes.set_yticks(range(len(arms)), list(arms), fontsize=9)
+    axes.set(xlim=(0, 1.08), xlabel="share of held-out questions answered rightly (95 % interval)")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -1,7 +1,4 @@
-"""Asking a vision-language model about pictures, and the controls that show whether it looks at them.
-
-Knows nothing of what a right answer is: that is the caller's.
-"""
+"""Asking a vision-language model about pictures, and the controls that show whether it looks at them."""
 
 import contextlib
 import random
@@ -55,15 +52,16 @@ def answer_pictures(
             asked.append(_prompt(messages, loaded, tokenizer, pictures, block))
         except ChatError as error:
             raise ChatError(f"row {number}: {error}") from error
-    seen = None
+    features = None
     if cache is not None:
-        seen = compute_features(loaded, pictures, [key for row in asked for key in row.pictures], run_folder(cache))
-    batches, answers = batches_for(loaded, pictures, seen, side="left"), [""] * len(asked)
+        keys = [key for row in asked for key in row.pictures]
+        features = compute_features(loaded, pictures, keys, run_folder(cache))
+    batches, answers = batches_for(loaded, pictures, features, side="left"), [""] * len(asked)
     order = sorted(range(len(asked)), key=lambda row: asked[row].length)
-    with inference(loaded) as model, cached_tower(model) if seen else contextlib.nullcontext():
+    with inference(loaded) as model, cached_tower(model) if features else contextlib.nullcontext():
         for begin in range(0, len(order), batch_size):
-            some = order[begin : begin + batch_size]
-            batch = batches([asked[row] for row in some])
+            numbers = order[begin : begin + batch_size]
+            batch = batches([asked[row] for row in numbers])
             del batch["labels"]
             batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
             if "pixel_values" in batch:
@@ -78,7 +76,7 @@ def answer_pictures(
                 pad_token_id=tokenizer.pad_token_id,
             )
             new = out[:, batch["input_ids"].shape[1] :]
-            for row, text in zip(some, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            for row, text in zip(numbers, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
                 answers[row] = _EMPTY_THOUGHT.sub("", text).strip()
     return answers
 
@@ -91,8 +89,8 @@ def load_questions(source: Any, *, train: int, test: int, seed: int = 0) -> tupl
     rows = load_chats(source)
     print(f"{len(rows)} rows. {rows.rejected}")
     kept, apart = rows.split(seed=seed)
-    seen = (index for index, row in enumerate(apart) if last_question(row)[0] is not None)
-    held_out = apart.select(list(islice(seen, test)))
+    pictured = (index for index, row in enumerate(apart) if last_question(row)[0] is not None)
+    held_out = apart.select(list(islice(pictured, test)))
     if not (len(kept) and len(held_out)):
         raise ChatError(f"{source}: {len(rows)} rows are too few to hold out one with a picture; bring 20 or more")
     return kept[:train], held_out
@@ -101,9 +99,10 @@ def load_questions(source: Any, *, train: int, test: int, seed: int = 0) -> tupl
 def last_question(row: Sequence[dict[str, Any]]) -> tuple[Any, str, str]:
     """(picture, question, reply) of a conversation: its last user turn, the last picture up to there (None: there
     is none), and the text of the turn that ends it."""
-    last = max(place for place, turn in enumerate(row) if turn["role"] == "user")
-    shown = [part.get("image") for turn in row[: last + 1] for part in _image_parts(turn)]
-    return shown[-1] if shown else None, _text(row[last]), _text(row[-1]) if len(row) > last + 1 else ""
+    last = max(index for index, turn in enumerate(row) if turn["role"] == "user")
+    images = [part.get("image") for turn in row[: last + 1] for part in _image_parts(turn)]
+    reply = _text(row[-1]) if len(row) > last + 1 else ""
+    return images[-1] if images else None, _text(row[last]), reply
 
 
 def _prompt(messages, loaded: LoadedModel, tokenizer, pictures: Pictures, block: int) -> PictureRow:

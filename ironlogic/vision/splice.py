@@ -115,13 +115,14 @@ def open_tower(vision_tower: Any, *, layer: int = -2) -> Tower:
 
 
 def _side(config: Any, name: str) -> int:
+    """Pixels of a side: an `image_size` or `patch_size` is one number, or a pair."""
     value = getattr(config, name, None)
-    sides = value if isinstance(value, list | tuple) else [value]
-    if value is None or len(set(sides)) != 1:
+    sides = set(value) if isinstance(value, list | tuple) else {value}
+    if value is None or len(sides) != 1:
         raise SpliceError(
             f"the vision tower ({config.model_type}) has {name}={value!r}; LLaVA needs a fixed, square one"
         )
-    return sides[0]
+    return sides.pop()
 
 
 def _take_tower(whole: Any) -> Any:
@@ -131,10 +132,10 @@ def _take_tower(whole: Any) -> Any:
         return whole
     with torch.device("meta"):
         kind = type(transformers.AutoModel.from_config(config))
-    found = [module for module in whole.modules() if isinstance(module, kind)]
-    if not found:
+    tower = next((module for module in whole.modules() if isinstance(module, kind)), None)
+    if tower is None:
         raise SpliceError(f"{type(whole).__name__} holds no {kind.__name__}; pass its vision tower instead")
-    return found[0]
+    return tower
 
 
 def _load_tower(name: Any) -> tuple[Any, Any]:
@@ -157,8 +158,8 @@ def _load_image_processor(source: str, size: int, kind: str, local: dict) -> Any
     for file in ("processor_config.json", "preprocessor_config.json"):
         with contextlib.suppress(OSError):
             path = transformers.utils.cached_file(source, file, **local)
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            settings = found.get("image_processor", found)
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            settings = content.get("image_processor", content)
     return _without_tiles(settings, size)
 
 
@@ -176,8 +177,8 @@ def count_features(model: Any, layer: int, size: int) -> int:
         small = {"num_hidden_layers": max(2, abs(layer)), "num_attention_heads": 1}
         small |= {"hidden_size": 16, "intermediate_size": 16}
         model = type(model)(type(model.config)(**model.config.to_dict() | small))
-    one = next(model.parameters())
-    blank = torch.zeros(1, model.config.num_channels, size, size, dtype=one.dtype, device=one.device)
+    weight = next(model.parameters())
+    blank = torch.zeros(1, model.config.num_channels, size, size, dtype=weight.dtype, device=weight.device)
     try:
         states = model(blank, output_hidden_states=True, return_dict=True).hidden_states[layer]
     except Exception as error:  # a model of others that wants other inputs fails in its own way
@@ -272,32 +273,38 @@ def feature_fields(model: Any) -> dict[str, Any]:
     config, vision = model.config, model.config.vision_config
     shuffled = config.model_type == "smolvlm"
     layer = -1 if shuffled else config.vision_feature_layer
-    extra = (
-        count_features(tower_of(model), layer, vision.image_size) - (vision.image_size // vision.patch_size) ** 2
-    )
-    strategy = "default" if extra == 1 else "full"
+    patches = (vision.image_size // vision.patch_size) ** 2
+    extra = count_features(tower_of(model), layer, vision.image_size) - patches
+    strategy = _select_strategy(extra)
     fields = {
         "processor.vision_feature_select_strategy": strategy,
         "processor.num_additional_image_tokens": extra,
         "processor.patch_size": vision.patch_size * (config.scale_factor if shuffled else 1),
     }
-    return fields if shuffled else fields | {"config.vision_feature_select_strategy": strategy}
+    if not shuffled:
+        fields["config.vision_feature_select_strategy"] = strategy
+    return fields
+
+
+def _select_strategy(extra: int) -> str:
+    """LLaVA's word for what is done with the features besides the patches: "default" drops the first one, a CLS."""
+    return "default" if extra == 1 else "full"
 
 
 def image_token_ids(model: Any) -> dict[str, int]:
     """Every copy of the image token's id in a model: in its nested configuration and on its modules."""
-    found, waiting = {}, [("config", model.config.to_dict())]
+    ids, waiting = {}, [("config", model.config.to_dict())]
     while waiting:
-        place, settings = waiting.pop()
+        path, settings = waiting.pop()
         for name, value in settings.items():
             if isinstance(value, dict):
-                waiting.append((f"{place}.{name}", value))
+                waiting.append((f"{path}.{name}", value))
             elif name in ("image_token_id", "image_token_index") and value is not None:
-                found[f"{place}.{name}"] = value
-    for place, module in (("model", model), ("model.model", model.model)):
+                ids[f"{path}.{name}"] = value
+    for path, module in (("model", model), ("model.model", model.model)):
         if "image_token_id" in vars(module):  # SmolVLM's classes keep copies
-            found[f"{place}.image_token_id"] = module.image_token_id
-    return found
+            ids[f"{path}.image_token_id"] = module.image_token_id
+    return ids
 
 
 # --- names inside the two classes
@@ -329,9 +336,6 @@ def tower_of(model: Any) -> torch.nn.Module:
 
 
 # --- the splice -------------------------------------------------------------------------------------------------
-_FOUR_BIT = ("is_loaded_in_4bit", "is_4bit_serializable")
-
-
 def splice(
     vision_tower: Any,
     language_model: Any,
@@ -386,7 +390,7 @@ def splice(
         model, processor = _build_smolvlm(tower, lm, tokenizer, image_token, image_id, shuffle_factor)
     model.lm_head = lm.get_output_embeddings()
     _start_projector(model, seed)
-    _settle(model, lm, tokenizer)
+    _complete(model, lm, tokenizer)
     _check_text(model, lm)
     return replace(
         loaded,
@@ -423,8 +427,7 @@ def _open_language_model(language_model: Any, four_bit: bool, max_length: int, s
 def _build_llava(
     tower: Tower, lm: Any, tokenizer: Any, image_token: str, image_id: int, layer: int
 ) -> tuple[Any, Any]:
-    # "default" drops the first feature (CLS), "full" keeps all of them
-    strategy = "default" if tower.extra == 1 else "full"
+    strategy = _select_strategy(tower.extra)
     config = transformers.LlavaConfig(
         vision_config=tower.model.config,
         text_config=lm.config,
@@ -528,26 +531,33 @@ def _start_projector(model: Any, seed: int) -> None:
             parameter.data.copy_(drawn / parameter.shape[1] ** 0.5)
 
 
-def _settle(model: Any, lm: Any, tokenizer: Any) -> None:
+def _complete(model: Any, lm: Any, tokenizer: Any) -> None:
     """Device, type, ends of an answer, tied weights; only the projector is trainable."""
     like = model.get_input_embeddings().weight
     tower_of(model).to(device=like.device, dtype=like.dtype)
     model.generation_config = copy.deepcopy(lm.generation_config)
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if tokenizer.eos_token_id not in ends:
-        ends = [tokenizer.eos_token_id, *ends]
-    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    model.generation_config.eos_token_id = _with_end(model.generation_config.eos_token_id, tokenizer.eos_token_id)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.tie_weights()
     model.requires_grad_(False).eval()
     projector_of(model).requires_grad_(True)
     if getattr(lm, "is_quantized", False):
         # the trainer asks the model whether it is in 4 bit, and from_pretrained asks the outer configuration
-        for name in ("is_quantized", "quantization_method", "hf_quantizer", *_FOUR_BIT):
+        flags = "is_quantized quantization_method hf_quantizer is_loaded_in_4bit is_4bit_serializable"
+        for name in flags.split():
             setattr(model, name, getattr(lm, name))
         model.config.quantization_config = lm.hf_quantizer.quantization_config
         vars(lm.config).pop("quantization_config", None)
+
+
+def _with_end(eos: int | list[int] | None, end: int) -> int | list[int]:
+    """The tokens that end an answer, the tokenizer's own among them; a number when it is alone."""
+    if eos is None or eos == end:
+        return end
+    ends = eos if isinstance(eos, list) else [eos]
+    if end not in ends:
+        ends = [end, *ends]
+    return ends if len(ends) > 1 else ends[0]
 
 
 @torch.no_grad()

@@ -3,8 +3,7 @@
 Stage 1, `train_projector`: the tower and the language model are frozen, the projector learns (LLaVA's feature
 alignment, Liu et al. 2023, arXiv 2304.08485). Stage 2, `train_instruct`: the projector goes on, with LoRA on the
 language model; the adapter carries both. Both are a stock `Trainer` whose loss is `label_loss`, over features that
-are computed once. What this module does not know: how a splice is made (`splice`) and whether it sees
-(`splice_check`, asked before each stage).
+are computed once. Each stage asks `check_splice` first, and refuses a splice that fails.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ironlogic.data.chats import Chats
 from ironlogic.models import LoadedModel, ModelError, free_memory, load_model
@@ -131,7 +130,15 @@ def train_and_answer(
     return answers
 
 
-def _train(stage, loaded, chats, settings: TrainSettings, run, watch: Watch | None, cache) -> Run:
+def _train(
+    stage: Literal["projector", "instruct"],
+    loaded: LoadedModel,
+    chats: Chats,
+    settings: TrainSettings,
+    run: str | Path,
+    watch: Watch | None,
+    cache: str | Path | None,
+) -> Run:
     folder = run_folder(run)
     _must_be_bare(loaded)
     check_splice(loaded, reload=False).require()
@@ -144,36 +151,39 @@ def _train(stage, loaded, chats, settings: TrainSettings, run, watch: Watch | No
     )
     content = [[row.input_ids, row.labels, row.pictures] for row in rows]
     content += [tower_key(loaded), _fingerprint(projector_of(loaded.model))]  # another start is another run
-    wanted = describe_stage(stage, loaded, len(rows), content_hash(content), settings)
-    previous = start_or_join(folder, wanted)
+    record = describe_stage(stage, loaded, len(rows), content_hash(content), settings)
+    previous = start_or_join(folder, record)
     if previous.get("finished"):
         finished = finished_run(folder, previous, watch)
         return replace(finished, loaded=reopen(finished, loaded))
-    seen = None
+    features = None
     if cache is not None:
         keys = [key for row in rows for key in row.pictures]
-        seen = compute_features(loaded, pictures, keys, run_folder(cache))
+        features = compute_features(loaded, pictures, keys, run_folder(cache))
     transformers.set_seed(settings.seed)
     before = {name: p.detach().clone() for name, p in projector_of(loaded.model).named_parameters()}
     trained = _with_trained(stage, loaded, settings.lora)
     try:
-        with _shortcuts(trained, seen) as head:
-            trainer = _trainer(trained, head, rows, pictures, seen, settings, folder, watch)
+        with _shortcuts(trained, features) as head:
+            trainer = _trainer(trained, head, rows, pictures, features, settings, folder, watch)
             seconds = fit(trainer, folder, may_halve=True)
     except BaseException:  # an interrupt too: the next call begins with the model as it was
         if stage == "instruct":
             trained.model.unload()
         projector_of(loaded.model).load_state_dict(before)
         raise
-    _settle(trained)
-    (save_adapter if stage == "instruct" else _save_projector)(trained, folder)
+    _cast_back(trained)
+    if stage == "instruct":
+        save_adapter(trained, folder)
+    else:
+        _save_projector(trained, folder)
     return finish_stage(
         folder,
-        wanted,
+        record,
         trainer,
         trained,
         data=f"{len(rows)} rows, {rejected}" if rejected else f"all {len(rows)} rows",
-        features="computed once" if seen else "computed at every step",
+        features="computed once" if features else "computed at every step",
         seconds=round(seconds, 3),
     )
 
@@ -197,7 +207,11 @@ def _with_trained(stage: str, loaded: LoadedModel, lora: LoraSettings) -> Loaded
     if stage == "projector":
         projector_of(loaded.model).requires_grad_(True)
         return loaded
-    names = ("q_proj|k_proj|v_proj|o_proj",) * lora.attention + ("gate_proj|up_proj|down_proj",) * lora.mlp
+    names = []
+    if lora.attention:
+        names += ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if lora.mlp:
+        names += ["gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -211,19 +225,20 @@ def _with_trained(stage: str, loaded: LoadedModel, lora: LoraSettings) -> Loaded
 
 
 @contextlib.contextmanager
-def _shortcuts(loaded: LoadedModel, seen: Features | None) -> Iterator[torch.nn.Module]:
+def _shortcuts(loaded: LoadedModel, features: Features | None) -> Iterator[torch.nn.Module]:
+    """Inside, the model skips its head, which is given, and its tower where there are features."""
     # the trainer refuses a 4-bit model without an adapter, but the projector of stage 1 is not in 4 bit
     plain = bare(loaded.model)
     quantized = plain.__dict__.pop("is_quantized", None)
     try:
-        with open_head(loaded.model) as head, cached_tower(loaded.model) if seen else contextlib.nullcontext():
+        with open_head(loaded.model) as head, cached_tower(loaded.model) if features else contextlib.nullcontext():
             yield head
     finally:
         if quantized is not None:
             plain.is_quantized = quantized
 
 
-def _settle(loaded: LoadedModel) -> None:
+def _cast_back(loaded: LoadedModel) -> None:
     """What was trained in float32 in the model's own type again, so that it runs without autocast."""
     like = bare(loaded.model).get_input_embeddings().weight.dtype
     for parameter in loaded.model.parameters():
@@ -252,11 +267,12 @@ class _Trainer(transformers.Trainer):
         if self.projector_rate is None:
             return optimizer
         name = projector_name(bare(self.model))
-        mine = {id(p) for path, p in self.model.named_parameters() if name in path}
+        projector = {id(p) for path, p in self.model.named_parameters() if name in path}
         for group in list(optimizer.param_groups):
-            parameters = [p for p in group["params"] if id(p) in mine]
-            group["params"] = [p for p in group["params"] if id(p) not in mine]
-            optimizer.add_param_group({**group, "params": parameters, "lr": self.projector_rate})
+            parameters = group["params"]
+            group["params"] = [p for p in parameters if id(p) not in projector]
+            apart = [p for p in parameters if id(p) in projector]
+            optimizer.add_param_group({**group, "params": apart, "lr": self.projector_rate})
         return optimizer
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:
@@ -278,7 +294,7 @@ def _trainer(
     head: torch.nn.Linear,
     rows: list[PictureRow],
     pictures: Pictures,
-    seen: Features | None,
+    features: Features | None,
     settings: TrainSettings,
     folder: Path,
     watch: Watch | None,
@@ -299,7 +315,7 @@ def _trainer(
             label_names=["labels"],
         ),
         train_dataset=[rows[row] for row in order],
-        data_collator=batches_for(loaded, pictures, seen),
+        data_collator=batches_for(loaded, pictures, features),
         compute_loss_func=partial(_loss, head),
         callbacks=stage_callbacks(folder, watch),
     )
@@ -308,6 +324,7 @@ def _trainer(
 
 
 def _loss(head, outputs, labels, num_items_in_batch=None):
+    """`logits` are hidden states here: the head is open."""
     return label_loss(outputs.logits, labels, head, count=num_items_in_batch)
 
 
