@@ -209,27 +209,23 @@ def test_the_wrapped_template_still_marks_answers_and_refuses_other_parts():
 # --- the image token
 
 
-def test_a_new_image_token_makes_the_embedding_larger():
-    model, words = language_model()
-    before = model.get_input_embeddings().weight.detach().clone()
-    loaded = splice(tower(), (model, words), image_token="<image>")
+def test_a_new_image_token_makes_the_embedding_larger_by_rows_that_follow_the_seed():
+    added = []
+    for state, seed in ((1, 7), (2, 7), (2, 8)):
+        model, words = language_model()
+        before = model.get_input_embeddings().weight.detach().clone()
+        torch.manual_seed(state)
+        loaded = splice(tower(), (model, words), image_token="<image>", seed=seed)
+        rows = loaded.model.get_input_embeddings().weight
+        assert torch.equal(rows[:1024], before)
+        added.append(rows[1024:])
+    assert torch.equal(added[0], added[1])
+    assert not torch.equal(added[1], added[2])
     assert loaded.model.config.image_token_id == 1024
-    assert loaded.model.get_input_embeddings().weight.shape[0] == 1088 == loaded.model.config.text_config.vocab_size
-    assert torch.equal(loaded.model.get_input_embeddings().weight[:1024], before)
+    assert len(rows) == 1088 == loaded.model.config.text_config.vocab_size
     assert check_splice(loaded).passed
     assert len(words) == 1024, "the caller's tokenizer is not touched"
     assert "<image>" not in words.get_vocab()
-
-
-def test_the_rows_of_a_new_image_token_follow_the_seed():
-    rows = []
-    for state, seed in ((1, 7), (2, 7), (2, 8)):
-        model, words = language_model()
-        torch.manual_seed(state)
-        loaded = splice(tower(), (model, words), image_token="<image>", seed=seed)
-        rows.append(loaded.model.get_input_embeddings().weight[1024:])
-    assert torch.equal(rows[0], rows[1])
-    assert not torch.equal(rows[1], rows[2])
 
 
 # --- where the parts come from
@@ -294,16 +290,10 @@ def test_the_projector_follows_its_seed_and_nothing_else_moves():
     assert not torch.equal(weights[0], weights[2])
     assert one.model.model.vision_tower is eye, "moved, not copied"
     assert one.model.model.language_model is model.model
-    assert {name.split(".")[1] for name, p in one.model.named_parameters() if p.requires_grad} == {
-        "multi_modal_projector"
-    }
-
-
-def test_the_projector_starts_as_linear_layers_do():
-    """Uniform within 1 / sqrt(inputs), whose deviation is that over sqrt(3)."""
-    part = splice(tower(), language_model()).model.model.multi_modal_projector
-    for layer in (part.linear_1, part.linear_2):
-        bound = layer.in_features**-0.5
+    trainable = {name.split(".")[1] for name, p in one.model.named_parameters() if p.requires_grad}
+    assert trainable == {"multi_modal_projector"}
+    for layer in (one.model.model.multi_modal_projector.linear_1, one.model.model.multi_modal_projector.linear_2):
+        bound = layer.in_features**-0.5  # uniform within it, as `torch.nn.Linear` starts
         assert layer.weight.abs().max() <= bound
         assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
         assert not layer.bias.any()

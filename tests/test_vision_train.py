@@ -91,17 +91,10 @@ def test_stage_1_trains_the_projector_and_nothing_else(runs):
         not torch.equal(before["projector"][name], between["projector"][name]) for name in before["projector"]
     )
     assert len(one.metrics) == 4
+    assert one.metrics[-1]["loss"] < 0.9 * one.metrics[0]["loss"]
     assert one.record["trained_parameters"] == sum(t.numel() for t in before["projector"].values())
     assert (one.record["stage"], one.record["features"]) == ("projector", "computed once")
     assert same(load_file(one.folder / "projector.safetensors"), between["projector"])
-
-
-def test_the_loss_falls(tmp_path):
-    settings = replace(SETTINGS, batch_size=16, accumulation=1, epochs=20, learning_rate=1e-2, save_steps=50)
-    run = train_projector(tiny(), ROWS, settings, run=tmp_path / "a", cache=tmp_path / "features")
-    losses = [line["loss"] for line in run.metrics]
-    assert len(losses) == 20
-    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_stage_2_trains_projector_and_lora_on_the_language_model_alone(runs):
@@ -184,7 +177,6 @@ def test_features_or_the_tower_at_every_step_give_the_same_projector(runs, tmp_p
 def test_both_stages_as_one_job_train_the_same_bytes_and_answer(runs, tmp_path):
     """`train_and_answer`, and the same call again when all is finished."""
     one, two, *_, folder = runs
-    torch.manual_seed(99)
     job = partial(
         train_and_answer,
         tiny_with_seed,
@@ -198,18 +190,14 @@ def test_both_stages_as_one_job_train_the_same_bytes_and_answer(runs, tmp_path):
     )
     watched = []
     answers = job(watch=watched.append)
-    for run, file in (
-        (one, "projector/projector.safetensors"),
-        (two, "instruct/adapter/adapter_model.safetensors"),
-    ):
-        assert (tmp_path / "job" / file).read_bytes() == (run.folder / file.partition("/")[2]).read_bytes()
+    stages = {"projector": (one, "projector.safetensors"), "instruct": (two, "adapter/adapter_model.safetensors")}
+    for stage, (run, file) in stages.items():
+        assert (tmp_path / "job" / stage / file).read_bytes() == (run.folder / file).read_bytes()
     assert answers["right"] == answer_pictures(two.loaded, CHATS[:4], max_new_tokens=6)
     assert answers.keys() == {"right", "none"}
     watched.clear()
     assert job(watch=watched.append) == answers
-    assert [lines[-1]["step"] for lines in watched] == [4, 5], (
-        "finished runs show their metrics, and are not trained"
-    )
+    assert [lines[-1]["step"] for lines in watched] == [4, 5], "all metrics at once: nothing is trained again"
     reopened = reopen(open_run(tmp_path / "job" / "instruct"), tiny())
     assert answer_pictures(reopened, CHATS[:4], max_new_tokens=6) == answers["right"]
 
@@ -263,15 +251,12 @@ def test_a_broken_splice_is_not_trained(tmp_path):
 
 def test_the_smolvlm_class_goes_through_both_stages_and_reloads(tmp_path):
     loaded = tiny("shuffle")
-    before = {
-        name: tensors(part)
-        for name, part in (("eye", tower_of(loaded.model)), ("text", loaded.model.model.text_model))
-    }
+    eye, words = tensors(tower_of(loaded.model)), tensors(loaded.model.model.text_model)
     one = train_projector(loaded, ROWS, SETTINGS, run=tmp_path / "one", cache=tmp_path / "features")
     assert one.record["trained_parameters"] == 4 * 64 * 128
-    assert same(tensors(one.loaded.model.model.text_model), before["text"])
+    assert same(tensors(one.loaded.model.model.text_model), words)
     two = train_instruct(one.loaded, MORE, SETTINGS, run=tmp_path / "two", cache=tmp_path / "features")
-    assert same(tensors(tower_of(two.loaded.model)), before["eye"])
+    assert same(tensors(tower_of(two.loaded.model)), eye)
     again = load_model(save_spliced(two, tmp_path / "whole"), four_bit=False)
     assert type(again.model).__name__ == "SmolVLMForConditionalGeneration"
     ours, reloaded = (answer_pictures(one, CHATS[:3], max_new_tokens=3) for one in (two.loaded, again))
@@ -297,15 +282,9 @@ def test_both_stages_over_a_4_bit_base_merge_into_its_16_bit_weights(tmp_path):
 PROJECTOR = "base_model.model.model.multi_modal_projector."
 
 
-class Stop:
-    """Raises `error` when the loop reaches a step."""
-
-    def __init__(self, step, error):
-        self.step, self.error = step, error
-
-    def __call__(self, lines):
-        if lines[-1]["step"] == self.step:
-            raise self.error
+def interrupt(lines):
+    if lines[-1]["step"] == 3:
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("stage", [train_projector, train_instruct])
@@ -313,7 +292,7 @@ def test_an_interrupted_stage_goes_on_with_equal_bytes(stage, tmp_path, capsys):
     loaded, features = tiny(), tmp_path / "features"
     start = tensors(projector_of(loaded.model))
     with pytest.raises(KeyboardInterrupt):
-        stage(loaded, ROWS, SETTINGS, run=tmp_path / "a", watch=Stop(3, KeyboardInterrupt()), cache=features)
+        stage(loaded, ROWS, SETTINGS, run=tmp_path / "a", watch=interrupt, cache=features)
     assert newest_whole_checkpoint(tmp_path / "a" / "checkpoints")
     assert same(tensors(projector_of(loaded.model)), start)  # the model is as it was
     resumed = stage(loaded, ROWS, SETTINGS, run=tmp_path / "a", cache=features)
