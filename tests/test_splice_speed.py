@@ -126,7 +126,7 @@ def test_stage_1_is_five_times_as_fast_at_the_same_loss(tmp_path, capsys):
 
 
 HEAD_AND_LOSS = """
-import json, resource, sys
+import json, sys, threading, time
 import psutil, torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 from ironlogic.vision.batches import label_loss
@@ -138,10 +138,19 @@ labels[:, 80:tokens] = torch.randint(0, words, (tokens - 80,))
 if ours:
     hidden, labels = hidden[:, :tokens].clone(), labels[:, :tokens]
 hidden.requires_grad_(True)
-before = psutil.Process().memory_info().rss
+memory, over = psutil.Process().memory_info, threading.Event()
+before = peak = memory().rss
+def watch():
+    global peak
+    while not over.is_set():
+        peak = max(peak, memory().rss)
+        time.sleep(0.0005)
+watcher = threading.Thread(target=watch)
+watcher.start()
 loss = label_loss(hidden, labels, head) if ours else ForCausalLMLoss(head(hidden), labels, words)
 loss.backward()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+over.set()
+watcher.join()
 gradient = hidden.grad[:, :tokens].norm().item()
 print(json.dumps({"loss": loss.item(), "gradient": gradient, "gib": (peak - before) / 2**30}))
 """
