@@ -76,6 +76,8 @@ FRAGMENTATION = 0.04  # of everything but the weights
 USABLE = 0.98  # a "24 GB" card offers its programs 23.5 GiB
 
 
+# counted already, by kind and content of the configuration: building a large model takes up to a second
+_COUNTS: dict[tuple[type, str], "ModelCount"] = {}
 # transformers' arguments of the seeds' models by name, so that a plan needs no download
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
@@ -160,6 +162,13 @@ class ModelCount:
 
 def count_model(name: str, config: Any) -> ModelCount:
     """Parameters by kind, on a model without storage; `linear` lacks what a 4-bit repository says it skips."""
+    key = type(config), json.dumps(config.to_dict(), sort_keys=True, default=str)
+    if key not in _COUNTS:
+        _COUNTS[key] = _count_model(name, config)
+    return _COUNTS[key]
+
+
+def _count_model(name: str, config: Any) -> ModelCount:
     import torch
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 

@@ -81,6 +81,8 @@ def _choose_backend() -> tuple[str, str]:
     return "transformers", reason
 
 
+# bitsandbytes warns, as it is imported, of an optional kernel that is missing
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 BACKEND, WHY_NOT_UNSLOTH = _choose_backend()
 
 import peft  # noqa: E402
@@ -88,7 +90,6 @@ import transformers  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
 from transformers.processing_utils import ProcessorMixin  # noqa: E402
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # a missing optional kernel
 transformers.utils.logging.disable_progress_bar()
 
 # Never in 4 bit. transformers 5 matches full prefixes, hence "model."
@@ -474,7 +475,7 @@ def _load_with_unsloth(base, config, four_bit, max_length, seed, local_only):
     fast = unsloth.FastLanguageModel if plain else unsloth.FastModel
     cuda = torch.cuda.is_available()
     with contextlib.redirect_stdout(io.StringIO()):
-        return fast.from_pretrained(
+        model, processor = fast.from_pretrained(
             model_name=base,
             max_seq_length=max_length,
             dtype=None if cuda else torch.float32,
@@ -486,6 +487,9 @@ def _load_with_unsloth(base, config, four_bit, max_length, seed, local_only):
             trust_remote_code=False,
             use_safetensors=True,  # never a pickle
         )
+    # Unsloth writes the context's length there, and transformers then warns of it beside every max_new_tokens
+    model.generation_config.max_length = None
+    return model, processor
 
 
 def _load_with_transformers(base, config, four_bit, max_length, seed, local_only):

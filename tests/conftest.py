@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = ("test_notebooks_run.py", "test_browser.py")
+LONGEST = "test_notebooks.py"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers (-n 2) share two cores
 for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "UNSLOTH_DISABLE_STATISTICS"):
@@ -123,7 +123,7 @@ def _why_no_card() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)  # first, so that all workers end together
+    items.sort(key=lambda item: item.path.name != LONGEST)  # first, so that all workers end together
     for marker, why_not in (("browser", _why_no_browser), ("gpu", _why_no_card)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and (reason := why_not()):

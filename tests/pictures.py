@@ -1,6 +1,6 @@
 """Makes the pictures of README.md again, from executed notebooks: `python tests/pictures.py [runs/notebooks]`.
 
-`burden.png` is no output of a cell but the widget itself in a browser: tests/test_browser.py leaves it among its
+`burden.png` is no output of a cell but the widget itself in a browser: tests/test_notebooks.py leaves it among its
 screenshots (IRONLOGIC_SHOTS).
 """
 

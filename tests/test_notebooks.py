@@ -1,9 +1,12 @@
-"""The notebooks in a real JupyterLab in headless Chromium: run all cells, then use the widgets as a person would.
+"""Every notebook top to bottom in a fresh kernel; then in a real JupyterLab, its widgets used as a person would.
 
-Waits for states that the page itself reports (kernel idle, execution counts, texts shown), never for a time. Knows
-no pixels: pictures of the pages are kept for people, in the folder that IRONLOGIC_SHOTS names or a temporary one.
+All share one results folder, as a person has it: later notebooks read the runs of earlier ones, and the browser
+those of the kernels, so nothing is trained twice. The browser is headless Chromium. Its tests wait for states that
+the page itself reports (kernel idle, execution counts, texts shown), never for a time, and know no pixels: pictures
+of the pages are kept for people, in the folder that IRONLOGIC_SHOTS names or a temporary one.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,18 +17,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ironlogic.notebooks import find_notebooks, read_notebook, set_parameters
+from ironlogic.notebooks import NOTEBOOKS, NotebookSession, find_notebooks, read_notebook, set_parameters
 from ironlogic.session import ROOT
 
 import nbformat
 import pytest
 from PIL import Image
 
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="no playwright (pip install -r tests/requirements.txt)"
-)
-expect = sync_api.expect
-pytestmark = [pytest.mark.browser, pytest.mark.slow]  # conftest skips them where there is no Chromium, and says so
+with contextlib.suppress(ImportError):  # conftest skips what is marked `browser` then, and says so
+    from playwright import sync_api
+    from playwright.sync_api import expect
+
+pytestmark = pytest.mark.slow
+in_browser = pytest.mark.browser
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = os.environ.get("IRONLOGIC_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -55,24 +59,51 @@ RAN = f"""() => {{
         outputs.some(output => output.output_type === 'error')));
 }}"""
 NEXT = ("Alt+ArrowDown", "ArrowDown", "Enter")  # of a drop-down: JupyterLab takes a bare arrow for itself
-SMALL = {  # what the notebooks train is shown by test_notebooks_run.py; here are hands on their widgets
-    "02": {"ROWS": 96, "SEEDS": 1},
-    "03": {"ROWS": 64, "SEEDS": 1},
-    "05": {"ROWS": 96, "SEEDS": 1},
-    "06": {"ROWS": 64, "STEPS": 2, "PROBLEMS": 8},
-}
+FEWER_ROWS = {"02": {"ROWS": 1000}, "05": {"ROWS": 1000}}  # 02's checks of gain and cost still hold
+# What the browser does not find in the results folder; its tests are hands on widgets.
+SMALL = FEWER_ROWS | {"03": {"ROWS": 64, "SEEDS": 1}, "06": {"ROWS": 64, "STEPS": 2, "PROBLEMS": 8}}
 SCRIPTS = '<img src="data:," onerror="window.caught = 1"><script>window.caught = 1</script>'
 
 
-# -- the machinery
+@pytest.fixture(scope="module")
+def shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+# -- in a kernel
+
+
+def checkout() -> set[str]:
+    """What lies in the folders that a notebook could write into by mistake."""
+    folders = (NOTEBOOKS, ROOT / "data", ROOT / "ironlogic")
+    files = {str(path) for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts}
+    return files | {str(path) for path in ROOT.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.mark.parametrize("path", find_notebooks(), ids=lambda path: path.stem)
+def test_notebook_top_to_bottom(path, shared_runs, monkeypatch, network_attempts):
+    monkeypatch.setenv("IRONLOGIC_RUNS", str(shared_runs))
+    monkeypatch.delenv("OMP_NUM_THREADS")  # as a person has it
+    before = checkout()
+    with NotebookSession(path, parameters=FEWER_ROWS.get(path.name[:2]), timeout=1200) as work:
+        outputs = [output for cell in work.notebook.cells for output in cell.get("outputs", [])]
+        assert [output for output in outputs if output.output_type == "error"] == []
+        assert [output for output in outputs if output.get("name") == "stderr"] == []
+    assert checkout() == before
+    assert network_attempts.read_text() == ""
+
+
+# -- the browser
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """A JupyterLab with nobody's settings on a copy of the checkout (it saves what it runs): address and token."""
+def lab(tmp_path_factory: pytest.TempPathFactory, shared_runs: Path) -> Iterator[tuple[str, str]]:
+    """A JupyterLab with nobody's settings on a copy of the notebooks (it saves what it runs): address and token."""
     folder = tmp_path_factory.mktemp("lab")
     work, log = folder / "work", folder / "lab.log"
-    shutil.copytree(ROOT, work, ignore=shutil.ignore_patterns(".*", "runs", "tests", "__pycache__"))
+    shutil.copytree(NOTEBOOKS, work / "notebooks")
+    for name in ("data", "ironlogic"):
+        (work / name).symlink_to(ROOT / name, target_is_directory=True)
     for number, parameters in SMALL.items():
         (small,) = find_notebooks([number], folder=work / "notebooks")
         notebook = read_notebook(small)
@@ -85,7 +116,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR"):
         env[name] = str(folder / name)
     env |= {"IPYTHONDIR": str(folder / "ipython"), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
-    env |= {"IRONLOGIC_RUNS": str(folder / "runs")}
+    env |= {"IRONLOGIC_RUNS": str(shared_runs)}
     command = [sys.executable, "-m", "jupyterlab", *LAB, f"--ServerApp.root_dir={work}"]
     with log.open("w") as lines, subprocess.Popen(command, stdout=lines, stderr=lines, env=env) as server:
         try:
@@ -199,7 +230,8 @@ def upload(page: "sync_api.Page", button: str, file: Path) -> None:
 # -- what a person does
 
 
-def test_burden_widget_by_keyboard(lab, browser, shots):
+@in_browser
+def test_burden_widget_by_keyboard_and_hostile_text_is_not_run(lab, browser, shots):
     with run_all("01", lab, browser, shots) as page:
         text, picture = shown(page, "burden")
         after = text.locator("[dir=auto]")
@@ -237,10 +269,6 @@ def test_burden_widget_by_keyboard(lab, browser, shots):
         expect(picture).not_to_have_attribute("src", source)
         shoot(page, shots / "01-letters.png")
 
-
-def test_hostile_text_is_shown_and_not_run(lab, browser, shots):
-    with run_all("01", lab, browser, shots) as page:
-        text, _ = shown(page, "burden")
         retype(page.locator(".il-burden-text textarea"), f"look {SCRIPTS} <b>here</b> &amp; now")
         press(page.locator(".il-burden-ratio [role=slider]"), "Home")
         expect(text.locator("[dir=auto]")).to_have_text(f"look {SCRIPTS} <b>here</b> &amp; now")
@@ -252,6 +280,7 @@ def test_hostile_text_is_shown_and_not_run(lab, browser, shots):
         page.wait_for_function("() => window.caught === 1")
 
 
+@in_browser
 def test_memory_widget_by_keyboard(lab, browser, shots):
     with run_all("00", lab, browser, shots) as page:
         text, picture = shown(page, "memory")
@@ -269,6 +298,7 @@ def test_memory_widget_by_keyboard(lab, browser, shots):
         shoot(page, shots / "00-large-card.png")
 
 
+@in_browser
 def test_answers_widget_by_keyboard(lab, browser, shots):
     with run_all("02", lab, browser, shots, seconds=600) as page:
         text, _ = shown(page, "answers")
@@ -286,6 +316,7 @@ def test_answers_widget_by_keyboard(lab, browser, shots):
         shoot(page, shots / "02-in-order.png")
 
 
+@in_browser
 def test_lens_widget_by_keyboard(lab, browser, shots):
     with run_all("04", lab, browser, shots, seconds=300) as page:
         text, picture = shown(page, "lens")
@@ -306,6 +337,7 @@ def test_lens_widget_by_keyboard(lab, browser, shots):
         shoot(page, shots / "04-my-prompt.png")
 
 
+@in_browser
 def test_picture_widget_by_keyboard(lab, browser, shots, tmp_path):
     with run_all("03", lab, browser, shots, seconds=600) as page:
         text, _ = shown(page, "picture")
@@ -330,6 +362,7 @@ def test_picture_widget_by_keyboard(lab, browser, shots, tmp_path):
         shoot(page, shots / "03-no-picture.png")
 
 
+@in_browser
 def test_robustness_widget_by_keyboard(lab, browser, shots):
     with run_all("05", lab, browser, shots, seconds=600) as page:
         text, picture = shown(page, "robustness")
@@ -349,6 +382,7 @@ def test_robustness_widget_by_keyboard(lab, browser, shots):
         shoot(page, shots / "05-a-claim.png")
 
 
+@in_browser
 def test_samples_widget_by_keyboard(lab, browser, shots):
     with run_all("06", lab, browser, shots, seconds=600) as page:
         text, _ = shown(page, "samples")
@@ -360,6 +394,7 @@ def test_samples_widget_by_keyboard(lab, browser, shots):
         shoot(page, shots / "06-samples.png")
 
 
+@in_browser
 def test_chat_by_keyboard(lab, browser, shots):
     with run_all("07", lab, browser, shots, seconds=600) as page:
         shown(page, "chat")
@@ -387,6 +422,7 @@ def test_chat_by_keyboard(lab, browser, shots):
         shoot(page, shots / "07-chat.png")
 
 
+@in_browser
 @pytest.mark.parametrize(
     ("leak", "event"),
     [

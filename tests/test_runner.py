@@ -1,4 +1,4 @@
-"""Every notebook top to bottom in a fresh kernel without a network; and the runner on small notebooks made here."""
+"""The runner on small notebooks made here: what it executes, prints, refuses and leaves behind."""
 
 import asyncio
 import io
@@ -14,7 +14,6 @@ from queue import Empty
 
 from ironlogic.__main__ import Line, main, read_value
 from ironlogic.notebooks import (
-    NOTEBOOKS,
     NotebookError,
     NotebookFailure,
     NotebookSession,
@@ -28,7 +27,6 @@ from ironlogic.setup_cell import SETUP_CELL
 import nbformat
 import pytest
 
-PRESENT = sorted(NOTEBOOKS.glob("*.ipynb"))
 WIDGET = """
 import ipywidgets as W
 slider, text, seen = W.FloatSlider(value=0.7, max=1.0), W.HTML("start"), []
@@ -41,35 +39,6 @@ def outputs(notebook: nbformat.NotebookNode, kind: str, name: str = "") -> list[
     """Texts of the outputs of that type (stream: of that name)."""
     found = [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == kind]
     return [output.get("text") or output.get("evalue") for output in found if output.get("name", "") == name]
-
-
-def checkout() -> set[str]:
-    """What lies in the folders that a notebook could write into by mistake."""
-    folders = (NOTEBOOKS, ROOT / "data", ROOT / "ironlogic")
-    files = {str(path) for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts}
-    return files | {str(path) for path in ROOT.iterdir() if not path.name.startswith(".")}
-
-
-@pytest.fixture(scope="module")
-def shared_runs(tmp_path_factory):
-    """One results folder for all notebooks, as a person has it: later ones read the runs of earlier ones."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", PRESENT, ids=lambda path: path.stem)
-def test_notebook_top_to_bottom(path, shared_runs, monkeypatch, network_attempts):
-    monkeypatch.setenv("IRONLOGIC_RUNS", str(shared_runs))
-    monkeypatch.delenv("OMP_NUM_THREADS")  # as a person has it
-    before = checkout()
-    with NotebookSession(path, timeout=1200) as work:
-        assert outputs(work.notebook, "error") == []
-        assert outputs(work.notebook, "stream", "stderr") == []
-    assert checkout() == before
-    assert network_attempts.read_text() == ""
-
-
-# -- the runner
 
 
 @pytest.mark.slow
