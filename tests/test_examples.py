@@ -52,7 +52,10 @@ def test_control_and_evidence(tmp_runs):
     here = {"processes": 1}  # starting others takes longer than so small a training
     ft, sft = train_twins("nano", train, burden=Burden(ratio=0.7), settings=SMALL, run="first", **here)
     difference = ft.measure(test, **here) - sft.measure(test, **here)
-    assert "[" in str(difference), "an interval"
+    printed = str(difference).splitlines()
+    assert printed[0].startswith("loss of the answer, clean (nats a token): ")
+    assert printed[1].startswith("loss of the answer at 0.7 (nats a token): ")
+    assert "1 training x " in printed[2]
     items = made_items(17, seed=1)
     findings = judge_claims({"FT": ft.measure(items, **here), "SFT": sft.measure(items, **here)}, items)
     table = findings.table()

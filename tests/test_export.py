@@ -246,19 +246,6 @@ def test_plain_transformers_in_a_process_of_its_own_loads_it(run, merged, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["f16", "q8_0"])
-def test_gguf_answers_like_the_model(run, merged, tmp_path, quantization):
-    path = export_gguf(run, tmp_path, quantization=quantization)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["export.json", f"ft-{quantization}.gguf"]
-    found = check_export(path, merged)
-    assert {c.kind for c in found} == {quantization}
-    assert min(c.top1 for c in found) > 0.95
-    ours = [c.text for c in generate(load_model(merged, four_bit=False), PROMPTS, max_new_tokens=40)]
-    theirs = [c.text for c in generate(open_export(path, like=merged), PROMPTS, max_new_tokens=40)]
-    assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= (20 if quantization == "f16" else 18)
-
-
-@pytest.mark.slow
 def test_a_damaged_gguf_is_found(merged, q8, tmp_path):
     broken = Path(shutil.copy(q8, tmp_path / "broken.gguf"))
     tensors = gguf.GGUFReader(broken, "r+").tensors
@@ -395,7 +382,10 @@ def test_from_fragments_to_gguf(tmp_path):
     merged = merge_adapter(rewarded, tmp_path / "merged")
     ours = [c.text for c in generate(load_model(rewarded.adapter, four_bit=False), PROMPTS, max_new_tokens=40)]
     for quantization, least in (("f16", 20), ("q8_0", 18)):
-        path = export_gguf(merged, tmp_path, quantization=quantization)
+        path = export_gguf(merged, tmp_path / "gguf", quantization=quantization)
+        found = check_export(path, merged)
+        assert {c.kind for c in found} == {quantization}
+        assert min(c.top1 for c in found) > 0.95
         told = {
             "transformers": [c.text for c in generate(open_export(path, like=merged), PROMPTS, max_new_tokens=40)]
         }
@@ -404,5 +394,8 @@ def test_from_fragments_to_gguf(tmp_path):
         same = {reader: sum(map(str.__eq__, ours, theirs)) for reader, theirs in told.items()}
         print(quantization, same, "of 20 answers the same")
         assert min(same.values()) >= least
+    assert sorted(p.name for p in (tmp_path / "gguf").iterdir()) == (
+        ["export.json", "merged-f16.gguf", "merged-q8_0.gguf"]
+    )
     with pytest.raises(ExportError, match="is not the model"):
         check_export(NANO, rewarded)  # the chain trained something

@@ -30,7 +30,7 @@ import torch
 from jinja2.exceptions import SecurityError
 
 pytestmark = pytest.mark.slow
-KILLS = 6
+KILLS = 4
 SETTINGS = TrainSettings(
     learning_rate=5e-3,
     batch_size=4,
@@ -40,7 +40,7 @@ SETTINGS = TrainSettings(
     save_steps=2,
     lora=LoraSettings(rank=4, alpha=8),
 )
-CHATS = make_chats(map(task_chat, make_tasks(280, seed=1)))
+CHATS = make_chats(map(task_chat, make_tasks(200, seed=1)))
 
 
 def train(folder: Path):

@@ -23,7 +23,7 @@ def results(out):
 
 @pytest.mark.slow
 def test_every_kind_of_part_runs_and_is_not_run_twice(tmp_path):
-    only = ["a 00", "b qwen3-vl-4b, layer", "d qwen3-30b-a3b, ours, 31.4", "e qwen3-smvl, stage 1"]
+    only = ["a 01", "b qwen3-vl-4b, layer", "d qwen3-30b-a3b, ours, 31.4", "e qwen3-smvl, stage 1"]
     card(tmp_path, "--tiny", "--jobs", "1", "--only", *only)
     lines = results(tmp_path)
     assert len(lines) == len(only)

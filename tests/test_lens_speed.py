@@ -1,10 +1,10 @@
-"""Cost of a checked layer reading against a bare forward pass, the seed's loop and peers, in one run; extra memory.
+"""Cost of a checked layer reading against a bare forward pass, in one run; extra memory.
 
 A random Qwen3 of 28 layers, width 1,024 and V = 151,936 in bfloat16 (the shape of Qwen3-0.6B). CPU seconds of one
 thread, the best of interleaved rounds. T is IRONLOGIC_LENS_TOKENS, 32 by default: a processor that emulates
 bfloat16 needs a quarter of an hour for the 256 of a real prompt. The longer the prompt, the smaller our share.
 
-Measured on such a processor, relative to the bare pass:
+Measured on such a processor, relative to the bare pass (the seed's loop: norm and head on every position):
 
     T                                      16     32     64    256
     last position, checked               1.18   1.08   1.07   1.00
@@ -18,10 +18,8 @@ import ctypes
 import math
 import os
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
-from ironlogic.lens.attention import read_attention
 from ironlogic.lens.parts import decoder_layers, final_norm, output_head
 from ironlogic.lens.read import read_layers
 
@@ -70,13 +68,6 @@ def bare(model, ids):
         return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
 
-def seed_loop(model, ids):
-    """As the seeds' script reads: norm and head on every position of every layer, of which one is looked at."""
-    with torch.inference_mode():
-        states = model(input_ids=ids, output_hidden_states=True).hidden_states
-        return [torch.softmax(output_head(model)(final_norm(model)(s))[0, -1].float(), -1).topk(5) for s in states]
-
-
 def layer_loop(model, ids):
     """One position, one product with the head per layer."""
     with torch.inference_mode():
@@ -85,34 +76,13 @@ def layer_loop(model, ids):
         return [torch.softmax(head(norm(state[:, -1:]))[0, -1].float(), -1).topk(5) for state in states]
 
 
-def nnsight_loop(model, ids):
-    import nnsight
-
-    wrapped = nnsight.LanguageModel(model, tokenizer=None)
-
-    def read():
-        with torch.inference_mode(), wrapped.trace(ids):
-            rows = nnsight.save([])
-            for layer in wrapped.model.layers:
-                state = wrapped.model.norm(layer.output[:, -1:])
-                rows.append(wrapped.lm_head(state)[0].float().log_softmax(-1))
-        return rows
-
-    return read
-
-
 def works(model, ids):
-    found = {
+    return {
         "bare forward pass": lambda: bare(model, ids),
         "ours, last position": lambda: read_layers(model, ids),
-        "ours, attention of the last position": lambda: read_attention(model, ids),
         "one head product a layer": lambda: layer_loop(model, ids),
-        "the seed's loop": lambda: seed_loop(model, ids),
         "ours, all positions": lambda: read_layers(model, ids, positions=None),
     }
-    if find_spec("nnsight"):
-        found["nnsight, last position"] = nnsight_loop(model, ids)
-    return found
 
 
 def cpu_seconds(work) -> float:

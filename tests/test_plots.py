@@ -49,7 +49,7 @@ def test_a_notebook_shows_a_figure_as_png():
 
 @pytest.mark.slow
 def test_drawing_needs_no_torch():
-    code = "import ironlogic.show.plots, ironlogic.show.widgets, sys; print('torch' in sys.modules)"
+    code = "import sys; from ironlogic.show import grpo, plots, widgets; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

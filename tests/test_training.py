@@ -48,6 +48,12 @@ def interrupt(lines):
         raise KeyboardInterrupt
 
 
+def python(*words, **environ):
+    paths = os.pathsep.join([os.environ.get("PYTHONPATH", ""), *sys.path])
+    environ = {**os.environ, "PYTHONPATH": paths, **environ}
+    return subprocess.run([sys.executable, *words], env=environ, capture_output=True, text=True, check=False)
+
+
 # --- what is trained ----------------------------------------------------------------------------------------
 def test_answers_with_their_end_are_trained_and_prompts_are_not():
     tokenizer = nano().tokenizer
@@ -92,27 +98,47 @@ def test_twin_sees_the_same_rows_in_the_same_order_and_a_cut_moves_no_other_row(
         assert prompts[0] != prompts[1]
 
 
-@slow
-def test_rows_without_padding_have_the_same_losses_as_padded_ones(small_run, tmp_path, monkeypatch):
-    """Losses that only hold if no row sees its neighbour; where one does, training does not begin."""
-    monkeypatch.setenv("IRONLOGIC_RUNS", str(tmp_path))
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Runs of plain transformers (Unsloth pads on a CPU) from another process, and why the last one was refused."""
+    folder = tmp_path_factory.mktemp("plain")
     code = """
+import sys
 import transformers.masking_utils
 from dataclasses import replace
+from pathlib import Path
 from trained import SETTINGS, train_ft
 from ironlogic.training.runs import RunError
-settings = replace(SETTINGS, padding_free=True)
-print(*[line["loss"] for line in train_ft("free", settings=settings).metrics])
+folder = Path(sys.argv[1])
+train_ft(folder / "padded")
+train_ft(folder / "twice", settings=replace(SETTINGS, accumulation=2))
+free = replace(SETTINGS, padding_free=True)
+train_ft(folder / "free", settings=free)
 transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
 try:
-    train_ft("seen", settings=settings)
+    train_ft(folder / "seen", settings=free)
 except RunError as error:
     print(error)
 """
-    done = python("-c", code, IRONLOGIC_BACKEND="transformers")  # Unsloth pads on a CPU
+    done = python("-c", code, str(folder), IRONLOGIC_BACKEND="transformers")
     assert done.returncode == 0, done.stderr[-2000:]
-    free, refused = done.stdout.strip().split("\n")[-2:]
-    assert [float(loss) for loss in free.split()] == pytest.approx(losses(small_run), rel=2e-3)
+    return folder, done.stdout.strip().splitlines()[-1]
+
+
+@slow
+def test_both_backends_reach_the_same_losses(small_run, plain):
+    padded = open_run(plain[0] / "padded")
+    assert [run.record["backend"] for run in (small_run, padded)] == ["unsloth", "transformers"]
+    assert losses(padded) == pytest.approx(losses(small_run), rel=1e-3)
+    norms = [[line["grad_norm"] for line in run.metrics] for run in (padded, small_run)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+
+
+@slow
+def test_rows_without_padding_have_the_same_losses_as_padded_ones(small_run, plain):
+    """Losses that only hold if no row sees its neighbour; where one does, training does not begin."""
+    folder, refused = plain
+    assert losses(folder / "free") == pytest.approx(losses(small_run), rel=2e-3)
     assert "rows of one batch see each other in this model" in refused
 
 
@@ -396,12 +422,6 @@ def test_two_processes_never_write_one_folder(tmp_path):
 
 
 # --- from the command line, and in several processes --------------------------------------------------------
-def python(*words, **environ):
-    paths = os.pathsep.join([os.environ.get("PYTHONPATH", ""), *sys.path])
-    environ = {**os.environ, "PYTHONPATH": paths, **environ}
-    return subprocess.run([sys.executable, *words], env=environ, capture_output=True, text=True, check=False)
-
-
 @slow
 def test_a_prepared_folder_trains_to_the_same_bytes(small_run, tmp_path):
     rows = load_chats([{"messages": chat, "other": "x"} for chat in CHATS])
@@ -439,11 +459,9 @@ def test_a_changed_folder_is_refused_in_one_line(tmp_path, monkeypatch, name, co
 
 
 @slow
-def test_two_processes_are_one_with_twice_the_accumulation(tmp_path):
+def test_two_processes_are_one_with_twice_the_accumulation(plain, tmp_path):
+    one = plain[0] / "twice"
     two = prepare_sft("nano", CHATS, SETTINGS, run=tmp_path / "two", burden=Burden())
-    one = prepare_sft("nano", CHATS, replace(SETTINGS, accumulation=2), run=tmp_path / "one", burden=Burden())
-    alone = python("-m", "ironlogic.training", str(one), IRONLOGIC_BACKEND="transformers")
-    assert alone.returncode == 0, alone.stderr[-2000:]
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     both = python(*torchrun, "-m", "ironlogic.training", str(two), IRONLOGIC_BACKEND="transformers")
     assert both.returncode == 0, both.stderr[-2000:]

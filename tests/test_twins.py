@@ -3,13 +3,12 @@
 import json
 from dataclasses import replace
 
-from ironlogic.burden import Burden
-from ironlogic.data.chats import ChatError, load_chats
+from ironlogic.data.chats import ChatError
 from ironlogic.evidence import twins
 from ironlogic.evidence.claims import CLAIMS, judge_claims
 from ironlogic.evidence.items import load_items
 from ironlogic.evidence.study import CURVE, measure_adapters, open_study, run_study, time_twins
-from ironlogic.evidence.twins import Recipe, as_preset, make_recipes, train_arms, train_twins
+from ironlogic.evidence.twins import Recipe, make_recipes
 from ironlogic.presets import find_preset
 from ironlogic.show.report import findings_html
 from ironlogic.training.runs import RunError
@@ -22,13 +21,11 @@ NANO = find_preset("nano")
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
-    """(study, recipes, measured, lines): base, SFT, FT and FT then SFT, trained in two processes."""
+    """(study, recipes, measured, lines): base, SFT, FT and FT then SFT; notebook 02 trains in several processes."""
     study = open_study(NANO, tmp_path_factory.mktemp("runs"), rows=24, seeds=1, questions=17)
     recipes = {"FT then SFT": study.recipes["FT then SFT"]} | study.twins()
     lines = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IRONLOGIC_BACKEND", "transformers")  # imports faster
-        measured = run_study(study, recipes, processes=2, report=lines.append)
+    measured = run_study(study, recipes, processes=1, report=lines.append)
     time_twins(study, measured)
     return study, recipes, measured, lines
 
@@ -115,6 +112,9 @@ def test_from_training_to_verdict_and_again_from_disk(studied):
             for name, values in columns.items():
                 assert np.array_equal(values, measured[arm][seed][name], equal_nan=True), (arm, seed, name)
     assert set(study.short()) == set(recipes)
+    arms = study.train(recipes)
+    ft, sft = (arms[name].runs[0].record for name in ("FT", "SFT"))
+    assert {name for name in ft if ft[name] != sft[name]} <= {"stage", "burden", "seconds", "peak_gib", "data"}
     other = replace(study, chats={3407: study.chats[3407][::-1]})
     with pytest.raises(RunError, match="trained otherwise: it differs in rows"):
         run_study(other, study.twins())
@@ -159,26 +159,6 @@ def test_own_adapter_and_own_items_give_the_same_table(studied, tmp_path):
     assert "yours" in findings_html(findings)
     with pytest.raises(RunError, match="holds no adapter"):
         measure_adapters({"yours": adapter, "control": "nano"}, items, tmp_path / "own")
-
-
-@pytest.mark.slow
-def test_the_ten_lines_of_the_control(tmp_path, studied, capsys):
-    chats = tmp_path / "my.jsonl"
-    rows = list(studied[0].chats[3407]) * 3
-    chats.write_text("".join(json.dumps({"messages": chat, "id": i}) + "\n" for i, chat in enumerate(rows)))
-    train, test = load_chats(chats).split(0.1)
-    ft, sft = train_twins("nano", train, burden=Burden(ratio=0.7), run=tmp_path / "first", processes=1)
-    print(ft.measure(test) - sft.measure(test))
-    printed = capsys.readouterr().out.splitlines()[-3:]
-    assert printed[0].startswith("loss of the answer, clean (nats a token): ")
-    assert printed[1].startswith("loss of the answer at 0.7 (nats a token): ")
-    assert "1 training x " in printed[2]
-    records = [arm.runs[0].record for arm in (ft, sft)]
-    assert [record["burden"] is None for record in records] == [False, True]
-    differing = {name for name in records[0] if records[0][name] != records[1][name]}
-    assert differing <= {"stage", "burden", "seconds", "peak_gib", "data"}
-    base = train_arms(as_preset("nano"), train, {"base": None}, seeds=[3407], run=tmp_path / "first")["base"]
-    assert (sft.measure(test) - base.measure(test)).interval("loss@0").mean < 0
 
 
 def test_the_command_says_what_is_wrong_before_it_trains(tmp_path, capsys):

@@ -1,13 +1,13 @@
-"""Widgets without a browser: the traits that a browser shows, errors inside, escaping, static pictures."""
+"""Widgets without a browser: the traits that a browser shows, errors inside, static pictures.
+
+test_notebooks.py uses each of them by keyboard, with hostile text.
+"""
 
 import base64
 
-from ironlogic.data.chats import make_chats
-from ironlogic.data.problems import make_tasks, task_chat
 from ironlogic.models import load_model
-from ironlogic.presets import LoraSettings, TrainSettings
-from ironlogic.show.widgets import answer_explorer, burden_explorer, lens_explorer, memory_explorer
-from ironlogic.training.sft import train_sft
+from ironlogic.presets import LoraSettings
+from ironlogic.show.widgets import burden_explorer, lens_explorer
 
 import pytest
 
@@ -30,19 +30,6 @@ def test_burden_explorer_follows_its_controls():
     assert explorer.text.value != before[0]
 
 
-def test_protection_can_be_switched_off():
-    explorer = burden_explorer("please keep `a b c d e f g h` as it is my dear friend", ratio=1.0)
-    assert "`a b c d e f g h`" in explorer.text.value.split("instead")[1]
-    explorer.controls["protect"].value = False
-    assert "`a b c d e f g h`" not in explorer.text.value.split("instead")[1]
-
-
-def test_html_in_the_text_is_escaped():
-    explorer = burden_explorer("one two three <script>alert(1)</script> four & five", ratio=0.5)
-    assert "<script" not in explorer.text.value
-    assert "&lt;script&gt;" in explorer.text.value
-
-
 @pytest.mark.parametrize(
     "text", ["", "word", "\n\n", "请用中文解释为什么天空是蓝色的", "مرحبا بالعالم كيف الحال اليوم"]
 )
@@ -62,33 +49,6 @@ def test_static_pages_get_a_picture():
     bundle = burden_explorer(TEXT)._repr_mimebundle_()
     assert base64.b64decode(bundle["image/png"]).startswith(PNG)
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"]
-
-
-@pytest.mark.slow
-def test_memory_explorer():
-    explorer = memory_explorer("32gb", card_gib=32)
-    assert "fits on 32 GiB" in explorer.text.value
-    explorer.controls["card_gib"].value = 16
-    assert "does not fit" in explorer.text.value
-
-
-@pytest.mark.slow
-def test_answer_explorer_asks_base_and_adapter(tmp_path):
-    from ironlogic.models import with_adapters
-
-    tasks = make_tasks(4, seed=1, split="test")
-    settings = TrainSettings(
-        batch_size=4, accumulation=1, learning_rate=1e-3, max_length=128, lora=LoraSettings(rank=4, alpha=8)
-    )
-    chats = make_chats(map(task_chat, make_tasks(8, seed=1)))
-    run = train_sft(load_model("nano"), chats, settings, run=tmp_path / "run")
-    loaded = with_adapters(load_model("nano"), {"SFT": run.adapter})
-    explorer = answer_explorer(loaded, ["SFT"], tasks, ratio=0.0)
-    assert "base" in explorer.text.value
-    assert "✓" in explorer.text.value
-    before = explorer.text.value
-    explorer.controls["problem"].value = 1
-    assert explorer.text.value != before
 
 
 @pytest.mark.slow
