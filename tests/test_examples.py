@@ -50,7 +50,8 @@ def test_control_and_evidence(tmp_runs):
     train, test = load_chats(DATA / "reasoning-248.jsonl").split(0.2)
     train, test = train[:32], test[:12]
     here = {"processes": 1}  # starting others takes longer than so small a training
-    ft, sft = train_twins("nano", train, burden=Burden(ratio=0.7), settings=SMALL, run="first", **here)
+    options = {"settings": SMALL, "run": "first", "max_new_tokens": 12, **here}
+    ft, sft = train_twins("nano", train, burden=Burden(ratio=0.7), **options)
     difference = ft.measure(test, **here) - sft.measure(test, **here)
     printed = str(difference).splitlines()
     assert printed[0].startswith("loss of the answer, clean (nats a token): ")

@@ -61,7 +61,7 @@ RAN = f"""() => {{
 NEXT = ("Alt+ArrowDown", "ArrowDown", "Enter")  # of a drop-down: JupyterLab takes a bare arrow for itself
 FEWER_ROWS = {"02": {"ROWS": 1000}, "05": {"ROWS": 1000}}  # 02's checks of gain and cost still hold
 # What the browser does not find in the results folder; its tests are hands on widgets.
-SMALL = FEWER_ROWS | {"03": {"ROWS": 64, "SEEDS": 1}, "06": {"ROWS": 64, "STEPS": 2, "PROBLEMS": 8}}
+SMALL = FEWER_ROWS | {"03": {"ROWS": 64, "SEEDS": 1}, "06": {"QUESTIONS": 17}}
 SCRIPTS = '<img src="data:," onerror="window.caught = 1"><script>window.caught = 1</script>'
 
 
