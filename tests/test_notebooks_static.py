@@ -15,13 +15,7 @@ import pytest
 
 PRESENT = sorted(NOTEBOOKS.glob("*.ipynb"))
 LONGEST_CELL, LONGEST_NOTEBOOK, MOST_FUNCTIONS = 30, 160, 3
-OUTPUT_WIDGETS = {
-    "Output",
-    "interact",
-    "interactive",
-    "interactive_output",
-    "interact_manual",
-}  # they hang nbclient
+OUTPUT_WIDGETS = set("Output interact interactive interactive_output interact_manual".split())  # they hang nbclient
 
 
 def faults(path: Path) -> list[str]:
@@ -157,10 +151,6 @@ def write(path: Path, change: Callable[[list], object] = lambda cells: None) -> 
     return path
 
 
-def test_a_right_notebook_has_no_fault(tmp_path):
-    assert faults(write(tmp_path / "07_sample.ipynb")) == []
-
-
 def another(cell: nbformat.NotebookNode, **changes: object) -> nbformat.NotebookNode:
     return nbformat.from_dict({**cell, **changes})
 
@@ -178,48 +168,28 @@ def source(index: int, text: str) -> Callable[[list], None]:
     [
         (source(0, TITLE.replace("07", "08")), "the first cell is not a title"),
         (source(0, "# 07 · Sample"), "no table of time and memory"),
-        (source(0, TITLE.replace("memory", "colour")), "no table of time and memory"),
-        (lambda cells: cells.pop(0), "the first cell is not a title"),
         (lambda cells: cells.pop(1), "tagged 'setup'"),
         (lambda cells: cells.pop(2), "tagged 'parameters'"),
         (lambda cells: cells.append(another(cells[2], id="twice")), "2 cells are tagged 'parameters'"),
-        (lambda cells: cells.insert(2, cells.pop(4)), "tagged 'parameters'"),
         (lambda cells: cells.append(another(cells[4], id="after")), "tagged 'checks'"),
         (source(2, "RATIO = 1 / 2"), "'RATIO = 1 / 2' is not NAME = literal"),
-        (source(2, "RATIO, SEED = 1, 2"), "is not NAME = literal"),
-        (source(2, "RATIO = = 2"), "invalid syntax"),
         (source(4, "%matplotlib inline"), "magics"),
-        (source(4, "!pip install torch"), "magics"),
         (source(4, "get_ipython().run_line_magic('time', '')"), "get_ipython"),
         (source(4, "class A:\n    pass"), "a class"),
         (source(4, "\n".join(f"def f{i}(): ..." for i in range(4))), "4 functions; at most 3"),
-        (source(4, "import ipywidgets\nipywidgets.Output()"), "Output: output widgets hang"),
         (source(4, "from ipywidgets import interact"), "interact: output widgets hang"),
         (source(4, "x = 1\n" * 31), "31 lines; at most 30"),
         (source(4, " "), "empty"),
         (many, "lines of code; at most 160"),
         (source(3, "[gone](02_gone.ipynb)"), "link to 02_gone.ipynb"),
-        (source(3, "![gone](pictures/gone.png)"), "link to pictures/gone.png"),
-        (source(3, '<img src="gone.png">'), "link to gone.png"),
         (source(5, "## Exercises"), "no section 'Try this'"),
         (source(6, "print(x)"), "the checks assert nothing"),
     ],
 )
 def test_each_fault_is_found(tmp_path, change, said):
+    assert faults(write(tmp_path / "07_sample.ipynb")) == []
     found = faults(write(tmp_path / "07_sample.ipynb", change))
     assert any(said in fault for fault in found), found
-
-
-def test_neighbours_are_linked(tmp_path):
-    write(tmp_path / "06_before.ipynb")
-    path = write(tmp_path / "07_sample.ipynb")
-    write(tmp_path / "08_after.ipynb")
-    assert faults(path) == [
-        "the title has no link to 06_before.ipynb",
-        "the title has no link to 08_after.ipynb",
-    ]
-    both = f"{TITLE}\n[before](06_before.ipynb) [after](08_after.ipynb)"
-    assert faults(write(path, source(0, both))) == []
 
 
 @pytest.mark.parametrize(
