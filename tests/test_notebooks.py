@@ -59,9 +59,8 @@ RAN = f"""() => {{
         outputs.some(output => output.output_type === 'error')));
 }}"""
 NEXT = ("Alt+ArrowDown", "ArrowDown", "Enter")  # of a drop-down: JupyterLab takes a bare arrow for itself
-FEWER_ROWS = {"02": {"ROWS": 1000}, "05": {"ROWS": 1000}}  # 02's checks of gain and cost still hold
-# What the browser does not find in the results folder; its tests are hands on widgets.
-SMALL = FEWER_ROWS | {"03": {"ROWS": 64, "SEEDS": 1}, "06": {"QUESTIONS": 17}}
+# What would take long although it is trained already: the browser's tests are hands on widgets.
+SMALL = {"03": {"ROWS": 64, "SEEDS": 1}, "06": {"QUESTIONS": 17}}
 SCRIPTS = '<img src="data:," onerror="window.caught = 1"><script>window.caught = 1</script>'
 
 
@@ -85,7 +84,7 @@ def test_notebook_top_to_bottom(path, shared_runs, monkeypatch, network_attempts
     monkeypatch.setenv("IRONLOGIC_RUNS", str(shared_runs))
     monkeypatch.delenv("OMP_NUM_THREADS")  # as a person has it
     before = checkout()
-    with NotebookSession(path, parameters=FEWER_ROWS.get(path.name[:2]), timeout=1200) as work:
+    with NotebookSession(path, timeout=1200) as work:
         outputs = [output for cell in work.notebook.cells for output in cell.get("outputs", [])]
         assert [output for output in outputs if output.output_type == "error"] == []
         assert [output for output in outputs if output.get("name") == "stderr"] == []
