@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 from ironlogic.data.chats import ChatError
 from ironlogic.evidence import twins
 from ironlogic.evidence.claims import CLAIMS, judge_claims
 from ironlogic.evidence.items import load_items
+from ironlogic.evidence.measures import decoding_speed
 from ironlogic.evidence.study import CURVE, measure_adapters, open_study, run_study, time_twins
 from ironlogic.evidence.twins import Recipe, make_recipes
 from ironlogic.presets import find_preset
@@ -17,6 +19,15 @@ import numpy as np
 import pytest
 
 NANO = find_preset("nano")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief_timing():
+    """Speed is timed on two tokens, once: test_measures.py tests the timing."""
+    with pytest.MonkeyPatch.context() as patch:
+        brief = partial(decoding_speed, tokens=2, repeats=1)
+        patch.setattr("ironlogic.evidence.study.decoding_speed", brief)
+        yield
 
 
 @pytest.fixture(scope="module")
