@@ -1,6 +1,7 @@
 """The card script runs from end to end on tiny models without a card, and goes on where it stopped."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 SCRIPT = Path(__file__).parent / "gpu" / "card.py"
 
 
-def card(out, *arguments):
+def card(out, *arguments, **environ):
     command = [sys.executable, SCRIPT, "--out", out, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -24,7 +25,7 @@ def results(out):
 @pytest.mark.slow
 def test_every_kind_of_part_runs_and_is_not_run_twice(tmp_path):
     only = ["a 01", "b qwen3-vl-4b, layer", "d qwen3-30b-a3b, ours, 31.4", "e qwen3-smvl, stage 1"]
-    card(tmp_path, "--tiny", "--jobs", "1", "--only", *only)
+    card(tmp_path, "--tiny", "--jobs", "1", "--only", *only, IRONLOGIC_BACKEND="transformers")  # imports faster
     lines = results(tmp_path)
     assert len(lines) == len(only)
     assert [line.get("failed") for line in lines] == [None] * len(only), lines
