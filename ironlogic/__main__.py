@@ -140,7 +140,7 @@ def evidence_command(options: argparse.Namespace) -> int:
         return 2
     from ironlogic.data.chats import ChatError
     from ironlogic.evidence.items import load_items
-    from ironlogic.evidence.study import open_study, run_study
+    from ironlogic.evidence.study import open_study, run_full_study
     from ironlogic.models import ModelError
     from ironlogic.training.runs import RunError
 
@@ -148,9 +148,8 @@ def evidence_command(options: argparse.Namespace) -> int:
         items, rejected = load_items(options.items) if options.items else (None, [])
         print(*rejected, sep="\n", end="\n" if rejected else "")
         study = open_study(preset, runs, data=options.data, rows=options.rows, seeds=options.seeds, items=items)
-        recipes, sizes = study.full()
-        print(f"{len(recipes)} arms in {study.folder}", flush=True)
-        arms = run_study(study, recipes, report=partial(print, flush=True))
+        print(f"{len(study.full())} arms in {study.folder}", flush=True)
+        study, arms, sizes = run_full_study(study, report=partial(print, flush=True))
     except (ChatError, ModelError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -167,6 +166,7 @@ def evidence_command(options: argparse.Namespace) -> int:
         title=f"The claims on {preset.name}",
         lines=study.summary(),
         recipes=compare_recipes(arms, study.items),
+        sweep=study.sweep_points(),
         measures=describe(arms, study.items),
     )
     print(f"{page} · {(time.monotonic() - began) / 60:.1f} minutes")

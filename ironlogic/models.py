@@ -43,6 +43,7 @@ __all__ = [
     "in_plain_process",
     "inference",
     "load_model",
+    "load_tokenizer",
     "model_inputs",
     "real_size",
     "resolve",
@@ -219,6 +220,14 @@ def _made_safe(loaded: LoadedModel) -> LoadedModel:
     if loaded.tokenizer.pad_token is None:
         raise ModelError(f"{name}: the tokenizer has no pad token; set one that is not the end-of-turn token")
     return loaded
+
+
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """The tokenizer alone, of what `load_model` takes."""
+    base, _ = split_adapter(resolve(name_or_path))
+    return transformers.AutoTokenizer.from_pretrained(
+        base, local_files_only=Path(base).is_dir(), trust_remote_code=False
+    )
 
 
 def split_adapter(source: str) -> tuple[str, str | None]:

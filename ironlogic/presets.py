@@ -72,6 +72,7 @@ class Preset:
     data: str = "problems"  # hub dataset or file of chats; "problems": made by `tasks`
     four_bit: bool = True
     evaluation_seeds: int = 1  # repetitions of each arm in notebook 02
+    sweep: tuple[float, ...] = ()  # learning rates to choose from, for each arm by itself
     note: str = ""  # shown by notebook 00
     measured_gib: float = 0.0  # peak of a step on a card, CUDA context included (tests/gpu); 0: planned only
 
@@ -172,6 +173,7 @@ PRESETS = {
             train=_NANO,
             burden=Burden(),
             evaluation_seeds=5,
+            sweep=(1e-3, 2e-3, 5e-3),
             note="shipped in data/, runs on any laptop",
         ),
         _T4,

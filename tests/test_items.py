@@ -1,10 +1,18 @@
 """Items and the ways to damage them."""
 
 import json
+from dataclasses import replace
 
 from ironlogic.data.chats import ChatError
 from ironlogic.data.problems import check_answer
-from ironlogic.evidence.items import delete_words, items_of_chats, load_items, scramble, substitute_words
+from ironlogic.evidence.items import (
+    delete_words,
+    items_of_chats,
+    load_items,
+    made_items,
+    scramble,
+    substitute_words,
+)
 
 import pytest
 
@@ -44,23 +52,47 @@ def test_own_items_are_read_and_bad_rows_are_named(tmp_path):
         ["prompt"],
         {"prompt": "half \ud800", "answer": "x"},
         {"prompt": "3 + 3?", "answer": "6", "reply": None, "order": None},
+        {"prompt": "is it?", "answer": True},
+        {"prompt": "Who?", "answer": "Bob"},
+        {"prompt": "easy?", "answer": "x", "hard": 0},
+        {"prompt": "kind?", "answer": 7.0, "kind": "sum"},
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n\n")
     items, rejected = load_items(path)
     marks = [(task.order, task.hard, task.answer) for task in items.tasks]
-    assert marks == [("free", False, "4"), ("unknown", None, "Ann"), ("unknown", None, "6")]
+    unknown = [("unknown", None, answer) for answer in ("Ann", "6", "7")]
+    assert marks == [("free", False, "4"), *unknown]
+    assert [task.kind for task in items.tasks] == ["item", "item", "item", "sum"]
     assert items.chats[1][1]["content"].startswith("<think>")
     assert items.checkable
     assert check_answer(items.tasks[0], "Answer: 4")
     faults = [(row.line, row.field) for row in rejected]
-    assert faults == [(3, "answer"), (4, "order"), (5, "row"), (6, "prompt"), (8, "row")]
+    assert faults[:4] == [(3, "answer"), (4, "order"), (5, "row"), (6, "prompt")]
+    assert faults[4:] == [(8, "answer"), (9, "prompt"), (10, "hard"), (12, "row")]
+    assert str(rejected[5]).endswith("stands in line 2 too")
     assert str(rejected[1]).startswith(f"{path}:4: order is 'loose'; expected one of free, bound")
     path.write_text('{"question": "?"}\n')
     with pytest.raises(ChatError, match="no usable item"):
         load_items(path)
     with pytest.raises(ChatError, match="can't be read"):
         load_items(tmp_path / "none.jsonl")
+
+
+def test_a_question_is_put_with_its_system_prompt_and_the_form_of_its_answer(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "3 + 3?", "answer": 6}\n')
+    items, _ = load_items(path, system="Be brief.", form="Say a number.")
+    assert [message["content"] for message in items.ask("3? + 3")] == ["Be brief.", "3? + 3\n\nSay a number."]
+    assert load_items(path)[0].ask("x") == [{"role": "user", "content": "x"}]
+
+
+def test_intervals_are_over_kinds_where_there_are_enough():
+    items = made_items(40, seed=1)
+    free = items.among("free")
+    assert list(items.kinds(free)) == [task.kind for task in items.tasks if task.order == "free"]
+    few = replace(items, tasks=tuple(replace(task, kind=task.order) for task in items.tasks))
+    assert few.kinds(free) is None
 
 
 def test_chats_become_items_without_answers():

@@ -9,11 +9,11 @@ from ironlogic.evidence.measures import (
     context_bleeding,
     decoding_speed,
     describe,
+    layer_columns,
     loops,
     measure,
     measure_losses,
     mode_switching,
-    repetition,
     reply_scores,
     robustness,
     substituted,
@@ -23,12 +23,13 @@ from ironlogic.evidence.statistics import difference_interval
 from ironlogic.generate import Completion
 from ironlogic.models import add_lora, load_model
 from ironlogic.presets import LoraSettings
+from ironlogic.session import ROOT
 
 import numpy as np
 import pytest
 import torch
 
-ITEMS = made_items(68, seed=3)
+ITEMS = made_items(80, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_a_perfect_reader_of_clean_text_is_measured_as_such(monkeypatch):
 
 @pytest.mark.slow
 def test_nano_knows_its_world_in_order_and_nobody_beats_the_ceiling(nano):
-    items = made_items(136, seed=3)
+    items = made_items(160, seed=3)
     columns = robustness(nano, items.tasks, seed=1).columns()
     for order in ("free", "bound"):
         clean, scrambled = (columns[f"correct@{ratio}"][items.among(order)].mean() for ratio in (0, 1))
@@ -68,7 +69,8 @@ def test_losses_and_scores_are_the_models_own(nano):
     broken = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a<|im_end|>b"}]
     columns = measure_losses(nano, [*chats, broken], ratios=(0.0, 1.0), batch_size=2)
     prompts, replies = [chat[0]["content"] for chat in chats], [chat[1]["content"] for chat in chats]
-    scores = reply_scores(nano, [*prompts, "x"], [*replies, "a<|im_end|>b"], batch_size=2)
+    asked = [[{"role": "user", "content": prompt}] for prompt in [*prompts, "x"]]
+    scores = reply_scores(nano, asked, [*replies, "a<|im_end|>b"], batch_size=2)
     assert all(np.isnan(values[3]) for values in (columns["loss@0"], scores["sure"], scores["entropy"]))
     assert columns["loss@1"][:3].mean() > columns["loss@0"][:3].mean()
     for row, chat in enumerate(chats):
@@ -79,16 +81,20 @@ def test_losses_and_scores_are_the_models_own(nano):
         logp, labels = logp[labels >= 0], labels[labels >= 0]
         reply = logp[range(len(labels)), labels]
         assert columns["loss@0"][row] == pytest.approx(-reply.mean().item(), rel=1e-3)
-        assert scores["sure"][row] == pytest.approx(reply.sum().exp().item(), rel=1e-3)
+        assert scores["sure"][row] == pytest.approx(reply.mean().exp().item(), rel=1e-3)
+        assert scores["sure of all"][row] == pytest.approx(reply.sum().exp().item(), rel=1e-3)
         assert scores["entropy"][row] == pytest.approx(-(logp.exp() * logp).sum(-1).mean().item(), rel=1e-3)
 
 
-def test_repetition_and_loops_by_hand():
-    assert repetition("one two three") == 0.0
-    assert repetition("a a a a a a") == pytest.approx(2 / 3)  # three four-grams, one of them new
-    assert loops(Completion("so we add so we add so we add so we add it", 12, True, 0.0))
-    assert not loops(Completion("so we add two and then we add three", 8, True, 0.0))
-    assert loops(Completion("a b c d e f g h a b c d e f g h a b c d e f g", 99, False, 0.0))
+def test_a_reply_that_follows_itself_loops_and_a_long_ordinary_text_does_not():
+    assert loops("so we add so we add so we add so we add it")
+    assert loops("first something else. " + "Considering the game structure again. " * 3)
+    assert loops("ha " * 12)
+    assert not loops("very very very good")
+    assert not loops("so we add two and then we add three")
+    assert not loops("a b c d e f g h a b c d e f g h")  # twice
+    assert not loops((ROOT / "README.md").read_text())
+    assert not loops((ROOT / "LICENSE").read_text())
 
 
 @pytest.mark.slow
@@ -143,11 +149,31 @@ def test_speed_is_timed_at_a_forced_length_for_every_arm(tmp_path):
     assert all((values > 0).all() for values in seconds.values())
 
 
+def test_layers_of_an_adapter_are_read_beside_its_base(nano):
+    items = made_items(40, seed=5)
+    of_base = layer_columns(nano, items)
+    assert set(of_base) == {"silent layers", "late entropy", "attention shift"}  # no experts
+    read = np.isfinite(of_base["late entropy"])
+    assert read.sum() == 24
+    assert (of_base["attention shift"][read] == 0).all()
+    assert (of_base["late entropy"][read] > 0).all()
+    fresh = add_lora(load_model("nano-moe", four_bit=False), LoraSettings(rank=4), seed=1)
+    untrained = layer_columns(fresh, items)
+    assert untrained["attention shift"][read] == pytest.approx(0)  # B is zero
+    with torch.no_grad():
+        for name, weight in fresh.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+    moved = layer_columns(fresh, items)
+    assert (moved["attention shift"][read] > 0.001).all()
+    assert (moved["routing shift"][read] > 0.0001).all()
+
+
 @pytest.mark.slow
 def test_all_of_it_on_nano(nano):
-    items = made_items(34, seed=4)
+    items = made_items(40, seed=4)
     columns = measure(nano, items, seed=1)
-    assert {len(values) for values in columns.values()} == {34}
+    assert {len(values) for values in columns.values()} == {40}
     assert columns["correct@0"].mean() > columns["correct@1"].mean()
     assert columns["mode@0"].mean() == pytest.approx(1 - items.among("hard").mean())  # the base never thinks
     table = describe({"a": {0: columns, 1: columns}, "a 30 rows": {0: columns}}, items)

@@ -9,6 +9,7 @@ from ironlogic.data.problems import (
     KINDS,
     _ways,
     accuracy_reward,
+    answer_mark,
     bayes_ceiling,
     careless_chats,
     check_answer,
@@ -24,6 +25,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+SPLITS = ("train", "validation", "test")
+
 
 def bag(prompt: str) -> tuple[str, ...]:
     return tuple(sorted(prompt.split()))
@@ -31,7 +34,7 @@ def bag(prompt: str) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def many():
-    return make_tasks(len(KINDS) * 150, seed=1) + make_tasks(len(KINDS) * 150, seed=1, split="test")
+    return [task for split in SPLITS for task in make_tasks(len(KINDS) * 100, seed=1, split=split)]
 
 
 def test_bag_of_words_fixes_order_free_answers(many):
@@ -61,8 +64,9 @@ def test_arguments_of_order_bound_problems_carry_no_punctuation(many):
 
 
 def test_splits_share_no_bag_of_words(many):
-    half = len(many) // 2
-    assert not {bag(t.prompt) for t in many[:half]} & {bag(t.prompt) for t in many[half:]}
+    third = len(many) // 3
+    bags = [{bag(task.prompt) for task in many[i * third : (i + 1) * third]} for i in range(3)]
+    assert not bags[0] & bags[1] | bags[0] & bags[2] | bags[1] & bags[2]
 
 
 def test_same_seed_same_tasks():
@@ -91,10 +95,35 @@ def test_reasoning_ends_in_the_answer_and_chat_checks_right(many):
         ("7", "7"),
         ("<think>Answer: 7", "7"),
         ("", ""),
+        ("**Answer:** 7", "7"),
+        ("The final answer is 7", "7"),
+        ("The answer is: 7", "7"),
+        (r"So we get $\boxed{7}$ in all.", "7"),
+        ("[THINK]Answer: 9[/THINK]Answer: 7", "7"),
     ],
 )
 def test_final_answer(reply, answer):
     assert final_answer(reply) == answer
+
+
+@pytest.mark.parametrize(
+    "reply", ["7.", "**7**", r"\boxed{7}", "The answer is 7.", "Answer: 7\n\nBye!", "$7$", "7.0"]
+)
+def test_answers_are_graded_as_people_write_them(reply):
+    assert check_answer("7", reply)
+    assert not check_answer("17", reply)
+    assert not check_answer("8", reply)
+
+
+def test_words_and_large_numbers_are_graded_alike():
+    assert check_answer("Ann", "Answer: *ann*.")
+    assert check_answer("1200", "Answer: 1,200")
+    assert not check_answer("12", "Answer: 1,2")
+    assert not check_answer("7", "Answer: 7 or 8")
+    assert not check_answer("3.5", "3")
+    assert answer_mark("so \\boxed{7}")
+    assert answer_mark("<think>x</think>The answer is 7")
+    assert not answer_mark("<think>Answer: 7</think>it is seven")
 
 
 def brute_force(before: list[str], after: list[str], chosen: int) -> int:
@@ -194,7 +223,7 @@ def test_accuracy_reward_is_exact_and_takes_text_or_messages():
         "",
         "Answer: 7.0",
     ]
-    expected = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    expected = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
     assert accuracy_reward(replies, answer=["7"] * 7) == expected
     messages = [[{"role": "assistant", "content": reply}] for reply in replies]
     assert accuracy_reward(messages, answer=["7"] * 7, kind=["add"] * 7) == expected
@@ -221,7 +250,11 @@ def test_a_reward_per_completion_or_an_error():
         ("Answer: 7", False),
         ("<think>\n\n</think>\nAnswer: 7", False),
         ("<think></think></think>", False),
-        ("Answer: 7</think>", False),
+        ("So 3 + 4.</think>Answer: 7", True),  # the template opened it
+        ("</think>Answer: 7", False),
+        ("<thought>hm</thought>7", True),
+        ("[THINK]hm[/THINK]7", True),
+        ("Write <think> and then </think>.", False),
         ("", False),
     ],
 )

@@ -19,7 +19,7 @@ from ironlogic.data.chats import ChatError, Chats, Rejected, check_chat, plain_t
 
 from datasets import Dataset, List, Value
 
-__all__ = ["IGNORED", "EncodeReport", "Encoded", "encode_chat", "encode_chats", "show_mask"]
+__all__ = ["IGNORED", "EncodeReport", "Encoded", "encode_chat", "encode_chats", "lost_rows", "show_mask"]
 
 Loss = Literal["assistant", "all"]
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
@@ -116,6 +116,19 @@ def encode_chats(
     if not good:
         raise ChatError(f"no row is left to train on: {report}")
     return encoded.select(good).remove_columns("outcome"), report
+
+
+def lost_rows(chats: Chats, tokenizer: Any, *, max_length: int) -> list[int]:
+    """Indices of the chats that have no token left to train once they are cut to `max_length`."""
+    template, lost = _template_of(tokenizer, "assistant"), []
+    for index, messages in enumerate(chats):
+        try:
+            labels = _encode(plain_turns(messages), tokenizer, template, "assistant").labels
+        except ChatError:
+            labels = []
+        if all(label == IGNORED for label in labels[1:max_length]):
+            lost.append(index)
+    return lost
 
 
 def show_mask(encoded: Encoded | Mapping, tokenizer: Any, *, html: bool = False) -> str:

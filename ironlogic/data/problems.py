@@ -9,6 +9,7 @@ reasoning, the others a direct answer. Knows no model and no tokenizer.
 import hashlib
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ __all__ = [
     "SUPERLATIVE",
     "Task",
     "accuracy_reward",
+    "answer_mark",
     "bayes_ceiling",
     "careless_chats",
     "check_answer",
@@ -70,6 +72,7 @@ OBJECTS = "book lamp ball coin drum hat key map".split()
 SUPERLATIVE = {"taller": "tallest", "older": "oldest", "faster": "fastest", "stronger": "strongest"}
 
 
+Split = Literal["train", "validation", "test"]
 _Draft = tuple[str, str, str, list[tuple[str, str]]]  # prompt, answer, reasoning, rearrangements
 
 
@@ -242,6 +245,39 @@ def _parent(rng: random.Random) -> _Draft:
     return _bound(make, (n, m), f"{n} is the parent. {m} is the child.")
 
 
+def _beside(rng: random.Random) -> _Draft:
+    left = rng.random() < 0.5
+
+    def make(n: str, m: str) -> tuple[str, str]:
+        side = "left" if left else "right"
+        return f"Suppose that {n} sits left of {m} now. Who sits on the {side} side?", n if left else m
+
+    n, m = rng.sample(NAMES, 2)
+    return _bound(make, (n, m), f"{n} is on the left. {m} is on the right.")
+
+
+def _arrive(rng: random.Random) -> _Draft:
+    first = rng.random() < 0.5
+
+    def make(n: str, m: str) -> tuple[str, str]:
+        end = "first" if first else "last"
+        return f"Today {n} came home before {m} did. Who of the two came {end}?", n if first else m
+
+    n, m = rng.sample(NAMES, 2)
+    return _bound(make, (n, m), f"{n} came first. {m} came last.")
+
+
+def _ask(rng: random.Random) -> _Draft:
+    thing, asks = rng.choice(OBJECTS), rng.random() < 0.5
+
+    def make(n: str, m: str) -> tuple[str, str]:
+        question = "wants" if asks else "holds"
+        return f"Now {n} asks {m} for the {thing} again. Who {question} the {thing}?", n if asks else m
+
+    n, m = rng.sample(NAMES, 2)
+    return _bound(make, (n, m), f"{n} wants the {thing}. {m} holds it.")
+
+
 def _first_or_last(rng: random.Random) -> _Draft:
     word = rng.choice(["first", "last"])
 
@@ -308,6 +344,9 @@ KINDS: dict[str, tuple[Literal["free", "bound"], bool, Callable[[random.Random],
     "minus": ("bound", False, _minus),
     "give": ("bound", False, _give),
     "parent": ("bound", False, _parent),
+    "beside": ("bound", False, _beside),
+    "arrive": ("bound", False, _arrive),
+    "ask": ("bound", False, _ask),
     "first_or_last": ("bound", False, _first_or_last),
     "chain": ("bound", True, _chain),
     "steps": ("bound", True, _steps),
@@ -329,18 +368,19 @@ class Task:
     rearrangements: tuple[tuple[str, str], ...]
 
 
-def _held_out(prompt: str) -> bool:
-    """One bag of words in eight is for testing; by bag, so no rearrangement of one is trained on."""
+def _split_of(prompt: str) -> Split:
+    """One bag of words in eight tests, one validates; by bag, so no rearrangement of one is trained on."""
     bag = " ".join(sorted(prompt.split()))
-    return hashlib.blake2b(bag.encode(), digest_size=2).digest()[0] % 8 == 0
+    eighth = hashlib.blake2b(bag.encode(), digest_size=2).digest()[0] % 8
+    return "test" if eighth == 0 else "validation" if eighth == 1 else "train"
 
 
-def make_task(kind: str, rng: random.Random, split: Literal["train", "test"] = "train") -> Task:
+def make_task(kind: str, rng: random.Random, split: Split = "train") -> Task:
     """One random problem of that kind from that split."""
     order, hard, draft = KINDS[kind]
     while True:
         prompt, answer, reasoning, candidates = draft(rng)
-        if _held_out(prompt) == (split == "test"):
+        if _split_of(prompt) == split:
             break
     bag = sorted(prompt.split())
     same_bag = dict.fromkeys(pair for pair in candidates if sorted(pair[0].split()) == bag)
@@ -351,12 +391,12 @@ def make_tasks(
     n: int,
     *,
     seed: int = 0,
-    split: Literal["train", "test"] = "train",
+    split: Split = "train",
     kinds: Sequence[str] | None = None,
 ) -> list[Task]:
     """`n` problems, the kinds in equal shares, in random order; prompts repeat only when a kind runs out.
 
-    The two splits share no bag of words.
+    No two splits share a bag of words. Learning rates and the like are chosen on "validation".
 
     >>> task = make_tasks(1, seed=1, split="test", kinds=["compare"])[0]
     >>> task.order, len(task.rearrangements)
@@ -418,14 +458,44 @@ def careless_chats(
     return chats
 
 
+# --- reading a reply ---------------------------------------------------------------------------------------------
+_TAG = "think|thinking|thought|reasoning"
+_OPEN, _CLOSE = rf"(?:<(?:{_TAG})>|\[think\])", rf"(?:</(?:{_TAG})>|\[/think\])"
+_THOUGHT = re.compile(rf"\s*{_OPEN}(.*?)(?:{_CLOSE}|\Z)", re.DOTALL | re.IGNORECASE)
+_OPENED_BY_TEMPLATE = re.compile(rf"((?:(?!{_OPEN}).)*?){_CLOSE}", re.DOTALL | re.IGNORECASE)
+_CLOSED = re.compile(_CLOSE, re.IGNORECASE)
+_MARK = re.compile(r"\banswer\**\s*:\s*\**|\banswer is:?\s+", re.IGNORECASE)
+_BOX = re.compile(r"\\boxed\{([^{}]*)\}")
+
+
 def thinks(reply: str) -> bool:
-    """Whether a reply holds a thought. An empty pair of tags is none."""
-    return bool(reply.partition("<think>")[2].partition("</think>")[0].strip())
+    """Whether a reply begins with a thought, in the tags that templates use. An empty pair of tags is none.
+
+    A template may have opened the thought in the prompt: then the reply closes what it did not open.
+
+    >>> [thinks(text) for text in ("<think>3 + 4</think>7", "3 + 4</think>7", "[THINK]3[/THINK]7", "say <think>")]
+    [True, True, True, False]
+    """
+    thought = _THOUGHT.match(reply) or _OPENED_BY_TEMPLATE.match(reply)
+    return bool(thought and thought[1].strip())
 
 
-def final_answer(text: str) -> str:
-    """What a reply answers: the text after the last `</think>` and the last `Answer:`, stripped."""
-    return text.rsplit("</think>", 1)[-1].rsplit("Answer:", 1)[-1].strip()
+def answer_mark(reply: str) -> bool:
+    """Whether a reply says which part of it is the answer: `Answer: 7`, `The answer is 7`, a box."""
+    said = _CLOSED.split(reply)[-1]
+    return bool(_MARK.search(said) or _BOX.search(said))
+
+
+def final_answer(reply: str) -> str:
+    """What a reply answers: after its thought, what is boxed, or stands after the last mark, or all of it.
+
+    >>> [final_answer(text) for text in ("Answer: 7", "**Answer:** 7", "so \\\\boxed{7}", "The answer is 7.", "7")]
+    ['7', '7', '7', '7.', '7']
+    """
+    said = _CLOSED.split(reply)[-1]
+    if boxes := _BOX.findall(said):
+        return boxes[-1].strip()
+    return _MARK.split(said)[-1].strip()
 
 
 def normal_answer(answer: Any) -> str:
@@ -438,7 +508,7 @@ def normal_answer(answer: Any) -> str:
     """
     if isinstance(answer, list | tuple) and len(answer) == 1:
         answer = answer[0]
-    if not isinstance(answer, str | Real):
+    if isinstance(answer, bool) or not isinstance(answer, str | Real):
         raise ValueError(f"the answer is {answer!r:.80}; expected a text or a number")
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
@@ -446,12 +516,23 @@ def normal_answer(answer: Any) -> str:
 
 
 def check_answer(expected: str | Task, reply: str) -> bool:
-    """Exact match of the final answer; blanks at the ends do not count.
+    """Exact match of the final answer, but for what people write around one: `**7**`, `7.`, `$7$`, `"Seven"`.
 
-    >>> check_answer("7", "<think>3 + 4 = 7</think> Answer: 7")
-    True
+    >>> [check_answer("7", reply) for reply in ("<think>3 + 4 = 7</think> Answer: 7", "**7.0**", "Answer: 7 or 8")]
+    [True, True, False]
     """
-    return final_answer(reply) == normal_answer(expected.answer if isinstance(expected, Task) else expected)
+    right = _bare(normal_answer(expected.answer if isinstance(expected, Task) else expected))
+    answer = final_answer(reply)
+    first_line = answer.partition("\n")[0]
+    return right in (_bare(answer), _bare(first_line))
+
+
+def _bare(answer: str) -> str:
+    """Without the signs around it, in small letters; numbers without `.0` and without commas at the thousands."""
+    bare = answer.strip(" \t\n*_`$\"'“”").rstrip(".").strip(" *_`$\"'“”").casefold()
+    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", bare):
+        bare = bare.replace(",", "")
+    return re.sub(r"\.0+$", "", bare) if re.fullmatch(r"[+-]?\d+\.0+", bare) else bare
 
 
 # --- rewards: trl.GRPOTrainer calls them with all completions of a step and every column of the rows -------

@@ -13,6 +13,6 @@ __getattr__, __dir__, __all__ = lazy(
         "measures": "context_bleeding describe measure robustness",
         "claims": "compare_recipes judge_claims",
         "twins": "train_twins",
-        "study": "measure_adapters open_study run_study time_twins",
+        "study": "check_adapters measure_adapters open_study run_full_study run_study time_twins",
     },
 )

@@ -5,6 +5,7 @@ smallest effect for which it counts. `judge_claims` compares the two arms item b
 each form of claim there is one function. Knows no model: it reads columns.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -13,10 +14,9 @@ from ironlogic.evidence.items import WORST, Items
 from ironlogic.evidence.results import Arms, of_seed, paired_seeds
 from ironlogic.evidence.statistics import (
     Interval,
-    bootstrap_interval,
-    equivalent,
     holm,
-    paired_test,
+    mean_interval,
+    p_value,
     samples_worth,
     smallest_detectable,
 )
@@ -26,33 +26,39 @@ import pandas as pd
 
 __all__ = ["CLAIMS", "MARGIN", "VERDICTS", "Claim", "Finding", "Findings", "compare_recipes", "judge_claims"]
 
-Verdict = Literal["holds", "holds in part", "fails", "can't be told here"]
-VERDICTS: tuple[Verdict, ...] = ("holds", "holds in part", "fails", "can't be told here")
-UNKNOWN = VERDICTS[-1]
+Verdict = Literal[
+    "holds", "holds in part", "fails", "can't be told here", "no room to tell", "one training: not judged"
+]
+VERDICTS: tuple[Verdict, ...] = Verdict.__args__
+UNKNOWN, NO_ROOM, ONE_TRAINING = VERDICTS[3:]
 Form = Literal["gain", "no harm", "saved", "worth"]
 
 MARGIN = 0.03  # what matters of an accuracy or a share, and what "no harm" may cost
 FASTER = 0.25  # of "about 30 % faster": the share of time that has to be saved
 WORTH = 50.0  # of "1 FT sample = 100 SFT samples"
 EMERGES = 0.20  # how much oftener it has to think than its control, to say that the method taught it
+SILENT = 0.20  # how many more of the early layers have to be silent
+PARALLEL = 0.10  # nats that the late layers have to stay less decided
+REROUTED = 0.01  # nats (Jensen-Shannon) that the routing has to move further than the control's
 SEEDS_ROWS = 248  # the size of the seeds' dataset
 LONG_ENOUGH = 64  # tokens an answer on average: shorter ones have no room to loop
 FEWEST = 8  # items
-ABLE = 0.10  # right on clean prompts: below that there is no accuracy to gain or to lose
+ABLE = 0.20  # how much oftener a clean prompt has to be answered right than one with its words replaced
 
 
 @dataclass(frozen=True)
 class Claim:
     """One sentence of the seeds, and when it counts as true.
 
-    The effect is in the claimed direction, and the verdict follows from its interval alone (`decide`). Forms:
+    The effect is in the claimed direction, and the verdict follows from its 95 % interval alone (`decide`). Forms:
 
-    * gain: effect = `sign` x (ours - control). Holds if its 95 % interval lies wholly at `size` or above, in part
-      if it lies wholly above 0.
-    * no harm: the same effect. Holds if a loss of -`size` is ruled out (90 % interval: one of the two one-sided
-      tests of equivalence; a gain does no harm), never in part.
+    * gain: effect = `sign` x (ours - control). Holds if its interval lies wholly at `size` or above, in part if it
+      lies wholly above 0.
+    * no harm: the same effect. Holds if a loss of -`size` is ruled out (a gain does no harm), never in part.
     * saved: effect = 1 - ours / control, of columns that are logarithms. In part if wholly above MARGIN.
     * worth: effect = samples of the control that one of ours is worth, at the seeds' 248 rows. In part above 1.
+
+    Before that comes the room: a claim that could not hold or could not fail with these arms is "no room to tell".
     """
 
     key: str
@@ -68,33 +74,34 @@ class Claim:
     size: float = MARGIN
     form: Form = "gain"
     checkable: bool = False  # needs answers that are right or wrong
+    share: bool = False  # of items: cannot pass 1
     least_tokens: int = 0  # an answer has to be that long on average, or nothing can be seen
-    least_mean: float | None = None  # one of the arms has to reach it, or nothing can be seen
 
 
 def _clean(key: str, said: str, source: str, among: str, **more) -> Claim:
     measure = f"accuracy on clean {'' if among == 'all' else f'order-{among} '}prompts"
-    options = {"size": -MARGIN, "form": "no harm", "checkable": True} | more
+    options = {"size": -MARGIN, "form": "no harm", "checkable": True, "share": True} | more
     return Claim(key, said, source, measure, "correct@0", among, **options)
 
 
 def _scrambled(key: str, said: str, among: str, **more) -> Claim:
-    measure = f"accuracy at ratio {WORST}, order-{among}"
-    return Claim(key, said, "000, 001", measure, f"correct@{WORST}", among, checkable=True, **more)
+    measure, column = f"accuracy at ratio {WORST}, order-{among}", f"correct@{WORST}"
+    return Claim(key, said, "000, 001", measure, column, among, checkable=True, share=True, **more)
 
 
-def _worth(key: str, prompt: str, column: str) -> Claim:
-    said = "1 FT sample is worth about 100 SFT samples"
-    return Claim(key, said, "000, 001", f"loss of the reply, {prompt} prompt", column, size=WORTH, form="worth")
-
-
-def _faster(key: str, measure: str, column: str) -> Claim:
+def _faster(key: str, measure: str, column: str, **more) -> Claim:
     said = "about 30 % faster on tasks without thinking"
-    return Claim(key, said, "000, 002", measure, column, "easy", sign=-1, size=FASTER, form="saved")
+    return Claim(key, said, "000, 002", measure, column, "easy", sign=-1, size=FASTER, form="saved", **more)
+
+
+def _layers(key: str, said: str, measure: str, column: str, **more) -> Claim:
+    return Claim(key, said, "002", measure, column, **more)
 
 
 _ROBUST = "robust to noise: reads scrambled input"
+_SHARPER = "sharper confidence"
 _POLISHED = {"ours": "FT then SFT", "control": "SFT then SFT"}
+_SEEDS_SIZE = {"ours": f"FT {SEEDS_ROWS} rows", "control": f"SFT {SEEDS_ROWS} rows"}
 
 CLAIMS = (
     _scrambled("robust", _ROBUST, "free"),
@@ -119,31 +126,77 @@ CLAIMS = (
     _clean("no-harm", "better logic at no price on plain input", "000, 001", "free"),
     _clean("polish", "a following SFT polishes the rest", "000, 001", "all", **_POLISHED),
     _scrambled("logic-stays", "the logic stays through the following SFT", "free", **_POLISHED),
-    _worth("worth", "clean", "loss@0"),
-    _worth("worth-scrambled", "scrambled", f"loss@{WORST}"),
+    Claim(
+        "worth",
+        "1 FT sample is worth about 100 SFT samples",
+        "000, 001",
+        f"accuracy on clean prompts, {SEEDS_ROWS} rows",
+        "correct@0",
+        size=WORTH,
+        form="worth",
+        checkable=True,
+    ),
     Claim(
         "emerges",
-        "248 rows make it think by itself",
+        f"{SEEDS_ROWS} rows make it think by itself",
         "000, 001",
         f"share of hard problems it thinks on, {SEEDS_ROWS} rows",
         "think@0",
         "hard",
-        ours=f"FT {SEEDS_ROWS} rows",
-        control=f"SFT {SEEDS_ROWS} rows",
         size=EMERGES,
+        share=True,
+        **_SEEDS_SIZE,
     ),
-    Claim("modes", "switches modes by itself: fast or slow", "001", "share of items in the right mode", "mode@0"),
+    Claim(
+        "modes",
+        "switches modes by itself: fast or slow",
+        "001",
+        "share of items in the right mode",
+        "mode@0",
+        share=True,
+    ),
     Claim(
         "sharper",
-        "sharper confidence",
-        "000, 001",
-        "probability of its own whole reply",
+        _SHARPER,
+        "000, 001, 002",
+        "probability of its next token, against the base",
         "sure",
-        least_mean=MARGIN,
+        control="base",
     ),
-    _faster("faster-token", "seconds a token, forced length", "ln seconds"),
+    Claim("sharper-twin", _SHARPER, "000, 001, 002", "probability of its next token", "sure"),
+    _faster("faster-token", "seconds a token, weights merged, against the base", "ln seconds", control="base"),
     _faster("faster-length", "tokens an answer", "ln tokens"),
-    _faster("faster", "seconds an answer", "ln time"),
+    _layers(
+        "silence",
+        '"Deep Silence" in the first 80 % of the layers',
+        "share of those layers without a favourite (entropy above .92 of the most)",
+        "silent layers",
+        size=SILENT,
+        share=True,
+    ),
+    _layers(
+        "parallel",
+        "keeps several readings alive until the end",
+        "entropy of the last fifth of the layers (nats)",
+        "late entropy",
+        size=PARALLEL,
+    ),
+    _layers(
+        "attention",
+        "attention stays as it was",
+        "shift of the last layer's attention against the base",
+        "attention shift",
+        sign=-1,
+        size=-MARGIN,
+        form="no harm",
+    ),
+    _layers(
+        "routing",
+        "experts are asked anew",
+        "shift of the routing against the base (nats)",
+        "routing shift",
+        size=REROUTED,
+    ),
     Claim(
         "bleeds",
         "admitted: words of an earlier topic bleed in",
@@ -173,10 +226,10 @@ class Finding:
     control: Interval | None = None
     repeats: int = 0  # trainings an arm
     items: int = 0
+    kinds: int = 0  # of items, if the interval is over kinds
     detectable: float = float("nan")  # the smallest effect that such data would have shown in 4 cases of 5
     each: tuple[float, ...] = ()  # effect of each training
-    same: bool = False  # shown to differ by less than MARGIN either way (two one-sided tests)
-    p: float | None = None  # McNemar over items, first training, Holm over all claims; decides nothing
+    p: float | None = None  # of no effect, by the test that the interval stands for; Holm over all claims
     note: str = ""
     at_least: bool = False  # the learning curve ends before the effect does
 
@@ -190,6 +243,7 @@ class Findings:
     items: Items = field(repr=False)
     sizes: tuple[int, ...] = ()  # rows of the learning curves
     control: str = "SFT"  # the arm in the place of the control twin
+    note: str = ""  # why there are no findings
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.rows)
@@ -202,20 +256,27 @@ class Findings:
         return next(finding for finding in self.rows if finding.claim.key == key)
 
     def table(self) -> pd.DataFrame:
-        """A row a claim: what was said, what was measured, effect with its interval, verdict."""
+        """A row a claim: what was said, what was measured, effect with its interval, verdict and power."""
         lines = [
             {
                 "said": finding.claim.said,
                 "measured": finding.claim.measure,
                 "effect": finding.note if finding.effect is None else f"{finding.effect:+}",
-                "verdict": finding.verdict,
+                "verdict": finding.verdict + _power(finding),
             }
             for finding in self.rows
         ]
         return pd.DataFrame(lines, index=[finding.claim.key for finding in self.rows])
 
     def __str__(self) -> str:
-        return self.table().to_string()
+        return self.note or self.table().to_string()
+
+
+def _power(finding: Finding) -> str:
+    """The smallest effect that would have been seen, beside what can't be told."""
+    if finding.verdict != UNKNOWN or not math.isfinite(finding.detectable):
+        return ""
+    return f" (an effect of {finding.detectable:.2f} would have shown)"
 
 
 def judge_claims(
@@ -225,43 +286,59 @@ def judge_claims(
     claims: Sequence[Claim] = CLAIMS,
     names: Mapping[str, str] | None = None,
     sizes: Sequence[int] = (),
-    draws: int = 2000,
 ) -> Findings:
     """A finding for every claim. `sizes`: rows of the learning curves, for claims of the form "worth".
 
-    `names` puts other arms in the place of FT and SFT: {"FT": "yours", "SFT": "base"}.
+    `names` puts other arms in the place of FT and SFT: {"FT": "yours", "SFT": "control"}; claims about arms that
+    are not there are then left out. Without a control there are no findings, and `note` says why.
     """
-    names = names or {}
+    names = dict(names or {})
+    control = names.get("SFT", "SFT")
+    if control == "base" or not arms.get(control):
+        return Findings((), arms, items, control=control, note=_NO_CONTROL)
     named = [replace(c, ours=names.get(c.ours, c.ours), control=names.get(c.control, c.control)) for c in claims]
-    findings = [judge(claim, arms, items, sizes=sizes, draws=draws) for claim in named]
+    named = [claim for claim in named if _can_be_filled(claim, arms, own=bool(names))]
+    findings = [judge(claim, arms, items, sizes=sizes) for claim in named]
     tested = [i for i, finding in enumerate(findings) if finding.p is not None]
     for i, p in zip(tested, holm([findings[i].p for i in tested]), strict=True):
         findings[i] = replace(findings[i], p=p)
-    return Findings(tuple(findings), arms, items, tuple(sizes), names.get("SFT", "SFT"))
+    return Findings(tuple(findings), arms, items, tuple(sizes), control)
 
 
-def judge(claim: Claim, arms: Arms, items: Items, *, sizes: Sequence[int] = (), draws: int = 2000) -> Finding:
+_NO_CONTROL = (
+    "There is no control: an adapter trained on the same rows without a burden. Against the base model alone, what "
+    "any training teaches (the form of an answer above all) would be credited to the burden, so no claim is judged."
+)
+
+
+def _can_be_filled(claim: Claim, arms: Arms, *, own: bool) -> bool:
+    """Whether the row makes sense at all: routing only with experts, of own adapters only arms that are there."""
+    columns = {name for trainings in arms.values() for columns in trainings.values() for name in columns}
+    if claim.column == "routing shift":
+        return claim.column in columns
+    return not own or (claim.form != "worth" and bool(arms.get(claim.ours)) and bool(arms.get(claim.control)))
+
+
+def judge(claim: Claim, arms: Arms, items: Items, *, sizes: Sequence[int] = ()) -> Finding:
     """The finding on one claim."""
     try:
         if claim.checkable and not items.checkable:
             raise _CantTell("needs items whose answers can be checked")
         if claim.form == "worth":
-            return _judge_worth(claim, arms, sizes, draws)
+            return _judge_worth(claim, arms, items, sizes)
         claim, among, note = _choose_items(claim, items)
-        pair = _pair_arms(claim, arms, among)
-        if claim.checkable:
-            _check_ability(claim, arms, among)
-        judge_form = {"gain": _judge_gain, "no harm": _judge_no_harm, "saved": _judge_saved}[claim.form]
-        finding = judge_form(claim, pair, draws)
+        pair = _pair_arms(claim, arms, items, among)
     except _CantTell as reason:
         return Finding(claim, UNKNOWN, note=str(reason))
-    blind = _nothing_to_see(claim, arms, pair)
-    if blind:
-        finding, note = replace(finding, verdict=UNKNOWN), blind
-    if finding.repeats == 1:
-        alone = "one training: the interval is over items alone, and another training would differ by more"
-        note = f"{note}; {alone}" if note else alone
-    return replace(finding, note=note)
+    finding = (_judge_saved if claim.form == "saved" else _judge_difference)(claim, pair)
+    reasons = [note]
+    if no_room := _no_room(claim, arms, items, pair):
+        finding = replace(finding, verdict=NO_ROOM)
+        reasons.append(no_room)
+    elif finding.repeats == 1:
+        reasons.append(_spread_needed(finding))
+        finding = replace(finding, verdict=ONE_TRAINING)
+    return replace(finding, note="; ".join(filter(None, reasons)))
 
 
 def decide(effect: Interval, *, size: float, nothing: float = 0.0) -> Verdict:
@@ -288,6 +365,8 @@ class _Pair:
 
     ours: np.ndarray
     control: np.ndarray
+    among: np.ndarray  # which of all items those are
+    kinds: np.ndarray | None  # of shape (item,); None: too few kinds, the interval is over items
 
 
 def _choose_items(claim: Claim, items: Items) -> tuple[Claim, np.ndarray, str]:
@@ -302,7 +381,7 @@ def _choose_items(claim: Claim, items: Items) -> tuple[Claim, np.ndarray, str]:
     return replace(claim, measure=of_all), items.among("all"), f"items are not marked {claim.among}: all of them"
 
 
-def _pair_arms(claim: Claim, arms: Arms, among: np.ndarray) -> _Pair:
+def _pair_arms(claim: Claim, arms: Arms, items: Items, among: np.ndarray) -> _Pair:
     measured = []
     for arm, column in ((claim.ours, claim.column), (claim.control, claim.control_column or claim.column)):
         if not arms.get(arm):
@@ -317,54 +396,80 @@ def _pair_arms(claim: Claim, arms: Arms, among: np.ndarray) -> _Pair:
     ours, control = (np.stack([of_seed(trainings, seed) for seed in seeds]) for trainings in measured)
     known = among & np.isfinite(ours).all(axis=0) & np.isfinite(control).all(axis=0)
     if known.sum() < FEWEST:
-        raise _CantTell(f"{known.sum()} items of the sort it is about ({claim.among}); {FEWEST} or more are needed")
-    return _Pair(ours[:, known], control[:, known])
+        sort = "" if claim.among == "all" else f" of the sort it is about ({claim.among})"
+        raise _CantTell(f"measured on {known.sum()} items{sort}; {FEWEST} or more are needed")
+    return _Pair(ours[:, known], control[:, known], known, items.kinds(known))
 
 
-def _check_ability(claim: Claim, arms: Arms, among: np.ndarray) -> None:
-    """Where nearly nothing is answered right, no accuracy can be gained or lost."""
-    trainings = [columns for arm in (claim.ours, claim.control) for columns in arms[arm].values()]
-    best = max((float(c["correct@0"][among].mean()) for c in trainings if "correct@0" in c), default=1.0)
-    if best < ABLE:
-        raise _CantTell(f"at most {best:.0%} of clean prompts answered right: does a reply end in `Answer: ...`?")
-
-
-def _nothing_to_see(claim: Claim, arms: Arms, pair: _Pair) -> str:
-    """Why an effect that was measured says nothing all the same; "" if it does."""
+def _no_room(claim: Claim, arms: Arms, items: Items, pair: _Pair) -> str:
+    """Why such an effect could not be seen in these arms, whatever is true; "" if it could."""
     lengths = [columns["tokens@0"].mean() for columns in arms[claim.ours].values() if "tokens@0" in columns]
     length = np.mean(lengths) if lengths else 0.0
     if length < claim.least_tokens:
-        return f"answers have {length:.0f} tokens on average: no room to loop"
-    if claim.least_mean is not None and max(pair.ours.mean(), pair.control.mean()) < claim.least_mean:
-        return "replies are so long that no whole one is probable, in either arm"
+        return f"answers have {length:.0f} tokens on average: too short to loop"
+    if claim.checkable:
+        right = max(_mean(arms[arm], "correct@0", pair.among) for arm in (claim.ours, claim.control))
+        floor = max(_mean(arms[arm], "correct substituted", pair.among) for arm in (claim.ours, claim.control))
+        if right - floor < ABLE:
+            return (
+                f"{right:.0%} of clean prompts are answered right, {floor:.0%} with words replaced: too little to "
+                "lose or to gain. Does a reply end in `Answer: ...`?"
+            )
+    if claim.share and claim.form == "gain":
+        ratio = claim.column.partition("@")[2]
+        most = _mean(arms[claim.ours], f"ceiling@{ratio}", pair.among, missing=1.0) if claim.checkable else 1.0
+        most = 1.0 if math.isnan(most) else most
+        if pair.control.mean() + claim.size > most:
+            return f"the control is at {pair.control.mean():.3f}, of at most {most:.3f}"
     return ""
 
 
+def _mean(trainings: Mapping[int, dict], column: str, among: np.ndarray, *, missing: float = 0.0) -> float:
+    values = [columns[column][among] for columns in trainings.values() if column in columns]
+    return float(np.mean(values)) if values else missing
+
+
+def _spread_needed(finding: Finding) -> str:
+    """How alike two trainings of one recipe would have to be for the interval over items alone to decide."""
+    effect, claim = finding.effect, finding.claim
+    alone = "one training an arm, and another would differ"
+    by_items = decide(effect, size=claim.size, nothing=math.inf if claim.form == "no harm" else 0.0)
+    if claim.form == "saved" or by_items == UNKNOWN:
+        return alone
+    border = 0.0 if by_items == "holds in part" else claim.size
+    error = (effect.high - effect.low) / 2 / 1.96
+    room = ((effect.mean - border) / 1.96) ** 2 - error**2
+    spread = math.sqrt(max(room, 0.0) / 2)  # both arms are one training each
+    return f"{alone}: for {by_items!r} trainings of one recipe would have to differ by less than {spread:.3f} (SD)"
+
+
 # --- the forms of claim -------------------------------------------------------------------------------------
-def _judge_gain(claim: Claim, pair: _Pair, draws: int, *, level: float = 0.95, nothing: float = 0.0) -> Finding:
+def _judge_difference(claim: Claim, pair: _Pair) -> Finding:
+    """Of a gain, or of no harm."""
     differences = claim.sign * (pair.ours - pair.control)
-    effect = bootstrap_interval(differences, level=level, draws=draws)
-    right_or_wrong = np.isin(pair.ours, (0, 1)).all() and np.isin(pair.control, (0, 1)).all()
+    effect = mean_interval(differences, pair.kinds)
     return Finding(
         claim,
-        decide(effect, size=claim.size, nothing=nothing),
+        decide(effect, size=claim.size, nothing=math.inf if claim.form == "no harm" else 0.0),
         effect,
-        ours=_bounded_interval(pair.ours, draws),
-        control=_bounded_interval(pair.control, draws),
-        repeats=differences.shape[0],
-        items=differences.shape[1],
-        detectable=smallest_detectable(effect, level=level),
+        ours=_bounded_interval(pair.ours, pair.kinds),
+        control=_bounded_interval(pair.control, pair.kinds),
+        detectable=smallest_detectable(effect),
         each=tuple(differences.mean(axis=1).tolist()),
-        same=equivalent(pair.ours, pair.control, margin=MARGIN, draws=draws),
-        p=paired_test(pair.ours[0], pair.control[0]) if right_or_wrong else None,
+        **_counts(differences, pair),
     )
 
 
-def _judge_no_harm(claim: Claim, pair: _Pair, draws: int) -> Finding:
-    return _judge_gain(claim, pair, draws, level=0.90, nothing=np.inf)
+def _counts(differences: np.ndarray, pair: _Pair) -> dict:
+    return {
+        "repeats": differences.shape[0],
+        "items": differences.shape[1],
+        "kinds": 0 if pair.kinds is None else len(set(pair.kinds)),
+        "p": p_value(differences, pair.kinds),
+    }
 
 
-def _judge_saved(claim: Claim, pair: _Pair, draws: int) -> Finding:
+def _judge_saved(claim: Claim, pair: _Pair) -> Finding:
     """Of logarithms: a difference is a ratio, a mean the geometric one."""
 
     def saved(log_ratio: float) -> float:
@@ -372,18 +477,17 @@ def _judge_saved(claim: Claim, pair: _Pair, draws: int) -> Finding:
         return float(1 - np.exp(-log_ratio))
 
     differences = claim.sign * (pair.ours - pair.control)
-    log_ratio = bootstrap_interval(differences, draws=draws)
+    log_ratio = mean_interval(differences, pair.kinds)
     effect = _transform(log_ratio, saved)
     return Finding(
         claim,
         decide(effect, size=claim.size, nothing=MARGIN),
         effect,
-        ours=_transform(bootstrap_interval(pair.ours, draws=draws), np.exp),
-        control=_transform(bootstrap_interval(pair.control, draws=draws), np.exp),
-        repeats=differences.shape[0],
-        items=differences.shape[1],
+        ours=_transform(mean_interval(pair.ours, pair.kinds), np.exp),
+        control=_transform(mean_interval(pair.control, pair.kinds), np.exp),
         detectable=saved(smallest_detectable(log_ratio)),
         each=tuple(saved(mean) for mean in differences.mean(axis=1)),
+        **_counts(differences, pair),
     )
 
 
@@ -391,68 +495,56 @@ def _transform(interval: Interval, function) -> Interval:
     return Interval(*(float(function(value)) for value in (interval.mean, interval.low, interval.high)))
 
 
-def _bounded_interval(values: np.ndarray, draws: int) -> Interval:
-    interval = bootstrap_interval(values, draws=draws)
+def _bounded_interval(values: np.ndarray, kinds: np.ndarray | None) -> Interval:
+    interval = mean_interval(values, kinds)
     if values.min() >= 0 and values.max() <= 1:  # a share: Student's t knows no bounds
         return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))
     return interval
 
 
-def _judge_worth(claim: Claim, arms: Arms, sizes: Sequence[int], draws: int) -> Finding:
-    """By learning curves: the control's size that does what ours does at 248 rows, over 248."""
+def _judge_worth(claim: Claim, arms: Arms, items: Items, sizes: Sequence[int]) -> Finding:
+    """By the control's learning curve: the size that is as accurate as ours at 248 rows, over 248."""
     if len(sizes) < 3 or SEEDS_ROWS not in sizes:
         raise _CantTell(f"needs learning curves of three sizes or more, {SEEDS_ROWS} rows among them")
-    ours, control = _learning_curves(claim, arms, sizes)
-    worths = [samples_worth(sizes, ours, control, at=size, draws=min(draws, 500)) for size in sizes]
-    effect = worths[list(sizes).index(SEEDS_ROWS)]
-    most = sizes[-1] / SEEDS_ROWS
-    at_least = effect.mean > 0.99 * most
-    verdict = decide(effect, size=claim.size, nothing=1.0)
-    if verdict == "fails" and effect.high > 0.99 * most:
-        verdict = UNKNOWN  # the curve ends before the claim does
-    told = ", ".join(
-        f"at {size} rows {_times(worth.mean, sizes[0] / size, sizes[-1] / size)}"
-        for size, worth in zip(sizes, worths, strict=True)
-    )
-    return Finding(
-        claim,
-        verdict,
-        effect,
-        repeats=ours.shape[1],
-        items=ours.shape[2],
-        note=f"a sample of ours is worth, {told}",
-        at_least=at_least,
-    )
-
-
-def _learning_curves(claim: Claim, arms: Arms, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(ours, control), each (size, training, item), of the trainings that every size has."""
-    names = [(f"{claim.ours} {size} rows", f"{claim.control} {size} rows") for size in sizes[:-1]]
-    names.append((claim.ours, claim.control))  # trained on all rows
-    seeds = set.intersection(*(set(arms.get(arm, ())) for pair in names for arm in pair))
+    ours = f"{claim.ours} {SEEDS_ROWS} rows"
+    everything = items.among("all")
     pairs = []
-    for ours, control in names:
-        shared = {arm: {seed: arms[arm][seed] for seed in seeds} for arm in (ours, control) if seeds}
-        columns = next(iter(shared[ours].values())) if shared else {}
-        every_item = np.ones(len(columns.get(claim.column, ())), dtype=bool)
-        pairs.append(_pair_arms(replace(claim, ours=ours, control=control), shared, every_item))
-    return np.stack([pair.ours for pair in pairs]), np.stack([pair.control for pair in pairs])
-
-
-def _times(worth: float, least: float, most: float) -> str:
-    """The worth, marked where the learning curve ends."""
-    if worth >= most * 0.999:
-        return f"≥ {worth:.2g} x"
-    return f"≤ {worth:.2g} x" if worth <= least * 1.001 else f"{worth:.2g} x"
+    for size in sizes:
+        at_size = replace(claim, ours=ours, control=f"{claim.control} {size} rows")
+        pairs.append(_pair_arms(at_size, arms, items, everything))
+    curve = np.stack([pair.control for pair in pairs])
+    effect = samples_worth(sizes, pairs[0].ours, curve, at=SEEDS_ROWS, kinds=pairs[0].kinds)
+    finding = Finding(
+        claim,
+        decide(effect, size=claim.size, nothing=1.0),
+        effect,
+        ours=_bounded_interval(pairs[0].ours, pairs[0].kinds),
+        repeats=curve.shape[1],
+        items=curve.shape[2],
+        kinds=0 if pairs[0].kinds is None else len(set(pairs[0].kinds)),
+        at_least=effect.mean > 0.99 * sizes[-1] / SEEDS_ROWS,
+        note=f"{claim.control} by rows: "
+        + ", ".join(f"{size:,}: {level:.3f}" for size, level in zip(sizes, curve.mean(axis=(1, 2)), strict=True)),
+    )
+    rise = float(curve[-1].mean() - curve[0].mean())
+    if rise < MARGIN:
+        told = f"{finding.note}; from {sizes[0]:,} to {sizes[-1]:,} rows the control rises by {rise:.3f} only"
+        return replace(finding, verdict=NO_ROOM, note=told)
+    if finding.repeats == 1:
+        return replace(finding, verdict=ONE_TRAINING)
+    if finding.verdict == "fails" and effect.high > 0.99 * sizes[-1] / SEEDS_ROWS:
+        return replace(finding, verdict=UNKNOWN)  # the curve ends before the claim does
+    return finding
 
 
 # --- other recipes ------------------------------------------------------------------------------------------
 def compare_recipes(arms: Arms, items: Items, *, control: str = "SFT", ratio: float = WORST) -> list[Finding]:
     """What every other arm gains on scrambled order-free items, and what it costs on clean order-bound ones.
 
-    Of all items where nobody marked them. Keys: "<arm> gain" and "<arm> price"; nothing without checkable answers.
+    Of all items where nobody marked them. Keys: "<arm> gain" and "<arm> price"; nothing without checkable answers
+    or without the control.
     """
-    if not items.checkable:
+    if not items.checkable or not arms.get(control):
         return []
     findings = []
     for arm in arms:

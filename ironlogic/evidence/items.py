@@ -13,11 +13,13 @@ from typing import Any
 
 from ironlogic.burden import apply_burden
 from ironlogic.data.chats import ChatError, Rejected, RejectedRows
-from ironlogic.data.problems import Task, make_tasks, task_chat
+from ironlogic.data.problems import Split, Task, make_tasks, normal_answer, task_chat
+from ironlogic.evidence.statistics import FEWEST_KINDS
 
 import numpy as np
 
 __all__ = [
+    "ANSWER_FORM",
     "RATIOS",
     "WORST",
     "Items",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
+ANSWER_FORM = "End your reply with `Answer: ` and the answer alone."
 WORST = 0.7  # where one ratio has to do: the seeds'
 
 
@@ -69,6 +72,8 @@ class Items:
     tasks: tuple[Task, ...]  # order "free", "bound" or "unknown"; hard True, False or None where nobody said
     chats: tuple[list[dict[str, Any]], ...]  # question and reference reply
     checkable: bool = True
+    system: str = ""  # said before every question
+    form: str = ""  # said after every question: how to write the answer
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -84,10 +89,20 @@ class Items:
         }[which]
         return np.array([chosen(task) for task in self.tasks], dtype=bool)
 
+    def kinds(self, among: np.ndarray) -> np.ndarray | None:
+        """The kinds of those items; None where they are too few for an interval over kinds."""
+        kinds = np.array([task.kind for task in self.tasks])[among]
+        return kinds if len(set(kinds)) >= FEWEST_KINDS else None
 
-def made_items(n: int, *, seed: int) -> Items:
-    """Problems of nano's world that no training sees."""
-    tasks = tuple(make_tasks(n, seed=seed, split="test"))
+    def ask(self, question: str) -> list[dict[str, str]]:
+        """The messages that put a question, scrambled or not: the system prompt and the form stay whole."""
+        user = {"role": "user", "content": f"{question}\n\n{self.form}" if self.form else question}
+        return [{"role": "system", "content": self.system}, user] if self.system else [user]
+
+
+def made_items(n: int, *, seed: int, split: Split = "test") -> Items:
+    """Problems of nano's world that no training sees; those of "validation" are for choosing a learning rate."""
+    tasks = tuple(make_tasks(n, seed=seed, split=split))
     return Items(tasks, tuple(task_chat(task) for task in tasks))
 
 
@@ -106,14 +121,16 @@ def items_of_chats(chats: Sequence[Sequence[dict[str, Any]]]) -> Items:
     return Items(tasks, tuple(kept), checkable=False)
 
 
-def load_items(path: str | Path) -> tuple[Items, RejectedRows]:
-    """Your own items with checkable answers: JSONL rows {"prompt", "answer"} and, if you know, "order" and "hard".
+def load_items(path: str | Path, *, system: str = "", form: str = "") -> tuple[Items, RejectedRows]:
+    """Your own items with checkable answers: JSONL rows {"prompt", "answer"} and, if you know, more about each.
 
     `order` is "free" (the bag of words fixes the answer) or "bound" (the word order decides), `hard` true where
-    reasoning is due; `reply` may hold a whole reference reply. An answer counts by exact match with what a reply
-    says after its last `Answer:`. A bad row is reported and left out. Raises `ChatError` when none is left.
+    reasoning is due, `kind` what sort of task it is (with five kinds, intervals are over kinds); `reply` may hold a
+    whole reference reply. `system` is said before every question, `form` after it (`ANSWER_FORM`, say). Answers are
+    graded by `check_answer`. A bad row, or a prompt that stood before, is reported and left out. Raises `ChatError`
+    when none is left.
     """
-    tasks, chats, rejected = [], [], []
+    tasks, chats, rejected, first_line = [], [], [], {}
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -129,13 +146,20 @@ def load_items(path: str | Path) -> tuple[Items, RejectedRows]:
         if fault := _item_fault(row):
             rejected.append(Rejected(str(path), number, *fault))
             continue
-        answer, reply = str(row["answer"]).strip(), row.get("reply") or f"Answer: {row['answer']}"
-        hard = None if row.get("hard") is None else bool(row["hard"])
-        tasks.append(Task("item", row.get("order") or "unknown", hard, row["prompt"], answer, "", ()))
+        before = first_line.setdefault(row["prompt"].strip(), number)
+        if before != number:
+            rejected.append(
+                Rejected(str(path), number, "prompt", row["prompt"][:60], f"stands in line {before} too")
+            )
+            continue
+        answer = normal_answer(row["answer"])
+        reply = row.get("reply") or f"Answer: {answer}"
+        order, kind = row.get("order") or "unknown", row.get("kind") or "item"
+        tasks.append(Task(kind, order, row.get("hard"), row["prompt"], answer, "", ()))
         chats.append([{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": reply}])
     if not tasks:
         raise ChatError(f"{path}: no usable item. {RejectedRows(rejected)}")
-    return Items(tuple(tasks), tuple(chats)), RejectedRows(rejected)
+    return Items(tuple(tasks), tuple(chats), system=system, form=form), RejectedRows(rejected)
 
 
 def _is_whole(text: str) -> bool:
@@ -146,14 +170,17 @@ def _item_fault(row: Any) -> tuple[str, str, str] | None:
     """(field, value, reason) of what is wrong with a row, None if nothing is."""
     if not isinstance(row, dict):
         return "row", repr(row)[:60], "expected an object with prompt and answer"
-    for field, kinds in (("prompt", str), ("answer", str | int | float)):
-        if not isinstance(row.get(field), kinds) or not str(row[field]).strip():
-            return field, repr(row.get(field))[:60], "expected text"
-        if not _is_whole(str(row[field])):
-            return field, ascii(row[field])[:60], "holds half a character (a lone surrogate)"
-    for field, allowed in (("order", (None, "free", "bound", "unknown")), ("hard", (None, True, False))):
-        if row.get(field) not in allowed:
-            return field, repr(row[field])[:60], f"expected one of {', '.join(map(str, allowed[1:]))}, or nothing"
-    if not isinstance(row.get("reply") or "", str) or not _is_whole(row.get("reply") or ""):
-        return "reply", ascii(row["reply"])[:60], "expected text, or nothing"
+    for field, types in (("prompt", str), ("answer", str | int | float)):
+        value = row.get(field)
+        if isinstance(value, bool) or not isinstance(value, types) or not str(value).strip():
+            return field, repr(value)[:60], "expected text"
+        if not _is_whole(str(value)):
+            return field, ascii(value)[:60], "holds half a character (a lone surrogate)"
+    if row.get("order") not in (None, "free", "bound", "unknown"):
+        return "order", repr(row["order"])[:60], "expected one of free, bound, unknown, or nothing"
+    if row.get("hard") is not None and not isinstance(row["hard"], bool):
+        return "hard", repr(row["hard"])[:60], "expected true or false, or nothing"
+    for field in ("reply", "kind"):
+        if not isinstance(row.get(field) or "", str) or not _is_whole(row.get(field) or ""):
+            return field, ascii(row[field])[:60], "expected text, or nothing"
     return None

@@ -8,8 +8,10 @@ import itertools
 import math
 import re
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,20 @@ from typing import Any
 from ironlogic.burden import Burden, burden_messages
 from ironlogic.data.chats import ChatError
 from ironlogic.data.masking import encode_chat
-from ironlogic.data.problems import Task, bayes_ceiling, check_answer, thinks
+from ironlogic.data.problems import Task, answer_mark, bayes_ceiling, check_answer, thinks
 from ironlogic.evidence.items import RATIOS, WORST, Items, scramble, substitute_words
 from ironlogic.evidence.results import Arms, Columns
 from ironlogic.evidence.statistics import Interval, adjusted_effect, calibration_error, curve_area
 from ironlogic.generate import Completion, generate
-from ironlogic.models import LoadedModel, as_loaded, inference, use_adapter, with_adapters
+from ironlogic.lens.attention import read_attention, read_routing
+from ironlogic.lens.compare import routing_distance
+from ironlogic.lens.parts import routers
+from ironlogic.lens.read import read_layers
+from ironlogic.models import LoadedModel, as_loaded, inference, with_adapters
 
 import numpy as np
 import pandas as pd
+import peft
 import torch
 import torch.nn.functional as F
 
@@ -36,11 +43,11 @@ __all__ = [
     "context_bleeding",
     "decoding_speed",
     "describe",
+    "layer_columns",
     "loops",
     "measure",
     "measure_losses",
     "mode_switching",
-    "repetition",
     "reply_scores",
     "robustness",
     "substituted",
@@ -61,7 +68,10 @@ class Robustness:
     answers: tuple[tuple[Completion, ...], ...]
 
     def columns(self) -> Columns:
-        """Accuracy, ceiling, tokens, thinking, the right mode and loops, each as `name@ratio` of shape (item,)."""
+        """Of shape (item,), each as `name@ratio`: accuracy, ceiling, tokens, thinking, the right mode, loops.
+
+        `cut`: replies that the limit ended; `unmarked`: those that don't say which part is the answer.
+        """
         columns: Columns = {}
         hard = np.array([np.nan if task.hard is None else float(task.hard) for task in self.tasks])
         for row, ratio in enumerate(self.ratios):
@@ -72,7 +82,9 @@ class Robustness:
             columns[f"tokens@{ratio:g}"] = np.array([reply.tokens for reply in replies], float)
             columns[f"think@{ratio:g}"] = thought
             columns[f"mode@{ratio:g}"] = np.where(np.isnan(hard), np.nan, thought == hard)
-            columns[f"loop@{ratio:g}"] = np.array([loops(reply) for reply in replies], float)
+            columns[f"loop@{ratio:g}"] = np.array([loops(reply.text) for reply in replies], float)
+            columns[f"cut@{ratio:g}"] = np.array([not reply.finished for reply in replies], float)
+            columns[f"unmarked@{ratio:g}"] = np.array([not answer_mark(reply.text) for reply in replies], float)
         return columns
 
 
@@ -84,14 +96,17 @@ def robustness(
     seed: int = 0,
     max_new_tokens: int = 72,
     batch_size: int = 128,
+    ask: Callable[[str], Any] = str,
 ) -> Robustness:
-    """Answers every problem at every scramble ratio, greedily, and checks it by exact match."""
+    """Answers every problem at every scramble ratio, greedily, and grades it (`check_answer`).
+
+    `ask` makes the messages of a scrambled question (`Items.ask`).
+    """
     prompts = [
         [scramble(task.prompt, ratio, seed=seed, item=i) for i, task in enumerate(tasks)] for ratio in ratios
     ]
-    replies = generate(
-        loaded, list(itertools.chain(*prompts)), max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+    asked = [ask(prompt) for prompt in itertools.chain(*prompts)]
+    replies = generate(loaded, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
     count = len(tasks)
     answers = tuple(tuple(replies[row * count : (row + 1) * count]) for row in range(len(ratios)))
     correct = [_right(tasks, row) for row in answers]
@@ -125,7 +140,8 @@ def substituted(
     """The floor: correctness where as many words are replaced by words of other questions instead of moved."""
     words = [word for task in items.tasks for word in task.prompt.split()]
     prompts = [substitute_words(t.prompt, ratio, words, seed=seed, item=i) for i, t in enumerate(items.tasks)]
-    replies = generate(loaded, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    asked = [items.ask(prompt) for prompt in prompts]
+    replies = generate(loaded, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return _right(items.tasks, replies)
 
 
@@ -164,27 +180,31 @@ def measure_losses(
 
 
 def reply_scores(
-    loaded: LoadedModel | Any, prompts: Sequence[str], replies: Sequence[str], *, batch_size: int | None = None
+    loaded: LoadedModel | Any,
+    asked: Sequence[Sequence[dict[str, Any]]],
+    replies: Sequence[str],
+    *,
+    batch_size: int | None = None,
 ) -> Columns:
-    """How sure a model is of given replies (its own greedy ones, say), their end-of-turn token included.
+    """How sure a model is of given replies (its own greedy ones, say) to messages, end-of-turn token included.
 
     Columns of shape (reply,), NaN where a reply can't be encoded: `entropy` of the next-token distribution in nats,
-    mean over the reply's tokens, and `sure`, the probability of the whole reply.
+    mean over the reply's tokens; `sure`, the probability of the next token (geometric mean over them);
+    `sure of all`, that of the whole reply.
     """
     loaded = as_loaded(loaded)
     rows, encoded = [], []
-    for i, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+    for i, (messages, reply) in enumerate(zip(asked, replies, strict=True)):
         try:
-            chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-            encoded.append(_encode(loaded, chat))
+            encoded.append(_encode(loaded, [*messages, {"role": "assistant", "content": reply}]))
         except ChatError:
             continue
         rows.append(i)
-    scores = np.full((len(prompts), 3), np.nan)
+    scores = np.full((len(asked), 3), np.nan)
     if rows:
         scores[rows] = _row_scores(loaded, encoded, batch_size)
     loss, entropy, tokens = scores.T
-    return {"entropy": entropy, "sure": np.exp(-loss * tokens)}
+    return {"entropy": entropy, "sure": np.exp(-loss), "sure of all": np.exp(-loss * tokens)}
 
 
 def _encode(loaded: LoadedModel, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
@@ -259,27 +279,24 @@ def mode_switching(thought: Sequence[float], hard: Sequence[bool], prompts: Sequ
 
 
 # --- loops --------------------------------------------------------------------------------------------------
-def repetition(reply: str, *, n: int = 4) -> float:
-    """Share of the word n-grams of a reply that stood in it before (seq-rep-n, Welleck et al. 2020).
+def loops(reply: str, *, times: int = 3, least: int = 12) -> bool:
+    """Whether a stretch of words follows itself, `times` in a row and over `least` words together.
 
-    >>> repetition("a b c d a b c d")  # 5 four-grams, the last repeats the first
-    0.2
+    Repeated words that do not follow themselves are no loop: long ordinary texts are full of them.
+
+    >>> loops("so we add " * 4), loops("we add two and then we add three and then we add four and so on")
+    (True, False)
     """
-    grams = _ngrams(reply, n)
-    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
-
-
-def loops(completion: Completion, *, n: int = 4, times: int = 3) -> bool:
-    """Whether a reply says the same four words three times, or repeats half of itself until the limit stops it."""
-    counts = Counter(_ngrams(completion.text, n))
-    if max(counts.values(), default=0) >= times:
-        return True
-    return not completion.finished and repetition(completion.text) > 0.5
-
-
-def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = text.split()
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    words = np.array(reply.split())
+    for length in range(1, len(words) // times + 1):
+        same = np.concatenate([[0], words[length:] == words[:-length], [0]])
+        changes = np.flatnonzero(
+            np.diff(same)
+        )  # begins and ends of the runs that repeat what stands `length` before
+        longest = max(changes[1::2] - changes[::2], default=0)
+        if longest + length >= max(times * length, least):
+            return True
+    return False
 
 
 # --- an earlier topic ---------------------------------------------------------------------------------------
@@ -309,12 +326,14 @@ def context_bleeding(
     ring = np.random.default_rng(seed).permutation(count)
     position = np.argsort(ring)
     first, other = ring[(position + 1) % count], ring[(position + 2) % count]  # turn before; turn for chance
-    asked = [[*items.chats[first[i]], items.chats[i][0]] for i in range(count)]
+    system = [{"role": "system", "content": items.system}] if items.system else []
+    turns = [[items.ask(chat[0]["content"])[-1], *chat[1:]] for chat in items.chats]  # with the form of an answer
+    asked = [[*system, *turns[first[i]], turns[i][0]] for i in range(count)]
     replies = generate(loaded, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
     reply_words = [_content_words(reply.text) for reply in replies]
 
-    def bled(turns: np.ndarray) -> np.ndarray:
-        foreign = [words[turns[i]] - words[i] - common for i in range(count)]
+    def bled(before: np.ndarray) -> np.ndarray:
+        foreign = [words[before[i]] - words[i] - common for i in range(count)]
         return np.array([bool(reply_words[i] & foreign[i]) for i in range(count)], float)
 
     return Bleeding(bled(first), bled(other), tuple(replies))
@@ -330,27 +349,47 @@ def decoding_speed(
 ) -> dict[str, np.ndarray]:
     """Seconds a token at a forced length, by arm ("base" is the model without adapter); arrays of shape (prompt,).
 
-    All arms answer a prompt in turn, in every order, the repeats far apart in time, so that whatever else the
-    machine does hits all alike; the median over `repeats` is kept. The length is forced, or an arm that says less
-    would look quicker.
+    An adapter is merged into the weights while it is timed, as people run it: else its own matrices would be timed
+    too. The arms take turns, in another order each time, so that whatever else the machine does hits all alike; the
+    median over `repeats` is kept. The length is forced, or an arm that says less would look quicker. Merging into
+    4-bit weights rounds them, so the model is of no further use.
     """
     loaded = with_adapters(loaded, adapters)
-    arms = [None, *adapters]
-    orders = list(itertools.permutations(range(len(arms))))
+    asked = [
+        loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(loaded.device)
+        for text in (
+            loaded.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        )
+    ]
+    arms = ["base", *adapters]
     seconds = np.zeros((len(arms), repeats, len(prompts)))
     with inference(loaded) as model:
         for repeat in range(-1, repeats):  # -1: warm up
-            for p, prompt in enumerate(prompts if repeat >= 0 else prompts[:1]):
-                text = loaded.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-                )
-                inputs = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(loaded.device)
-                for arm in orders[(p + repeat) % len(orders)]:
-                    with use_adapter(loaded, arms[arm]):
-                        spent = _decode(model, inputs, tokens, loaded.tokenizer.pad_token_id)
-                    if repeat >= 0:
-                        seconds[arm, repeat, p] = spent / tokens
-    return {arm or "base": np.median(seconds[k], axis=0) for k, arm in enumerate(arms)}
+            for place in range(len(arms)):
+                arm = (place + repeat) % len(arms)
+                with _merged(model, arms[arm]):
+                    spent = [_decode(model, inputs, tokens, loaded.tokenizer.pad_token_id) for inputs in asked]
+                if repeat >= 0:
+                    seconds[arm, repeat] = np.array(spent) / tokens
+    return {arm: np.median(seconds[k], axis=0) for k, arm in enumerate(arms)}
+
+
+@contextmanager
+def _merged(model: Any, arm: str) -> Iterator[None]:
+    """The model with that adapter inside its weights; "base": with none."""
+    if arm == "base":
+        with model.disable_adapter():
+            yield
+        return
+    model.set_adapter(arm)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*may get different generations")  # rounding; only time counts
+        model.merge_adapter([arm])
+        yield
+        model.unmerge_adapter()
 
 
 def _decode(model, inputs, tokens: int, pad: int) -> float:
@@ -364,6 +403,43 @@ def _decode(model, inputs, tokens: int, pad: int) -> float:
     if decoded != tokens:
         raise RuntimeError(f"decoding_speed: {decoded} tokens came where {tokens} were forced")
     return spent
+
+
+# --- layers -------------------------------------------------------------------------------------------------
+_EARLY, _SILENT = 0.8, 0.92  # seed 002: the first 80 % of the depth; entropy above 11.0 of ln 151,936 = 11.9 nats
+_READ = 24  # items whose layers are read
+
+
+def layer_columns(loaded: LoadedModel, items: Items) -> Columns:
+    """What the layers hold where the answer begins, on some items (NaN on the others).
+
+    `silent layers`: share of the first 80 % of them whose next-token entropy is above .92 of the most it could be.
+    `late entropy`: mean of the others, in nats. Of an adapter against its base in the same model:
+    `attention shift`, the total variation distance of the last layer's attention, mean over heads, and
+    `routing shift`, the Jensen-Shannon divergence of the routers in nats, where there are experts. 0 for the base.
+    """
+    adapted, mixture = isinstance(loaded.model, peft.PeftModel), bool(routers(loaded.model))
+    names = ["silent layers", "late entropy", "attention shift", *(["routing shift"] if mixture else [])]
+    columns = {name: np.full(len(items), np.nan) for name in names}
+    for i in np.unique(np.linspace(0, len(items) - 1, _READ).astype(int)):
+        asked = items.ask(items.tasks[i].prompt)
+        reading = read_layers(loaded, asked)
+        entropy = reading.entropy[1:, 0]
+        early = max(1, math.floor(_EARLY * len(entropy)))
+        columns["silent layers"][i] = (entropy[:early] > _SILENT * reading.ln_vocabulary).mean()
+        columns["late entropy"][i] = entropy[early:].mean()
+        attention = read_attention(loaded, asked).weights[-1, :, 0]
+        routing = read_routing(loaded, asked) if mixture else None
+        shifts = (0.0, 0.0)
+        if adapted:
+            with loaded.model.disable_adapter():
+                base_attention = read_attention(loaded, asked).weights[-1, :, 0]
+                base_routing = read_routing(loaded, asked) if mixture else None
+            moved = 0.5 * np.abs(attention - base_attention).sum(axis=-1).mean()
+            shifts = (moved, routing_distance(base_routing, routing).mean() if mixture else 0.0)
+        for name, shift in zip(names[2:], shifts, strict=False):
+            columns[name][i] = shift
+    return columns
 
 
 # --- all of it on one model ---------------------------------------------------------------------------------
@@ -384,15 +460,17 @@ def measure(
     ratios = (0.0, WORST) if brief else tuple(ratios)
     batch_size = 64 if loaded.device.type == "cuda" else 512  # small models: a batch takes hardly longer than a row
     options = {"seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    answered = robustness(loaded, items.tasks, ratios=ratios, **options)
+    answered = robustness(loaded, items.tasks, ratios=ratios, ask=items.ask, **options)
     columns = answered.columns()
     if not items.checkable:
-        columns = {name: c for name, c in columns.items() if not name.startswith(("correct", "ceiling"))}
+        of_answers = ("correct", "ceiling", "unmarked")
+        columns = {name: c for name, c in columns.items() if not name.startswith(of_answers)}
     columns |= measure_losses(loaded, items.chats, ratios=(0.0, WORST), seed=seed)
     if brief:
         return columns
-    prompts = [task.prompt for task in items.tasks]
-    columns |= reply_scores(loaded, prompts, [reply.text for reply in answered.answers[ratios.index(0.0)]])
+    asked = [items.ask(task.prompt) for task in items.tasks]
+    columns |= reply_scores(loaded, asked, [reply.text for reply in answered.answers[ratios.index(0.0)]])
+    columns |= layer_columns(loaded, items)
     columns["ln tokens"] = np.log(columns["tokens@0"])
     if len(items) >= FEWEST:
         bled = context_bleeding(loaded, items, **options)
@@ -412,12 +490,18 @@ _MEANS = (
     ("loss of the reply, clean (nats a token)", "loss@0", "all"),
     (f"loss of the reply at {WORST} (nats a token)", f"loss@{WORST}", "all"),
     ("entropy of its own reply (nats a token)", "entropy", "all"),
-    ("probability of its own reply", "sure", "all"),
+    ("probability of its next token", "sure", "all"),
+    ("early layers without a favourite", "silent layers", "all"),
+    ("entropy of the late layers (nats)", "late entropy", "all"),
+    ("shift of the last attention against the base", "attention shift", "all"),
+    ("shift of the routing against the base (nats)", "routing shift", "all"),
     ("replies that think", "think@0", "all"),
     ("replies that loop", "loop@0", "all"),
     ("replies with a word of the turn before", "bleed", "all"),
     ("the same by chance", "bleed by chance", "all"),
     ("tokens an answer", "tokens@0", "all"),
+    ("replies cut at the limit", "cut@0", "all"),
+    ("replies that don't say what the answer is", "unmarked@0", "all"),
 )
 
 
@@ -469,7 +553,7 @@ def _figures(trainings: Sequence[Columns], items: Items, ratios: Sequence[float]
         yield label, mean(column, among)
     yield "milliseconds a token, forced length", 1e3 * math.exp(mean("ln seconds"))
     sort = "easy" if items.among("easy").any() else "all"  # after its own reasoning every model is sure
-    sure, right = pooled("sure", sort), pooled("correct@0", sort)
+    sure, right = pooled("sure of all", sort), pooled("correct@0", sort)
     known = np.isfinite(sure)
     calibrated = known.any() and sure.size == right.size
     error = calibration_error(sure[known], right[known]) if calibrated else float("nan")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ironlogic.evidence.items import WORST
-from ironlogic.evidence.statistics import Interval, bootstrap_interval
+from ironlogic.evidence.statistics import Interval, mean_interval
 
 import numpy as np
 
@@ -43,9 +43,11 @@ class Measurement(dict[int, Columns]):
         table = np.stack([columns[column] for columns in self.values()])
         return table[:, np.isfinite(table).all(axis=0) if among is None else among]
 
-    def interval(self, column: str, among: np.ndarray | None = None) -> Interval:
-        """Mean and 95 % interval over trainings and items (one training: over items alone)."""
-        return bootstrap_interval(self.table(column, among))
+    def interval(
+        self, column: str, among: np.ndarray | None = None, *, kinds: np.ndarray | None = None
+    ) -> Interval:
+        """Mean and 95 % interval over trainings and items, or their `kinds` (one training: over items alone)."""
+        return mean_interval(self.table(column, among), kinds)
 
     def __str__(self) -> str:
         lines = []

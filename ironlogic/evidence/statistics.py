@@ -1,4 +1,4 @@
-"""Intervals and tests for what was measured, over items and over repeated trainings.
+"""Intervals and tests for what was measured: over trainings, over items, over kinds of items.
 
 SciPy and statsmodels underneath. Knows no model and no claim.
 """
@@ -7,21 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 __all__ = [
     "Interval",
     "adjusted_effect",
-    "bootstrap_interval",
     "calibration_error",
     "curve_area",
     "difference_interval",
-    "equivalent",
     "holm",
-    "paired_test",
+    "mean_interval",
+    "p_value",
     "samples_worth",
     "smallest_detectable",
 ]
+
+FEWEST_KINDS = 5  # with fewer kinds of items an interval over them says nothing
 
 
 @dataclass(frozen=True)
@@ -40,72 +41,77 @@ class Interval:
         return f"{self.mean:{sign}.3f} [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
 
 
-def bootstrap_interval(values, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Interval:
-    """Interval of the mean of `values`, of shape (item,) or (repeat, item).
+def mean_interval(values, kinds=None, *, level: float = 0.95) -> Interval:
+    """Interval of the mean of `values`, of shape (item,) or (training, item).
 
-    Both repeats and items are drawn anew with replacement, as a training seed and a test item are both one
-    sample of many (two-way bootstrap, Owen 2007, arXiv 0712.1111). With one repeat only items are drawn: the
-    interval then says nothing about another training run.
+    A training and an item are both one sample of many: their variances are estimated apart (two-way analysis of
+    variance) and each is widened by its own Student's t (Banerjee 1960), for there are few trainings. `kinds`, of
+    shape (item,): the kind of each item. With five kinds or more, kinds are drawn instead of items, as items of one
+    kind succeed and fail together (clustered errors, Miller 2024, arXiv 2411.00640). With one training the interval
+    says nothing about another one.
 
-    >>> bootstrap_interval([1.0, 1.0, 1.0])
+    >>> mean_interval([1.0, 1.0, 1.0])
     Interval(mean=1.0, low=1.0, high=1.0)
     """
-    table = np.atleast_2d(np.asarray(values, dtype=float))
-    if table.ndim != 2 or not table.size:
-        raise ValueError(f"bootstrap_interval: values have shape {table.shape}; expected (item,) or (repeat, item)")
-    if not np.isfinite(table).all():
-        raise ValueError("bootstrap_interval: some values are not finite")
-    rng = np.random.default_rng(seed)
-    repeats, items = table.shape
-    # multinomial counts are the weights of a draw with replacement: one matrix product per draw, no copies
-    of_repeats = rng.multinomial(repeats, np.full(repeats, 1 / repeats), size=draws) / repeats
-    of_items = rng.multinomial(items, np.full(items, 1 / items), size=draws) / items
-    means = np.einsum("dr,ri,di->d", of_repeats, table, of_items, optimize=True)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    least, most = _student(table.mean(axis=1) if repeats > 1 else table[0], level)
-    return Interval(float(table.mean()), float(min(low, least)), float(max(high, most)))
+    mean, parts = _variances(values, kinds)
+    half = _half_width(parts, 1 - level)
+    return Interval(mean, mean - half, mean + half)
 
 
-def _student(of_repeats: np.ndarray, level: float) -> tuple[float, float]:
-    """Student's t over repeats (of one: over items): with few of them the bootstrap alone is too narrow."""
-    if len(of_repeats) == 1:
-        return float("inf"), float("-inf")
-    half = stats.sem(of_repeats) * stats.t.ppf((1 + level) / 2, len(of_repeats) - 1)
-    return of_repeats.mean() - half, of_repeats.mean() + half
-
-
-def difference_interval(ours, theirs, **options) -> Interval:
-    """Interval of the mean of ours - theirs, paired by position: same items, same repeats."""
+def difference_interval(ours, theirs, kinds=None, *, level: float = 0.95) -> Interval:
+    """Interval of the mean of ours - theirs, paired by position: same trainings, same items."""
     a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if a.shape != b.shape:
         raise ValueError(f"difference_interval: shapes {a.shape} and {b.shape} differ; the two must be paired")
-    return bootstrap_interval(a - b, **options)
+    return mean_interval(a - b, kinds, level=level)
 
 
-def equivalent(ours, theirs, *, margin: float, **options) -> bool:
-    """Whether the mean of ours - theirs is shown to lie within +-`margin`: two one-sided tests at 5 % (TOST).
+def p_value(values, kinds=None, *, nothing: float = 0.0) -> float:
+    """Two-sided p-value of the mean being `nothing`: 1 minus the level at which `mean_interval` just reaches it."""
+    mean, parts = _variances(values, kinds)
+    gap, least = abs(mean - nothing), 1e-12
+    if gap == 0:
+        return 1.0
+    if _half_width(parts, least) <= gap:
+        return least
+    return float(optimize.brentq(lambda p: _half_width(parts, p) - gap, least, 1.0))
 
-    By inclusion of the 90 % interval, which is the same test (Schuirmann 1987).
-    """
-    difference = difference_interval(ours, theirs, level=0.90, **options)
-    return -margin < difference.low and difference.high < margin
+
+def _variances(values, kinds) -> tuple[float, list[tuple[float, int]]]:
+    """(mean, parts): the parts of the mean's variance, each with its degrees of freedom."""
+    table = np.atleast_2d(np.asarray(values, dtype=float))
+    if table.ndim != 2 or not table.size:
+        raise ValueError(f"mean_interval: values have shape {table.shape}; expected (item,) or (training, item)")
+    if not np.isfinite(table).all():
+        raise ValueError("mean_interval: some values are not finite")
+    mean = float(table.mean())
+    if kinds is not None and len(set(kinds)) >= FEWEST_KINDS:
+        table = _by_kind(table, np.asarray(kinds))
+    trainings, items = table.shape
+    of_trainings, of_items = table.mean(axis=1), table.mean(axis=0)
+    across = float(of_items.var(ddof=1)) / items if items > 1 else 0.0
+    parts = [(across, items - 1)]
+    if trainings > 1:
+        rest = table - of_trainings[:, None] - of_items + table.mean()
+        noise = float((rest**2).sum()) / max(1, (trainings - 1) * (items - 1)) / table.size
+        # the scatter of the trainings' means holds the noise of their items once more
+        parts.append((max(0.0, float(of_trainings.var(ddof=1)) / trainings - noise), trainings - 1))
+    return mean, parts
 
 
-def paired_test(ours, theirs) -> float:
-    """Exact p-value of McNemar's test: two readers of the same items, right or wrong, of shape (item,).
+def _by_kind(table: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """(training, kind): each kind's share of the mean, so that the mean over kinds is that over items."""
+    names, of_item, counts = np.unique(kinds, return_inverse=True, return_counts=True)
+    if len(of_item) != table.shape[1]:
+        raise ValueError(f"mean_interval: {len(of_item)} kinds for {table.shape[1]} items")
+    mean = table.mean()
+    sums = np.stack([np.bincount(of_item, weights=row - mean, minlength=len(names)) for row in table])
+    return mean + sums * len(names) / counts.sum()
 
-    It knows items, not trainings: two trainings by one recipe differ "significantly" often enough.
 
-    >>> paired_test([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0])  # five discordant items, all one way: 2 / 2^5
-    0.0625
-    """
-    from statsmodels.stats.contingency_tables import mcnemar
-
-    a, b = np.asarray(ours), np.asarray(theirs)
-    if a.shape != b.shape or a.ndim != 1 or not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
-        raise ValueError(f"paired_test: expected two vectors of 0 and 1, one length; got {a.shape} and {b.shape}")
-    table = [[np.sum((a == x) & (b == y)) for y in (1, 0)] for x in (1, 0)]
-    return float(mcnemar(table, exact=True).pvalue)
+def _half_width(parts: Sequence[tuple[float, int]], p: float) -> float:
+    known = [(variance, freedom) for variance, freedom in parts if variance > 0]
+    return float(np.sqrt(sum(variance * stats.t.ppf(1 - p / 2, freedom) ** 2 for variance, freedom in known)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -164,35 +170,51 @@ def curve_area(ratios: Sequence[float], values) -> np.ndarray:
 
 
 def samples_worth(
-    sizes: Sequence[int], ours, theirs, *, at: int, draws: int = 2000, seed: int = 0, level: float = 0.95
+    sizes: Sequence[int],
+    ours,
+    control,
+    *,
+    at: int,
+    kinds=None,
+    draws: int = 500,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
-    """How many control samples one of ours is worth: the control's size that reaches our loss at `at`, over `at`.
+    """How many control samples one of ours is worth: the control's size that does as well as ours, over ours.
 
-    `ours` and `theirs` are losses of shape (size, repeat, item), lower is better. The control's curve is made to
-    fall, then read backwards, straight between sizes on a logarithmic axis. Beyond its ends the answer is the end:
-    `sizes[-1] / at` means "at least", `sizes[0] / at` "at most". Drawn as in `bootstrap_interval`.
+    Of accuracies. `control`: its learning curve, of shape (size, training, item); `ours`: (training, item), at `at`
+    rows. The curve is made to rise by isotonic regression, then read backwards, straight between sizes on a
+    logarithmic axis. Beyond its ends the answer is the end: `sizes[-1] / at` means "at least", `sizes[0] / at` "at
+    most". Trainings and items (or kinds of them) are drawn anew with replacement; where Student's t over the
+    trainings is wider, it counts.
     """
-    a, b = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
-    if a.shape != b.shape or a.ndim != 3 or len(sizes) != len(a) or at not in sizes:
-        raise ValueError(f"samples_worth: shapes {a.shape} and {b.shape}; expected two of ({len(sizes)}, R, I)")
-    rng = np.random.default_rng(seed)
-    logs, start = np.log(np.asarray(sizes, float)), list(sizes).index(at)
-    _, repeats, items = a.shape
+    a, b = np.asarray(ours, dtype=float), np.asarray(control, dtype=float)
+    if b.ndim != 3 or a.shape != b.shape[1:] or len(sizes) != len(b):
+        raise ValueError(f"samples_worth: shapes {a.shape} and {b.shape}; expected (R, I) and ({len(sizes)}, R, I)")
+    rng, logs = np.random.default_rng(seed), np.log(np.asarray(sizes, float))
+    trainings, items = a.shape
+    _, of_item = np.unique(np.arange(items) if kinds is None else kinds, return_inverse=True)
+    groups = of_item.max() + 1
 
-    def log_worth(of_repeats: np.ndarray, of_items: np.ndarray) -> float:
-        """ln of the worth where repeats and items have these weights."""
-        target = np.einsum("r,ri,i->", of_repeats, a[start], of_items)
-        curve = np.minimum.accumulate(np.einsum("r,sri,i->s", of_repeats, b, of_items))
-        return float(np.interp(-target, -curve, logs) - logs[start])
+    def log_worth(of_trainings: np.ndarray, of_groups: np.ndarray) -> float:
+        """ln of the worth where trainings and kinds have these weights."""
+        of_items = of_groups[of_item] / of_groups[of_item].sum()
+        target = of_trainings @ a @ of_items
+        curve = optimize.isotonic_regression(np.einsum("r,sri,i->s", of_trainings, b, of_items)).x
+        reached = np.searchsorted(curve, target)  # the first size that does as well
+        if reached in (0, len(curve)):
+            return float(logs[min(reached, len(curve) - 1)] - np.log(at))
+        share = (target - curve[reached - 1]) / (curve[reached] - curve[reached - 1])
+        return float(logs[reached - 1] + share * (logs[reached] - logs[reached - 1]) - np.log(at))
 
-    drawn = []
+    all_groups, drawn = np.ones(groups), []
     for _ in range(draws):
-        of_repeats = rng.multinomial(repeats, [1 / repeats] * repeats) / repeats
-        of_items = rng.multinomial(items, [1 / items] * items) / items
-        drawn.append(log_worth(of_repeats, of_items))
+        of_trainings = rng.multinomial(trainings, np.full(trainings, 1 / trainings)) / trainings
+        drawn.append(log_worth(of_trainings, rng.multinomial(groups, np.full(groups, 1 / groups)).astype(float)))
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    every_item = np.full(items, 1 / items)
-    least, most = _student(np.array([log_worth(repeat, every_item) for repeat in np.eye(repeats)]), level)
-    ends = np.clip([min(low, least), max(high, most)], logs[0] - logs[start], logs[-1] - logs[start])
-    mean = log_worth(np.full(repeats, 1 / repeats), every_item)
+    if trainings > 1:
+        each = mean_interval([log_worth(alone, all_groups) for alone in np.eye(trainings)], level=level)
+        low, high = min(low, each.low), max(high, each.high)
+    ends = np.clip([low, high], logs[0] - np.log(at), logs[-1] - np.log(at))
+    mean = log_worth(np.full(trainings, 1 / trainings), all_groups)
     return Interval(*(float(np.exp(value)) for value in (mean, *ends)))

@@ -5,29 +5,44 @@ what is missing; `measure_adapters` measures a user's own adapters instead.
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ironlogic.data.chats import ChatError, Chats, load_chats, make_chats
 from ironlogic.data.problems import make_tasks, task_chat
-from ironlogic.evidence.items import Items, items_of_chats, made_items
+from ironlogic.evidence.claims import FEWEST
+from ironlogic.evidence.items import WORST, Items, items_of_chats, made_items
 from ironlogic.evidence.measures import decoding_speed
 from ironlogic.evidence.results import Measurement
 from ironlogic.evidence.twins import Arm, Recipe, as_preset, make_recipes, train_arms
 from ironlogic.models import LoadedModel, free_memory, resolve, split_adapter
 from ironlogic.presets import Preset, TrainSettings
-from ironlogic.training.runs import RunError, open_run
+from ironlogic.training.runs import RunError, open_run, write_json
 from ironlogic.training.stages import content_hash
 
 import numpy as np
 
-__all__ = ["Study", "add_speed", "measure_adapters", "open_study", "run_study", "time_twins"]
+__all__ = [
+    "Study",
+    "add_speed",
+    "check_adapters",
+    "measure_adapters",
+    "open_study",
+    "run_full_study",
+    "run_study",
+    "time_twins",
+]
 
 MAIN = ("SFT", "FT", "FT mixed", "FT as the seed", "SFT then SFT", "FT then SFT")
-SIDE = ("FT 0.3", "deletion", "NEFTune")  # other sorts of noise; three trainings
-CURVE = (30, 100, 248, 1000)  # rows of the learning curves below the whole; 248 is the seeds' dataset
+SIDE = ("FT 0.3", "deletion", "NEFTune")  # other sorts of noise
+SIZES = (100, 248, 2_480, 24_800)  # rows of the learning curves: the seeds' 248, ten and a hundred times as many
+SEEDS_STEPS = 744  # optimizer steps of the seeds' script; points of the learning curves have as many, or more
+FEW = 3  # trainings of side arms, learning curves and timings
 Recipes = dict[str, Recipe | None]
 
 
@@ -41,9 +56,12 @@ class Study:
     chats: dict[int, Chats]  # rows by training seed
     further: dict[int, Chats]  # rows of the stage after, by training seed
     held_out: Chats  # conversations that no arm is trained on
+    validation: Items | None  # what learning rates are chosen on; no claim is judged on it
     ratio: float = 0.7
     seed: int = 0  # of the items' scrambles
     max_new_tokens: int = 72
+    rates: Mapping[str, float] = field(default_factory=dict)  # learning rates chosen for SFT and FT
+    made: bool = False  # the rows are made problems, of which there are as many as one likes
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -52,7 +70,8 @@ class Study:
 
     @property
     def recipes(self) -> dict[str, Recipe]:
-        return make_recipes(self.preset.train, replace(self.preset.burden, ratio=self.ratio))
+        burden = replace(self.preset.burden, ratio=self.ratio)
+        return make_recipes(self.preset.train, burden, rates=self.rates)
 
     def twins(self, *once: str) -> Recipes:
         """The base, SFT and FT, and other arms trained `once`."""
@@ -64,22 +83,71 @@ class Study:
         trained = {arm: replace(self.recipes[arm], seeds=self.trained(arm)) for arm in (*MAIN[2:], *SIDE)}
         return self.twins() | {arm: recipe for arm, recipe in trained.items() if recipe.seeds}
 
-    def full(self) -> tuple[Recipes, tuple[int, ...]]:
-        """Every arm of the full table, and the sizes of its learning curves."""
-        most = min(map(len, self.chats.values()))
-        sizes = tuple(size for size in CURVE if size < most)
-        curve = {
-            f"{arm} {size} rows": replace(self.recipes[arm], rows=size) for size in sizes for arm in ("SFT", "FT")
-        }
+    def full(self) -> Recipes:
+        """Every arm of the full table but the learning curves."""
         main = {arm: self.recipes[arm] for arm in MAIN}
-        side = {arm: replace(self.recipes[arm], seeds=self.seeds[:3]) for arm in SIDE}
-        return {"base": None, **main, **curve, **side}, (*sizes, most)
+        side = {arm: replace(self.recipes[arm], seeds=self.seeds[:FEW]) for arm in SIDE}
+        return {"base": None, **main, **side}
 
-    def train(self, recipes: Recipes, *, test: Items | Chats | None = None, **options: Any) -> dict[str, Arm]:
+    def curves(self) -> tuple[Recipes, tuple[int, ...]]:
+        """The control's learning curve and FT at the seeds' size, and the sizes; the longest training first."""
+        most = SIZES[-1] if self.made else min(map(len, self.chats.values()))
+        sizes = tuple(size for size in SIZES if size <= most)
+        arms = [*(("SFT", size) for size in reversed(sizes)), *(("FT", size) for size in sizes if size == 248)]
+        return {f"{arm} {size} rows": self._at_size(arm, size) for arm, size in arms}, sizes
+
+    def curve_rows(self) -> dict[int, Chats]:
+        """The rows of which learning curves take the first ones, by training seed."""
+        return {seed: _made_rows(SIZES[-1], seed) for seed in self.seeds[:FEW]} if self.made else self.chats
+
+    def _at_size(self, arm: str, size: int) -> Recipe:
+        recipe = self.recipes[arm]
+        rows_a_step = recipe.settings.batch_size * recipe.settings.accumulation
+        epochs = math.ceil(SEEDS_STEPS / math.ceil(size / rows_a_step))
+        return replace(recipe, settings=replace(recipe.settings, epochs=epochs), rows=size, seeds=self.seeds[:FEW])
+
+    def sweep_rates(self, *, trainings: int = 1, **options: Any) -> "Study":
+        """The study with the best learning rate for each arm, of `preset.sweep`, by its validation items.
+
+        SFT and FT are trained at every rate, with seeds of their own, and judged alike: by accuracy, mean of clean
+        and scrambled prompts (without checkable answers: by the loss of the reply). Writes `rates.json` into the
+        study's folder, which `open_study` reads. `options` as in `run_parallel`.
+        """
+        if not self.preset.sweep or self.validation is None:
+            lacking = "rows to validate on" if self.preset.sweep else "learning rates to choose from (Preset.sweep)"
+            raise RunError(f"{self.folder.name} has no {lacking}")
+        numbers = range(self.seed + 20_000, self.seed + 20_000 + trainings)
+        rows = dict(zip(numbers, itertools.cycle(self.chats.values()), strict=False))
+        recipes = {}
+        for rate in self.preset.sweep:
+            swept = replace(self, rates={"SFT": rate, "FT": rate}).recipes
+            recipes |= {f"{arm} at {rate:g}": replace(swept[arm], seeds=tuple(numbers)) for arm in ("SFT", "FT")}
+        arms = self.train(recipes, chats=rows, test=self.validation, brief=True, **options)
+        points = [_sweep_point(name, arm.measure(self.validation), self.validation) for name, arm in arms.items()]
+        rates = {
+            arm: max((point for point in points if point["arm"] == arm), key=lambda point: point["score"])["rate"]
+            for arm in ("SFT", "FT")
+        }
+        write_json(self.folder / "rates.json", {"rates": rates, "points": points})
+        return replace(self, rates=rates)
+
+    def sweep_points(self) -> list[dict[str, Any]]:
+        """What the sweep found: arm, rate, clean, scrambled and score of each; [] where there was none."""
+        file = self.folder / "rates.json"
+        return json.loads(file.read_text(encoding="utf-8"))["points"] if file.is_file() else []
+
+    def train(
+        self,
+        recipes: Recipes,
+        *,
+        chats: Mapping[int, Chats] | None = None,
+        test: Items | Chats | None = None,
+        **options: Any,
+    ) -> dict[str, Arm]:
         """The arms of these recipes, see `train_arms`; measured on `test`, if any, in the same processes."""
         return train_arms(
             self.preset,
-            self.chats,
+            chats or self.chats,
             recipes,
             seeds=self.seeds,
             run=self.folder,
@@ -104,11 +172,18 @@ class Study:
         counts = {sort: items.among(sort).sum() for sort in ("free", "bound", "easy", "hard")}
         marked = ", ".join(f"{count} {sort}" for sort, count in counts.items() if count)
         marked = marked or "not marked free or bound, easy or hard"
+        kinds = items.kinds(items.among("all"))
+        marked += "" if kinds is None else f"; {len(set(kinds))} kinds"
         answers = "answers checked by exact match" if items.checkable else "no checkable answers"
+        rates = ", ".join(f"{arm} {rate:g}" for arm, rate in self.rates.items())
+        chosen = f"{self.preset.train.learning_rate:g} for all arms, not chosen by a sweep"
+        if rates:
+            chosen = f"{rates}, each the best of {len(self.preset.sweep)} on validation problems"
         return [
             f"Model {self.preset.model}; {len(self.chats[self.seeds[0]]):,} rows an arm, burden ratio "
             f"{self.ratio:g}. Training seeds {', '.join(map(str, self.seeds))}; every arm has its control twin on "
             "the same rows.",
+            f"Learning rates: {chosen}.",
             f"{len(items)} held-out items ({marked}), {answers}; scrambles of seed {self.seed}.",
             "The rules stand in ironlogic/evidence/claims.py. They are evidence about this model, at this size.",
         ]
@@ -132,27 +207,32 @@ def open_study(
     seeds: int = 0,
     seed: int = 3407,
     items: Items | None = None,
-    questions: int = 170,
+    questions: int = 200,
 ) -> Study:
     """The study of a preset in the results folder `runs`, for notebooks 02 and 05.
 
     `data`: your conversations, "": the preset's own. `rows`: conversations an arm, at most. `seeds`: trainings an
-    arm; 0: the preset's number, of conversations one. `items`: your own items; else made problems, or the rows held
-    out. Raises `ChatError` when there are too few.
+    arm; 0: the preset's number, of conversations one. `items`: your own items, and no row is held out; else made
+    problems, or rows held out. Learning rates are those that `Study.sweep_rates` chose in this folder, if it did.
+    Raises `ChatError` when there are too few rows.
     """
     source = data or preset.data
-    if source == "problems":
+    made = source == "problems"
+    if made:
         numbers = range(seed, seed + (seeds or preset.evaluation_seeds))
-        chats = {n: make_chats(map(task_chat, make_tasks(rows, seed=n))) for n in numbers}
-        further = {n: make_chats(map(task_chat, make_tasks(max(1, rows // 3), seed=n + 10_000))) for n in numbers}
+        chats = {n: _made_rows(rows, n) for n in numbers}
+        further = {n: _made_rows(max(1, rows // 3), n + 10_000) for n in numbers}
         items = items or made_items(questions, seed=seed)
+        validation = made_items(questions, seed=seed, split="validation")
         held_out, max_new_tokens = make_chats(items.chats), 72
     else:
         loaded = load_chats(source)
         print(f"{len(loaded)} conversations. {loaded.rejected}")
-        kept, held_out = loaded.split(0.1, seed=seed)
-        if min(len(kept), len(held_out)) == 0:
+        kept, held_out = loaded.split(0.0 if items else 0.1, seed=seed)  # the seeds trained on all of their 248
+        if not len(kept) or not (items or len(held_out)):
             raise ChatError(f"{source}: {len(loaded)} rows are too few to hold some out; bring 20 or more")
+        held_out, spare = held_out.split(1 / 3, seed=seed + 1)
+        validation = items_of_chats(spare[:questions]) if len(spare) else None
         chosen = kept[:rows]
         numbers = range(seed, seed + (seeds or 1))
         chats = dict.fromkeys(numbers, chosen)
@@ -162,45 +242,121 @@ def open_study(
     # your own rows, once corrected, are another study
     mark = f"-{content_hash(chats[seed])[:6]}" if data else ""
     folder = runs / f"02_{preset.name}_{Path(source).stem}{mark}_{rows}_{ratio:g}"
-    return Study(folder, preset, items, chats, further, held_out, ratio, seed, max_new_tokens)
+    study = Study(
+        folder,
+        preset,
+        items,
+        chats,
+        further,
+        held_out,
+        validation,
+        ratio=ratio,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        made=made,
+    )
+    swept = folder / "rates.json"
+    return (
+        replace(study, rates=json.loads(swept.read_text(encoding="utf-8"))["rates"]) if swept.is_file() else study
+    )
+
+
+def _made_rows(count: int, seed: int) -> Chats:
+    return make_chats(map(task_chat, make_tasks(count, seed=seed)))
+
+
+def _sweep_point(name: str, measured: Measurement, items: Items) -> dict[str, Any]:
+    """One arm at one rate: higher is better, clean, scrambled and their mean (without answers: minus the loss)."""
+    arm, _, rate = name.partition(" at ")
+    column, sign = ("correct", 1) if items.checkable else ("loss", -1)
+    clean, scrambled = (
+        sign * float(np.nanmean([columns[f"{column}@{ratio:g}"] for columns in measured.values()]))
+        for ratio in (0.0, WORST)
+    )
+    score = (clean + scrambled) / 2
+    return {"arm": arm, "rate": float(rate), "clean": clean, "scrambled": scrambled, "score": score}
 
 
 def run_study(study: Study, recipes: Recipes, **options: Any) -> dict[str, Measurement]:
-    """Trains and measures what is missing; what was measured of every arm. `options` as in `run_parallel`."""
+    """Trains and measures what is missing; what was measured of every arm. `options` as in `Study.train`."""
     arms = study.train(recipes, test=study.items, **options)
     return {name: arm.measure(study.items) for name, arm in arms.items()}
 
 
+def run_full_study(study: Study, **options: Any) -> tuple[Study, dict[str, Measurement], tuple[int, ...]]:
+    """(study at the learning rates it chose, what was measured of every arm, sizes of its learning curves).
+
+    `options` as in `run_parallel`.
+    """
+    if study.preset.sweep and not study.rates:
+        study = study.sweep_rates(**options)
+    curves, sizes = study.curves()
+    measured = run_study(study, curves, chats=study.curve_rows(), **options)
+    measured |= run_study(study, study.full(), **options)
+    time_twins(study, measured)
+    return study, measured, sizes
+
+
 def time_twins(study: Study, measured: Mapping[str, Measurement]) -> None:
-    """Adds columns of speed to the first training of base, SFT and FT."""
-    seed = study.seeds[0]
-    adapters = {arm: study.folder / f"{arm}-{seed}" / "adapter" for arm in ("SFT", "FT") if arm in measured}
-    base = Arm("base", study.preset, {}).load()
-    add_speed(measured, base, adapters, study.items, seed=seed)
+    """Adds columns of speed to base, SFT and FT, of the first trainings."""
+    adapters = {
+        (arm, seed): study.folder / f"{arm}-{seed}" / "adapter"
+        for arm in ("SFT", "FT")
+        for seed in list(measured.get(arm, ()))[:FEW]
+    }
+    add_speed(measured, Arm("base", study.preset, {}).load(), adapters, study.items)
     free_memory()
 
 
 def add_speed(
     measured: Mapping[str, Measurement],
     base: LoadedModel,
-    adapters: Mapping[str, Path],
+    adapters: Mapping[tuple[str, int], Path],
     items: Items,
     *,
-    seed: int = 0,
     prompts: int = 12,
 ) -> None:
-    """Times base and adapters on some easy items (any, if nobody marked them); the other items are NaN there."""
+    """Times base and adapters, by (arm, training), on some easy items (any, if nobody marked them); NaN elsewhere.
+
+    `base` is of no further use.
+    """
     timed = np.flatnonzero(items.among("easy"))
     timed = (timed if len(timed) else np.arange(len(items)))[:prompts]
-    for arm, seconds in decoding_speed(base, adapters, [items.tasks[i].prompt for i in timed]).items():
-        columns = measured[arm].get(seed, measured[arm].get(0))
-        columns["ln seconds"], columns["ln time"] = np.full((2, len(items)), np.nan)
+    names = {f"{arm}-{seed}": (arm, seed) for arm, seed in adapters}
+    folders = {name: adapters[key] for name, key in names.items()}
+    for name, seconds in decoding_speed(base, folders, [items.tasks[i].prompt for i in timed]).items():
+        arm, seed = names.get(name, ("base", 0))
+        columns = measured[arm][seed]
+        columns["ln seconds"] = np.full(len(items), np.nan)
         columns["ln seconds"][timed] = np.log(seconds)
-        columns["ln time"][timed] = np.log(seconds) + columns["ln tokens"][timed]
+
+
+def check_adapters(arms: Mapping[str, str | Path | Sequence[str | Path]]) -> tuple[str, dict[str, list[Path]]]:
+    """(base, adapter folders by arm) of your own adapters; an arm has one training or several.
+
+    Raises `RunError` for a folder that holds no adapter and for adapters of several bases. Loads nothing.
+    """
+    folders = {
+        arm: [Path(resolve(source)) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+        for arm, sources in arms.items()
+    }
+    first = ""
+    for arm, adapters in folders.items():
+        for adapter in adapters:
+            base, is_adapter = split_adapter(str(adapter))
+            if is_adapter is None:
+                raise RunError(
+                    f"{arm}: {adapter} holds no adapter (adapter_config.json). A merged model can't be measured "
+                    "beside its base in one model; give the adapter that it was merged from"
+                )
+            if base != (first or base):
+                raise RunError(f"{arm} is an adapter of {base}, not of {first}; compare twins of one base")
+            first = base
+    return first, folders
 
 
 def measure_adapters(
-    adapters: Mapping[str, str | Path],
+    arms: Mapping[str, str | Path | Sequence[str | Path]],
     items: Items,
     folder: Path,
     *,
@@ -209,28 +365,27 @@ def measure_adapters(
     seed: int = 0,
     max_new_tokens: int = 512,
 ) -> dict[str, Measurement]:
-    """Your own adapters by name, and the base of the first one; all measured on the same items.
+    """Your own adapters by arm, one training or several each, and their base; all measured on the same items.
 
-    What was measured lies in `folder`, by adapter. Raises `RunError`, before anything is measured, for a folder
-    that holds no adapter and for adapters of several bases.
+    Trainings are numbered from 1 and paired by number. What was measured lies in `folder`, by adapter. Raises
+    `RunError`, before anything is measured, as `check_adapters`, and for fewer items than a claim needs.
     """
-    adapters = {name: Path(resolve(source)) for name, source in adapters.items()}
-    bases = {}
-    for name, adapter in adapters.items():
-        bases[name], is_adapter = split_adapter(str(adapter))
-        if is_adapter is None:
-            raise RunError(f"{name}: {adapter} holds no adapter (adapter_config.json)")
-    base = next(iter(bases.values()))
-    for name, other in bases.items():
-        if other != base:
-            raise RunError(f"{name} is an adapter of {other}, not of {base}; compare twins of one base")
-    measured = {}
-    for name, model in {**adapters, "base": base}.items():
-        weights = base.encode() if name == "base" else (model / "adapter_model.safetensors").read_bytes()
-        digest = hashlib.sha256(weights + bytes([four_bit])).hexdigest()[:12]
-        preset = replace(as_preset(str(model), TrainSettings(max_length=max_length)), four_bit=four_bit)
-        arm = Arm(name, preset, {0: folder / digest}, seed, max_new_tokens)
-        measured[name] = arm.measure(items)
-    add_speed(measured, arm.load(), adapters, items)  # the last one is the base
+    if len(items) < FEWEST:
+        raise RunError(f"{len(items)} items; {FEWEST} or more are needed to tell anything")
+    base, folders = check_adapters(arms)
+    measured, adapters = {}, {}
+    for arm, paths in {**folders, "base": [Path(base)]}.items():
+        measured[arm] = Measurement()
+        for number, path in enumerate(paths, 1):
+            is_base = arm == "base"
+            weights = base.encode() if is_base else (path / "adapter_model.safetensors").read_bytes()
+            digest = hashlib.sha256(weights + bytes([four_bit])).hexdigest()[:12]
+            model = base if is_base else str(path)
+            preset = replace(as_preset(model, TrainSettings(max_length=max_length)), four_bit=four_bit)
+            one = Arm(arm, preset, {0: folder / digest}, seed, max_new_tokens)
+            measured[arm][0 if is_base else number] = one.measure(items)[0]
+            if not is_base:
+                adapters[arm, number] = path
+    add_speed(measured, one.load(), adapters, items)  # the last one is the base
     free_memory()
     return measured

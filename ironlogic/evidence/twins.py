@@ -19,10 +19,11 @@ from typing import Any
 
 from ironlogic.burden import Burden
 from ironlogic.data.chats import Chats, make_chats
+from ironlogic.data.masking import lost_rows
 from ironlogic.evidence.items import Items, delete_words
 from ironlogic.evidence.measures import measure, measure_losses
 from ironlogic.evidence.results import Columns, Measurement
-from ironlogic.models import LoadedModel, free_memory, load_model
+from ironlogic.models import LoadedModel, free_memory, load_model, load_tokenizer
 from ironlogic.presets import PRESETS, Preset, TrainSettings
 from ironlogic.training.parallel import run_parallel
 from ironlogic.training.runs import Run, RunError, open_run, run_folder, write_json
@@ -33,7 +34,8 @@ import numpy as np
 
 __all__ = ["Arm", "Recipe", "as_preset", "make_recipes", "train_arms", "train_twins"]
 
-_NEFTUNE_ALPHA, _DELETED, _VERSION = 5.0, 0.3, 1
+_NEFTUNE_ALPHA, _DELETED, _VERSION = 5.0, 0.3, 2
+_TURN_TOKENS = 24  # what a template puts round a turn, at most
 
 
 # --- recipes ------------------------------------------------------------------------------------------------
@@ -49,18 +51,26 @@ class Recipe:
     seeds: tuple[int, ...] | None = None  # fewer trainings than the other arms
 
 
-def make_recipes(settings: TrainSettings, burden: Burden) -> dict[str, Recipe]:
-    """The arms of the evidence by name: SFT, the control twin, FT with `burden`, its variants and other noise."""
-    plain, burdened = Recipe(settings), Recipe(settings, burden)
+def make_recipes(
+    settings: TrainSettings, burden: Burden, *, rates: Mapping[str, float] | None = None
+) -> dict[str, Recipe]:
+    """The arms of the evidence by name: SFT, the control twin, FT with `burden`, its variants and other noise.
+
+    `rates`: learning rates found for "SFT" and "FT" (`Study.sweep_rates`), each also for the arms of its sort.
+    """
+    rates = rates or {}
+    of_sft = replace(settings, learning_rate=rates.get("SFT", settings.learning_rate))
+    of_ft = replace(settings, learning_rate=rates.get("FT", settings.learning_rate))
+    plain, burdened = Recipe(of_sft), Recipe(of_ft, burden)
     as_the_seed = Burden(ratio=burden.ratio, unit="seed", redraw=False)
     return {
         "SFT": plain,
         "FT": burdened,
         "FT mixed": replace(burdened, burden=replace(burden, mix=0.5)),
-        "FT as the seed": Recipe(replace(settings, loss="all"), as_the_seed),
+        "FT as the seed": Recipe(replace(of_ft, loss="all"), as_the_seed),
         "FT 0.3": replace(burdened, burden=replace(burden, ratio=0.3)),
         "deletion": replace(plain, deleted=_DELETED),
-        "NEFTune": Recipe(replace(settings, neftune_alpha=_NEFTUNE_ALPHA)),
+        "NEFTune": Recipe(replace(of_sft, neftune_alpha=_NEFTUNE_ALPHA)),
         "SFT then SFT": replace(plain, after="SFT"),
         "FT then SFT": replace(plain, after="FT"),
     }
@@ -105,7 +115,9 @@ class Arm:
     def measured(self, seed: int, test: Items | Chats) -> Path:
         """The file of that training's measurements on that test."""
         items = isinstance(test, Items)
-        asked = [[asdict(task) for task in test.tasks], test.chats] if items else [list(test)]
+        asked = (
+            [[asdict(task) for task in test.tasks], test.chats, test.system, test.form] if items else [list(test)]
+        )
         asked += [self.seed, self.max_new_tokens, self.brief, _VERSION]
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
         return self.folders[seed] / f"evidence-{name}.json"
@@ -136,10 +148,13 @@ def train_twins(
     burden: Burden,
     run: str | Path,
     settings: TrainSettings | None = None,
+    rates: Mapping[str, float] | None = None,
     seeds: int | Iterable[int] = 1,
     **options: Any,
 ) -> tuple[Arm, Arm]:
     """(FT, its control SFT): trained over seeds on the same rows, in the same order, with the same settings.
+
+    But for the learning rate, where `rates` names the best one for each ("SFT", "FT").
 
     `model`: a preset, its name, or what `load_model` takes. `chats`: conversations, or other ones for each training
     seed. `settings`: by default the preset's; its seed also draws the scrambles of a test. `seeds`: how many
@@ -148,7 +163,7 @@ def train_twins(
     """
     preset = as_preset(model, settings)
     first = preset.train.seed
-    recipes = make_recipes(preset.train, burden)
+    recipes = make_recipes(preset.train, burden, rates=rates)
     arms = train_arms(
         preset,
         chats,
@@ -179,26 +194,30 @@ def train_arms(
     test: Items | Chats | None = None,
     scramble_seed: int = 0,
     max_new_tokens: int = 72,
+    brief: bool = False,
     **options: Any,
 ) -> dict[str, Arm]:
     """Every recipe trained once a seed, several at a time, what is finished left as it is; arms by name.
 
     A recipe None is the model as it is. `chats` as in `train_twins`; `further`: rows for recipes that go on `after`
     another, by seed. `test`: every model is measured on it in the process that trained it, so that a later
-    `Arm.measure` has nothing left to do. `options` (processes, watch, report) as in `run_parallel`.
+    `Arm.measure` has nothing left to do; `brief`: by accuracy, thinking and loss alone. `options` (processes, watch, report) as in `run_parallel`.
+
+    A row whose answer the context cuts away in one arm, in any epoch, is left out of all.
 
     Raises `RunError` when a folder holds another run, before anything is trained, or when a training failed.
     """
     folder, seeds = run_folder(run), list(seeds)
     rows_of = chats if isinstance(chats, Mapping) else dict.fromkeys(seeds, chats)
+    rows_of = {seed: _drop_in_pairs(preset, rows, recipes, seed) for seed, rows in rows_of.items()}
     arms, jobs, after = {}, {}, {}
     for name, recipe in recipes.items():
         if recipe is None:
             folders = {0: folder / name}
         else:
             folders = {seed: _arm_folder(folder, name, seed) for seed in (recipe.seeds or seeds)}
-        brief = recipe is not None and recipe.rows > 0
-        arms[name] = arm = Arm(name, preset, folders, scramble_seed, max_new_tokens, brief)
+        short = brief or (recipe is not None and recipe.rows > 0)
+        arms[name] = arm = Arm(name, preset, folders, scramble_seed, max_new_tokens, short)
         for seed in folders:
             rows, start = None, ""
             if recipe is not None:
@@ -215,6 +234,35 @@ def train_arms(
 
 def _arm_folder(folder: Path, arm: str, seed: int) -> Path:
     return folder / f"{arm.replace(' ', '-')}-{seed}"
+
+
+def _drop_in_pairs(preset: Preset, chats: Chats, recipes: Mapping[str, Recipe | None], seed: int) -> Chats:
+    """The rows that keep a trained token in every arm. A row keeps its number, which draws its burden."""
+    longest = preset.train.max_length
+    at_most = [sum(len(str(turn["content"]).encode()) + _TURN_TOKENS for turn in turns) for turns in chats]
+    near = [row for row, tokens in enumerate(at_most) if tokens > longest]  # a token is a byte or more
+    if not near:
+        return chats
+    tokenizer = load_tokenizer(preset.model)
+    suspects = chats.select(near)
+    if "row" not in suspects.rows.column_names:
+        suspects = replace(suspects, rows=suspects.rows.add_column("row", near))
+    kept = set(suspects.rows["row"][:])
+    for burden in {recipe.burden for recipe in recipes.values() if recipe is not None}:
+        burdened = suspects
+        if burden is not None:
+            burdened = burden.apply(suspects, epochs=preset.train.epochs, seed=seed, tokenizer=tokenizer)
+        lost = lost_rows(burdened, tokenizer, max_length=longest)
+        kept -= {burdened.rows[i]["row"] for i in lost}
+    dropped = {near[i] for i, row in enumerate(suspects.rows["row"][:]) if row not in kept}
+    if not dropped:
+        return chats
+    print(f"{len(dropped)} rows lose their answer at {longest} tokens in one arm: they are left out of all arms")
+    rows = [row for row in range(len(chats)) if row not in dropped]
+    left = chats.select(rows)
+    if "row" not in left.rows.column_names:
+        left = replace(left, rows=left.rows.add_column("row", rows))
+    return left
 
 
 def _prepare_rows(chats: Chats, recipe: Recipe, seed: int) -> Chats:

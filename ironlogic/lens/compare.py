@@ -21,7 +21,7 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from torch import Tensor
 
-__all__ = ["compare_layers"]
+__all__ = ["compare_layers", "routing_distance"]
 
 
 def compare_layers(
@@ -74,8 +74,8 @@ def compare_layers(
         null_same_top=np.stack([one.top_ids[:, :, 0] == base.top_ids[:, :, 0] for one, _ in null]),
         base_routing=base_routing,
         adapter_routing=our_routing,
-        routing_shift=_shift(base_routing, our_routing) if mixture else None,
-        null_routing_shift=np.stack([_shift(base_routing, one) for _, one in null]) if mixture else None,
+        routing_shift=routing_distance(base_routing, our_routing) if mixture else None,
+        null_routing_shift=np.stack([routing_distance(base_routing, one) for _, one in null]) if mixture else None,
     )
 
 
@@ -89,7 +89,7 @@ def _same_start(model: Any, base: LayerReading, adapter: LayerReading) -> None:
         )
 
 
-def _shift(base: RoutingReading, other: RoutingReading) -> np.ndarray:
+def routing_distance(base: RoutingReading, other: RoutingReading) -> np.ndarray:
     """Jensen-Shannon divergence (Lin 1991) of the routers, (M,) in nats, mean over positions."""
     return (jensenshannon(base.probabilities, other.probabilities, axis=-1) ** 2).mean(axis=1)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ironlogic.evidence.items import RATIOS, WORST, Items
 from ironlogic.evidence.results import Arms, Columns
-from ironlogic.evidence.statistics import Interval, bootstrap_interval
+from ironlogic.evidence.statistics import Interval, mean_interval
 from ironlogic.show.explorer import Explorer, picture_html, png_bytes
 from ironlogic.show.plots import _axes, _color, plot_losses
 
@@ -27,6 +27,7 @@ __all__ = [
     "plot_curves",
     "plot_finding",
     "plot_findings",
+    "plot_frontier",
     "plot_learning",
     "plot_recipes",
     "plot_robustness",
@@ -38,6 +39,8 @@ VERDICT_COLORS = {
     "holds in part": "#9a6b00",
     "fails": "#b3261e",
     "can't be told here": "#5f6670",
+    "no room to tell": "#5f6670",
+    "one training: not judged": "#5f6670",
 }
 MEASURES = {  # what `plot_curves` draws over the ratio -> label of the axis
     "correct": "accuracy (exact match)",
@@ -61,7 +64,7 @@ def plot_robustness(arms: Arms, items: Items) -> Figure:
     """Accuracy over the scramble ratio, order-free and order-bound items apart; see `plot_curves`."""
     figure, panels = _axes(2, height=3.9, sharey=True)
     for axes, sort in zip(panels, ("free", "bound"), strict=True):
-        _draw_curves(axes, arms, "correct", items.among(sort), RATIOS)
+        _draw_curves(axes, arms, "correct", items, items.among(sort), RATIOS)
         axes.set(title=SORTS[sort].replace(": ", " problems\n"), ylim=(0, 1.04))
     panels[1].set_ylabel("")
     panels[0].legend(frameon=False, loc="lower left", fontsize=9)
@@ -83,13 +86,21 @@ def plot_curves(
     """
     figure, (axes,) = _axes(height=3.9)
     figure.set_figwidth(7)
-    _draw_curves(axes, arms, measure, None if items is None else items.among(among), ratios)
+    chosen = None if items is None else items.among(among)
+    _draw_curves(axes, arms, measure, items, chosen, ratios)
     axes.set_ylim(0, 1.05 if measure in ("correct", "of the ceiling", "think") else None)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _draw_curves(axes: Axes, arms: Arms, measure: str, among: np.ndarray | None, ratios: Sequence[float]) -> None:
+def _draw_curves(
+    axes: Axes,
+    arms: Arms,
+    measure: str,
+    items: Items | None,
+    among: np.ndarray | None,
+    ratios: Sequence[float],
+) -> None:
     column = "correct" if measure == "of the ceiling" else measure
     ideal_drawn = False
     for i, (arm, trainings) in enumerate(arms.items()):
@@ -100,7 +111,8 @@ def _draw_curves(axes: Axes, arms: Arms, measure: str, among: np.ndarray | None,
         if not tables:
             continue
         color, style = _color(arm, i), "o-" if len(trainings) > 1 else "o:"
-        intervals = [bootstrap_interval(table) for table in tables.values()]
+        kinds = None if items is None else items.kinds(among)
+        intervals = [mean_interval(table, kinds) for table in tables.values()]
         _draw_band(axes, list(tables), intervals, color=color, label=arm, style=style)
         if measure == "correct":
             floors = [c["correct substituted"] for c in trainings.values() if "correct substituted" in c]
@@ -123,8 +135,9 @@ def _tables(
         values = [columns[name] for columns in trainings.values() if name in columns]
         if values:
             table = np.stack([_chosen(training, among) for training in values])
-            table = table[:, np.isfinite(table).all(axis=0)]
-            if table.size:
+            if among is None:  # conversations: some have no loss
+                table = table[:, np.isfinite(table).all(axis=0)]
+            if table.size and np.isfinite(table).all():
                 tables[ratio] = table
     return tables
 
@@ -153,20 +166,43 @@ def _chosen(values: np.ndarray, among: np.ndarray | None) -> np.ndarray:
     return values if among is None or not values.size else values[among]
 
 
-def plot_learning(arms: Arms, sizes: Sequence[int], *, column: str, label: str) -> Figure:
-    """Loss of the reference replies over the number of rows trained on, FT beside SFT."""
+def plot_learning(arms: Arms, items: Items, sizes: Sequence[int], *, column: str, label: str) -> Figure:
+    """A column over the number of rows trained on, FT beside SFT's learning curve, with 95 % intervals."""
     figure, (axes,) = _axes()
     for i, arm in enumerate(("SFT", "FT")):
-        drawn, intervals = [], []
-        for size in sizes:
-            trainings = arms.get(arm if size == sizes[-1] else f"{arm} {size} rows", {}).values()
-            if trainings:
-                drawn.append(size)
-                intervals.append(bootstrap_interval(np.stack([columns[column] for columns in trainings])))
-        _draw_band(axes, drawn, intervals, color=_color(arm, i), label=arm)
-    axes.set(xscale="log", xlabel="rows trained on", ylabel="loss (nats per token)", title=label, ylim=(0, None))
+        drawn = {size: arms[f"{arm} {size} rows"].values() for size in sizes if arms.get(f"{arm} {size} rows")}
+        tables = [np.stack([columns[column] for columns in trainings]) for trainings in drawn.values()]
+        intervals = [mean_interval(table, items.kinds(items.among("all"))) for table in tables]
+        errors = [[j.mean - j.low for j in intervals], [j.high - j.mean for j in intervals]]
+        means = [interval.mean for interval in intervals]
+        axes.errorbar(list(drawn), means, yerr=errors, fmt="o-", ms=4, lw=1, color=_color(arm, i), label=arm)
+    axes.set(xscale="log", xlabel="rows trained on", ylabel="accuracy (exact match)", title=label, ylim=(0, 1.04))
     axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
     axes.minorticks_off()
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
+    """Every learning rate of a sweep (`Study.sweep_points`): scrambled prompts over clean ones, SFT beside FT.
+
+    Further right and further up is better; the ring is the rate that was chosen.
+    """
+    figure, (axes,) = _axes(height=3.9)
+    figure.set_figwidth(6)
+    for i, arm in enumerate(("SFT", "FT")):
+        own = sorted((point for point in points if point["arm"] == arm), key=lambda point: point["rate"])
+        best = max(own, key=lambda point: point["score"])
+        clean, scrambled = [point["clean"] for point in own], [point["scrambled"] for point in own]
+        axes.plot(clean, scrambled, "o-", color=_color(arm, i), ms=5, lw=1, label=arm)
+        axes.plot(best["clean"], best["scrambled"], "o", ms=13, mfc="none", mec=_color(arm, i))
+        for point in own:
+            place = (point["clean"], point["scrambled"])
+            axes.annotate(f"{point['rate']:g}", place, xytext=(6, -10), textcoords="offset points", fontsize=8)
+    measure = "accuracy" if all(point["clean"] >= 0 for point in points) else "minus the loss (nats a token)"
+    axes.set(xlabel=f"{measure}, clean prompts", ylabel=f"{measure}, scrambled prompts")
+    axes.set_title("Learning rates, on validation problems", fontsize=10)
+    axes.margins(0.15)
     axes.legend(frameon=False)
     return figure
 
@@ -248,7 +284,7 @@ def finding_pictures(findings: "Findings") -> dict[str, Figure]:
         if finding.effect is None:
             continue
         if claim.form == "worth":
-            picture = plot_learning(arms, findings.sizes, column=claim.column, label=claim.measure)
+            picture = plot_learning(arms, items, findings.sizes, column=claim.column, label=claim.measure)
         elif claim.key in ("robust", "robust-bound", "words-enough"):
             shown = {arm: arms[arm] for arm in ("base", claim.control, claim.ours, "FT mixed") if arms.get(arm)}
             picture = plot_curves(shown, items, among=claim.among if items.among(claim.among).any() else "all")

@@ -5,7 +5,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ironlogic.data.problems import thinks
-from ironlogic.evidence.statistics import bootstrap_interval
+from ironlogic.evidence.statistics import mean_interval
 from ironlogic.show.explorer import Explorer
 from ironlogic.show.plots import _axes
 
@@ -57,7 +57,7 @@ def _windows(rows: pd.DataFrame, window: int) -> "tuple[list[float], list[dict[s
     for _, steps in rows.groupby((rows["step"] - first) // window):
         prompts = steps.groupby(["step", "prompt"], sort=False)[list(_CURVES)].mean()
         middles.append(float(steps["step"].unique().mean()))
-        intervals.append({curve: bootstrap_interval(prompts[curve].to_numpy()) for curve in _CURVES})
+        intervals.append({curve: mean_interval(prompts[curve].to_numpy()) for curve in _CURVES})
     return middles, intervals
 
 
@@ -75,9 +75,9 @@ def plot_pass(arms: "Mapping[str, Samples]") -> Figure:
     figure, (left, right) = _axes(2)
     for i, (name, samples) in enumerate(arms.items()):
         ks = range(1, samples.correct.shape[1] + 1)
-        passed = [bootstrap_interval(samples.pass_at(k)) for k in ks]
+        passed = [mean_interval(samples.pass_at(k)) for k in ks]
         _draw_band(left, ks, passed, color=f"C{i}", label=name)
-        share = bootstrap_interval(samples.thinks.mean(axis=1))
+        share = mean_interval(samples.thinks.mean(axis=1))
         error = [[share.mean - share.low], [share.high - share.mean]]
         right.barh(i, share.mean, xerr=error, color=f"C{i}", height=0.6)
     left.set(xlabel="k, answers sampled to a problem", ylabel="one of them is right", ylim=(0, 1.04))

@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ironlogic.show.evidence import VERDICT_COLORS, finding_pictures, plot_recipes
+from ironlogic.show.evidence import VERDICT_COLORS, finding_pictures, plot_frontier, plot_recipes
 from ironlogic.show.explorer import picture_html, png_bytes
 
 import jinja2
@@ -40,16 +40,19 @@ def write_report(
     title: str,
     lines: Sequence[str] = (),
     recipes: "Sequence[Finding]" = (),
+    sweep: Sequence[Mapping[str, Any]] = (),
     measures: "pd.DataFrame",
 ) -> Path:
     """Writes the page, and the findings beside it as JSON; returns its path.
 
-    `lines` say what was done with what, `recipes` come from `compare_recipes`, `measures` from `describe`.
+    `lines` say what was done with what, `recipes` come from `compare_recipes`, `sweep` from `Study.sweep_points`,
+    `measures` from `describe`.
     """
     path = Path(path)
     shown = any(finding.effect for finding in recipes)
     recipes = _picture(plot_recipes(recipes), "what each recipe buys, and what it costs") if shown else ""
-    values = {**_findings_values(findings), **_measures_values(measures)}
+    sweep = _picture(plot_frontier(sweep), "accuracy at every learning rate that was tried") if sweep else ""
+    values = {"sweep": sweep, **_findings_values(findings), **_measures_values(measures)}
     page = _render("page", title=title, lines=lines, recipes=recipes, **values)
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = [{name: _finite(value) for name, value in asdict(finding).items()} for finding in findings]
@@ -82,6 +85,7 @@ def _measures_values(table: "pd.DataFrame") -> dict[str, Any]:
 def _render(part: str, **values: Any) -> str:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     environment.filters |= {"level": _level, "effect": _effect, "details": _details, "spread": _spread}
+    environment.filters["seen"] = _seen
     return environment.get_template("report.html").render(part=part, **values)
 
 
@@ -94,6 +98,13 @@ def _level(interval: "Interval | None") -> str:
 
 def _effect(value: float, form: str) -> str:
     return {"saved": f"{value:+.1%}", "worth": f"{value:.2g} x"}.get(form, f"{value:+.3f}")
+
+
+def _seen(finding: "Finding") -> str:
+    """Beside what can't be told: the smallest effect that would have been."""
+    if finding.verdict != "can't be told here" or not math.isfinite(finding.detectable):
+        return ""
+    return f"{_effect(finding.detectable, finding.claim.form)} would have shown"
 
 
 def _spread(mean: float, deviation: float) -> str:
@@ -111,7 +122,7 @@ def _details(finding: "Finding") -> list[str]:
     rule = {
         "worth": f"holds from {claim.size:g} x on, in part above 1 x",
         "saved": f"holds from {claim.size:.0%} saved on, in part above 3 %",
-        "no harm": f"holds if a loss of {-claim.size:g} is ruled out (90 % interval)",
+        "no harm": f"holds if a loss of {-claim.size:g} is ruled out",
         "gain": f"holds from {claim.size:+g} on, in part above 0",
     }[claim.form]
     details = [f"rule: {rule}"]
@@ -119,10 +130,10 @@ def _details(finding: "Finding") -> list[str]:
         details.append(f"said in seed {claim.source}")
     if finding.effect is not None and math.isfinite(finding.detectable):
         details.append(f"smallest effect such data show in 4 of 5 repetitions: {finding.detectable:.3f}")
-    if finding.same:
-        details.append("shown to be the same within 0.03 (two one-sided tests)")
+    if finding.kinds:
+        details.append(f"interval over trainings and {finding.kinds} kinds of items")
     if finding.p is not None:
-        details.append(f"McNemar over items, first training, Holm: p = {finding.p:.2g}")
+        details.append(f"p = {finding.p:.2g} of no effect, after Holm over all claims")
     if finding.effect is not None and finding.note:
         details.append(finding.note)
     return details
