@@ -4,14 +4,23 @@ import json
 from dataclasses import replace
 from functools import partial
 
-from ironlogic.data.chats import ChatError
+from ironlogic.data.chats import ChatError, make_chats
 from ironlogic.evidence import twins
 from ironlogic.evidence.claims import CLAIMS, judge_claims
 from ironlogic.evidence.items import load_items
 from ironlogic.evidence.measures import decoding_speed
-from ironlogic.evidence.study import CURVE, measure_adapters, open_study, run_study, time_twins
-from ironlogic.evidence.twins import Recipe, make_recipes
+from ironlogic.evidence.study import (
+    SEEDS_STEPS,
+    SIZES,
+    check_adapters,
+    measure_adapters,
+    open_study,
+    run_study,
+    time_twins,
+)
+from ironlogic.evidence.twins import Recipe, make_recipes, train_twins
 from ironlogic.presets import find_preset
+from ironlogic.show.evidence import plot_frontier
 from ironlogic.show.report import findings_html
 from ironlogic.training.runs import RunError
 
@@ -33,7 +42,7 @@ def brief_timing():
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     """(study, recipes, measured, lines): base, SFT, FT and FT then SFT; notebook 02 trains in several processes."""
-    study = open_study(NANO, tmp_path_factory.mktemp("runs"), rows=24, seeds=1, questions=17)
+    study = open_study(NANO, tmp_path_factory.mktemp("runs"), rows=24, seeds=1, questions=20)
     study = replace(study, max_new_tokens=12)  # so little trained, most answers have no end
     recipes = {"FT then SFT": study.recipes["FT then SFT"]} | study.twins()
     lines = []
@@ -46,7 +55,7 @@ def studied(tmp_path_factory):
 
 
 def test_twins_differ_in_what_their_name_says_and_in_nothing_else(tmp_path):
-    study = open_study(NANO, tmp_path, rows=40, seeds=2, questions=34)
+    study = open_study(NANO, tmp_path, rows=40, seeds=2, questions=40)
     recipes = make_recipes(NANO.train, replace(NANO.burden, ratio=0.7))
     for arm, recipe in recipes.items():
         changed = {"FT as the seed": {"loss": "all"}, "NEFTune": {"neftune_alpha": 5.0}}.get(arm, {})
@@ -67,11 +76,19 @@ def test_twins_differ_in_what_their_name_says_and_in_nothing_else(tmp_path):
 
 def test_every_claim_has_its_runs_in_the_full_plan(tmp_path):
     study = open_study(NANO, tmp_path, seeds=5, rows=1200)
-    recipes, sizes = study.full()
-    assert {arm for claim in CLAIMS for arm in (claim.ours, claim.control)} <= set(recipes)
-    assert sizes == (*CURVE, 1200)
-    assert recipes["FT 248 rows"] == replace(study.recipes["FT"], rows=248)
-    assert open_study(NANO, tmp_path, seeds=1, rows=100).full()[1] == (30, 100)
+    curves, sizes = study.curves()
+    assert {arm for claim in CLAIMS for arm in (claim.ours, claim.control)} <= set(study.full()) | set(curves)
+    assert sizes == SIZES  # problems are made, however few an arm is trained on
+    at_the_seeds = curves["FT 248 rows"]
+    assert at_the_seeds == replace(
+        study.recipes["FT"], rows=248, seeds=study.seeds[:3], settings=at_the_seeds.settings
+    )
+    for arm, recipe in curves.items():
+        size = int(arm.split()[1])
+        assert recipe.settings.epochs * -(-size // 16) >= SEEDS_STEPS
+        assert replace(recipe.settings, epochs=1) == NANO.train
+    rows = [study.curve_rows()[seed][:248] for seed in study.seeds[:3]]
+    assert len({tuple(chat[0]["content"] for chat in chats) for chats in rows}) == 3
     assert not study.has_twins()
     assert list(study.short()) == ["base", "SFT", "FT"]
 
@@ -86,7 +103,7 @@ def test_each_training_gets_its_rows_and_its_start_and_lies_where_notebook_02_pu
             plans[name] = (place, list(rows), start, after.get(name))
 
     monkeypatch.setattr(twins, "run_parallel", note)
-    study = open_study(NANO, tmp_path, rows=40, seeds=2, questions=17)
+    study = open_study(NANO, tmp_path, rows=40, seeds=2, questions=20)
     recipes = {arm: study.recipes[arm] for arm in ("FT as the seed", "deletion", "FT then SFT")}
     study.train(recipes | {"base": None, "FT 7 rows": replace(study.recipes["FT"], rows=7)})
     folder = "02_nano_problems_40_0.7"
@@ -115,7 +132,10 @@ def test_from_training_to_verdict_and_again_from_disk(studied):
     assert len(lines) == 4
     assert study.has_twins()
     findings = judge_claims(measured, study.items)
-    assert findings["faster"].effect
+    assert findings["faster-length"].effect
+    assert findings["faster-token"].verdict == findings["silence"].verdict == "one training: not judged"
+    assert "no experts" not in str(findings)
+    assert "routing" not in {finding.claim.key for finding in findings}  # nano has none
     assert findings["emerges"].verdict == "can't be told here"
     again = run_study(study, recipes, report=lines.append)
     assert len(lines) == 4
@@ -141,9 +161,7 @@ def test_other_questions_are_measured_anew(studied, monkeypatch):
     arm = study.train({"SFT": study.recipes["SFT"]})["SFT"]
     calls = []
     monkeypatch.setattr(twins, "measure", lambda *_, **options: calls.append(options) or {"a": np.array([np.nan])})
-    assert arm.measure(study.items)[3407].keys() == {
-        name for name in measured["SFT"][3407] if name not in ("ln seconds", "ln time")
-    }
+    assert arm.measure(study.items)[3407].keys() == {name for name in measured["SFT"][3407] if name != "ln seconds"}
     assert not calls
     fewer = replace(study.items, tasks=study.items.tasks[:3], chats=study.items.chats[:3])
     for _ in range(2):
@@ -162,15 +180,75 @@ def test_own_adapter_and_own_items_give_the_same_table(studied, tmp_path):
     items, rejected = load_items(path)
     assert not rejected
     adapter = study.folder / "FT-3407/adapter"
-    arms = measure_adapters({"yours": adapter}, items, tmp_path / "own", max_new_tokens=12, seed=study.seed)
-    assert np.array_equal(arms["yours"][0]["correct@0.7"], measured["FT"][3407]["correct@0.7"])
-    findings = judge_claims(arms, items, names={"FT": "yours", "SFT": "base"})
+    twin = study.folder / "SFT-3407/adapter"
+    own = {"yours": [adapter, twin], "control": [twin, twin]}
+    arms = measure_adapters(own, items, tmp_path / "own", max_new_tokens=12, seed=study.seed)
+    assert {arm: list(trainings) for arm, trainings in arms.items()} == {
+        "yours": [1, 2],
+        "control": [1, 2],
+        "base": [0],
+    }
+    assert np.array_equal(arms["yours"][1]["correct@0.7"], measured["FT"][3407]["correct@0.7"])
+    assert np.array_equal(arms["yours"][2]["correct@0.7"], measured["SFT"][3407]["correct@0.7"])
+    findings = judge_claims(arms, items, names={"FT": "yours", "SFT": "control"})
     for finding in findings:
-        if (finding.claim.ours, finding.claim.control, finding.claim.form) == ("yours", "base", "gain"):
-            assert finding.effect or "needed" in finding.note, finding.claim.key
+        assert finding.effect or "needed" in finding.note, finding.claim.key
     assert "yours" in findings_html(findings)
+    alone = judge_claims(
+        {"yours": arms["yours"], "base": arms["base"]}, items, names={"FT": "yours", "SFT": "base"}
+    )
+    assert "There is no control" in findings_html(alone)
     with pytest.raises(RunError, match="holds no adapter"):
-        measure_adapters({"yours": adapter, "control": "nano"}, items, tmp_path / "own")
+        check_adapters({"yours": adapter, "control": "nano"})
+    few = replace(items, tasks=items.tasks[:6], chats=items.chats[:6])
+    with pytest.raises(RunError, match="6 items; 8 or more"):
+        measure_adapters(own, few, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_each_arm_gets_the_rate_that_is_best_for_it(tmp_path):
+    """A rate that breaks the model is not chosen for either; the study, and who opens it later, take the best."""
+    preset = replace(NANO, sweep=(1e-3, 5.0))
+    study = open_study(preset, tmp_path, rows=32, seeds=1, questions=20)
+    swept = replace(study, max_new_tokens=12).sweep_rates(processes=1, report=lambda line: None)
+    points = study.sweep_points()
+    assert [(point["arm"], point["rate"]) for point in points] == [
+        (arm, rate) for rate in (1e-3, 5.0) for arm in ("SFT", "FT")
+    ]
+    for arm in ("SFT", "FT"):
+        best = max((point for point in points if point["arm"] == arm), key=lambda point: point["score"])
+        assert swept.rates[arm] == best["rate"] == 1e-3
+        assert swept.recipes[arm].settings.learning_rate == 1e-3
+    assert open_study(preset, tmp_path, rows=32, seeds=1, questions=20).rates == swept.rates
+    assert "SFT 0.001, FT 0.001, each the best of 2" in "".join(swept.summary())
+    asked = {task.prompt for task in study.validation.tasks}
+    assert not asked & {task.prompt for task in study.items.tasks}
+    assert not asked & {chat[0]["content"] for chat in study.chats[3407]}
+    (axes,) = plot_frontier(points).axes
+    assert sorted(text.get_text() for text in axes.texts) == ["0.001", "0.001", "5", "5"]
+    with pytest.raises(RunError, match="no learning rates to choose from"):
+        open_study(replace(NANO, sweep=()), tmp_path, rows=20, seeds=1).sweep_rates()
+
+
+def test_a_row_that_one_arm_would_lose_is_left_out_of_all(tmp_path, monkeypatch):
+    """The burden moves a long word of the question behind the cut in some epoch, and the answer with it."""
+    plans = {}
+    monkeypatch.setattr(
+        twins, "run_parallel", lambda jobs, **_: plans.update({name: job.args[3] for name, job in jobs.items()})
+    )
+    long = "zebra " * 60 + "why?"
+    rows = [(f"Is it {word}?", "yes") for word in ("hot", "cold", "wet")]
+    rows.insert(1, (long, "no"))
+    chats = make_chats(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        for question, answer in rows
+    )
+    settings = replace(NANO.train, max_length=100)
+    train_twins(replace(NANO, train=settings), chats, burden=NANO.burden, run=tmp_path / "twins")
+    kept = [[chat[0]["content"] for chat in plans[name]] for name in ("FT, seed 3407", "SFT, seed 3407")]
+    assert kept[0] == kept[1] == [question for question, _ in rows if question != long]
+    assert plans["FT, seed 3407"].rows["row"][:] == [0, 2, 3]  # the number draws the burden
 
 
 def test_the_command_says_what_is_wrong_before_it_trains(tmp_path, capsys):

@@ -297,7 +297,7 @@ equal byte for byte.
 - `nano-moe/`: the same as a mixture of four experts a layer, two used per token, bfloat16.
 - `nano-vision/`: a CLIP-shaped vision tower of 183,680 parameters and its image processor, float32.
 - `reasoning-248.jsonl`: 248 conversations, the number of the seeds; `<think>` on the hard ones.
-- `pictures/`: for the project's README, from a run of notebooks 01 and 02 on nano.
+- `pictures/`: for the project's README, from a run of the notebooks on nano (`python tests/pictures.py`).
 
 | file | bytes | sha256 |
 |---|---|---|

@@ -201,7 +201,8 @@ def train_arms(
 
     A recipe None is the model as it is. `chats` as in `train_twins`; `further`: rows for recipes that go on `after`
     another, by seed. `test`: every model is measured on it in the process that trained it, so that a later
-    `Arm.measure` has nothing left to do; `brief`: by accuracy, thinking and loss alone. `options` (processes, watch, report) as in `run_parallel`.
+    `Arm.measure` has nothing left to do; `brief`: by accuracy, thinking and loss alone. `options` (processes,
+    watch, report) as in `run_parallel`.
 
     A row whose answer the context cuts away in one arm, in any epoch, is left out of all.
 
