@@ -23,24 +23,26 @@ import numpy as np
 import pandas as pd
 import pytest
 
-ITEMS = made_items(68, seed=1)
-SIZES = (30, 248, 3000)
+ITEMS = made_items(80, seed=1)
+SIZES = (100, 248, 2480)
 
 
 def study(*, nasty: str = "FT mixed") -> dict:
     rng, arms = np.random.default_rng(0), {}
-    for name in ("base", "SFT", "FT", nasty, "SFT 30 rows", "SFT 248 rows", "FT 30 rows", "FT 248 rows"):
+    for name in ("base", "SFT", "FT", nasty, *(f"SFT {size} rows" for size in SIZES), "FT 248 rows"):
         arms[name] = {}
         for seed in range(1 if name == "base" else 3):
             columns = {
-                f"{m}@{r:g}": (rng.random(68) < 0.6).astype(float)
+                f"{m}@{r:g}": (rng.random(80) < 0.6).astype(float)
                 for m in ("correct", "think", "loop", "loss")
                 for r in RATIOS
             }
-            columns |= {f"tokens@{r:g}": rng.integers(3, 40, 68).astype(float) for r in RATIOS}
-            columns |= {f"ceiling@{r:g}": np.ones(68) for r in RATIOS}
-            columns |= {"sure": rng.random(68)}
-            columns |= {"correct substituted": np.zeros(68), "mode@0": np.ones(68), "bleed excess": np.zeros(68)}
+            columns |= {f"tokens@{r:g}": rng.integers(3, 40, 80).astype(float) for r in RATIOS}
+            columns |= {f"ceiling@{r:g}": np.ones(80) for r in RATIOS}
+            columns |= {
+                name: rng.random(80) for name in ("sure", "silent layers", "late entropy", "attention shift")
+            }
+            columns |= {"correct substituted": np.zeros(80), "mode@0": np.ones(80), "bleed excess": np.zeros(80)}
             arms[name][seed] = columns
     return arms
 
@@ -58,14 +60,15 @@ def test_page_needs_nothing_beside_it_and_escapes_everything(tmp_path):
         title=evil,
         lines=[evil],
         recipes=compare_recipes(arms, ITEMS),
+        sweep=[{"arm": arm, "rate": 0.1, "clean": 0.5, "scrambled": 0.4, "score": 0.45} for arm in ("SFT", "FT")],
         measures=figures,
     ).read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 6
     assert not re.findall(r"(?:src|href)=\"(?!data:image/png)", page)
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", page)
-    assert page.count("<details>") == len(claims)
-    assert page.count("data:image/png") == sum(finding.effect is not None for finding in findings) + 1
+    assert page.count("<details>") == len(findings) == len(claims) - 1  # no experts here
+    assert page.count("data:image/png") == sum(finding.effect is not None for finding in findings) + 2
     for finding in findings:
         assert finding.claim.key in {claim.key for claim in claims}
         assert finding.verdict.replace("'", "&#39;") in page
@@ -91,13 +94,14 @@ def test_spread_stands_beside_the_mean_of_several_trainings():
 
 @pytest.mark.slow
 def test_row_says_rule_n_and_reason():
-    findings = judge_claims({"FT": study()["FT"]}, ITEMS)
-    html = findings_html(findings)
+    html = findings_html(judge_claims(study(), ITEMS))
     assert "holds from +0.03 on" in html
     assert "a loss of 0.03 is ruled out" in html
-    assert "there is no run of SFT" in html
-    whole = findings_html(judge_claims(study(), ITEMS))
-    assert "3 x 40" in whole  # trainings x order-free items
+    assert "there is no run of FT then SFT" in html
+    assert "3 x 40" in html  # trainings x order-free items
+    assert "interval over trainings and 10 kinds of items" in html
+    assert "would have shown" in html  # beside what can't be told
+    assert "There is no control" in findings_html(judge_claims({"FT": study()["FT"]}, ITEMS))
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -119,7 +123,9 @@ def test_figures_show_what_is_known_and_survive_what_is_not():
     shown = [f for f in findings if f.effect is not None and f.claim.form != "worth"]
     (axes,) = plot_findings(findings).axes
     assert len(axes.get_yticks()) == len(shown)
-    assert len(plot_learning(arms, SIZES, column="loss@0", label="x").axes[0].get_legend().get_texts()) == 2
+    assert (
+        len(plot_learning(arms, ITEMS, SIZES, column="correct@0", label="x").axes[0].get_legend().get_texts()) == 2
+    )
     assert finding_pictures(judge_claims({}, ITEMS)) == {}
     assert set(finding_pictures(findings)) == {f.claim.key for f in findings if f.effect}
     panels = plot_robustness({arm: arms[arm] for arm in ("SFT", "FT")}, ITEMS).axes
@@ -136,12 +142,12 @@ def test_explorer_offers_what_was_measured():
     arms = study()
     explorer = robustness_explorer(arms, ITEMS)
     assert explorer.controls["arms"].value == ("base", "SFT", "FT")
-    assert "FT 30 rows" not in explorer.controls["arms"].options
+    assert "FT 248 rows" not in explorer.controls["arms"].options
     assert "40 problems" in explorer.text.value
     before = explorer.png
     explorer.controls["measure"].value = "think"
     explorer.controls["sort"].value = "bound"
-    assert "28 problems" in explorer.text.value
+    assert "40 problems" in explorer.text.value
     assert explorer.png not in (b"", before)
     explorer.controls["arms"].value = ()
     assert explorer.text.value == "<p>choose an arm</p>"

@@ -52,6 +52,7 @@ __all__ = [
     "GrpoError",
     "GrpoSettings",
     "Samples",
+    "random_reward",
     "read_completions",
     "rejection_chats",
     "sample_answers",
@@ -239,6 +240,16 @@ def _reward_names(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]]) 
             "rename the function"
         )
     return names
+
+
+def random_reward(seed: int) -> Reward:
+    """A reward that is a coin for every completion, whatever it says: a control for what any reward brings."""
+
+    def random_reward(completions: Sequence[Any], trainer_state: Any, **_: Any) -> list[float]:
+        coin = random.Random(f"{seed}-{trainer_state.global_step}")
+        return [float(coin.random() < 0.5) for _ in completions]
+
+    return random_reward
 
 
 class _Rewards(transformers.TrainerCallback):
