@@ -173,7 +173,7 @@ PRESETS = {
             train=_NANO,
             burden=Burden(),
             evaluation_seeds=5,
-            sweep=(1e-3, 2e-3, 5e-3),
+            sweep=(5e-4, 1e-3, 2e-3, 5e-3),
             note="shipped in data/, runs on any laptop",
         ),
         _T4,
