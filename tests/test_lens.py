@@ -295,7 +295,7 @@ def test_a_reading_knows_what_its_type_may_be_off(nano, dtype):
     model = copy.deepcopy(nano.model).to(dtype)
     reading = read_layers(replace(nano, model=model), "Who is taller, Ann or Bob?", positions=None)
     assert reading.proved
-    assert (max(reading.allowed.values()) < 1e-3) == (dtype == torch.float32)
+    assert (max(reading.allowed.values()) < 5e-3) == (dtype == torch.float32)
     assert not replace(reading, checks={name: 2 * gap for name, gap in reading.allowed.items()}).proved
     assert not replace(reading, checks={}).proved
 

@@ -213,9 +213,8 @@ def test_each_arm_gets_the_rate_that_is_best_for_it(tmp_path):
     study = open_study(preset, tmp_path, rows=32, seeds=1, questions=20)
     swept = replace(study, max_new_tokens=12).sweep_rates(processes=1, report=lambda line: None)
     points = study.sweep_points()
-    assert [(point["arm"], point["rate"]) for point in points] == [
-        (arm, rate) for rate in (1e-3, 5.0) for arm in ("SFT", "FT")
-    ]
+    expected = [("base", 0), *((arm, rate) for rate in (1e-3, 5.0) for arm in ("SFT", "FT"))]
+    assert [(point["arm"], point["rate"]) for point in points] == expected
     for arm in ("SFT", "FT"):
         best = max((point for point in points if point["arm"] == arm), key=lambda point: point["score"])
         assert swept.rates[arm] == best["rate"] == 1e-3

@@ -110,7 +110,7 @@ class Study:
         """The study with the best learning rate for each arm, of `preset.sweep`, by its validation items.
 
         SFT and FT are trained at every rate, with seeds of their own, and judged alike: by accuracy, mean of clean
-        and scrambled prompts (without checkable answers: by the loss of the reply). Writes `rates.json` into the
+        and scrambled prompts (without checkable answers: by the loss of the reply); the base stands beside them. Writes `rates.json` into the
         study's folder, which `open_study` reads. `options` as in `run_parallel`.
         """
         if not self.preset.sweep or self.validation is None:
@@ -118,7 +118,7 @@ class Study:
             raise RunError(f"{self.folder.name} has no {lacking}")
         numbers = range(self.seed + 20_000, self.seed + 20_000 + trainings)
         rows = dict(zip(numbers, itertools.cycle(self.chats.values()), strict=False))
-        recipes = {}
+        recipes: Recipes = {"base": None}  # a rate of 0
         for rate in self.preset.sweep:
             swept = replace(self, rates={"SFT": rate, "FT": rate}).recipes
             recipes |= {f"{arm} at {rate:g}": replace(swept[arm], seeds=tuple(numbers)) for arm in ("SFT", "FT")}
@@ -267,14 +267,14 @@ def _made_rows(count: int, seed: int) -> Chats:
 
 def _sweep_point(name: str, measured: Measurement, items: Items) -> dict[str, Any]:
     """One arm at one rate: higher is better, clean, scrambled and their mean (without answers: minus the loss)."""
-    arm, _, rate = name.partition(" at ")
+    arm, _, rate = name.partition(" at ")  # the base has none
     column, sign = ("correct", 1) if items.checkable else ("loss", -1)
     clean, scrambled = (
         sign * float(np.nanmean([columns[f"{column}@{ratio:g}"] for columns in measured.values()]))
         for ratio in (0.0, WORST)
     )
     score = (clean + scrambled) / 2
-    return {"arm": arm, "rate": float(rate), "clean": clean, "scrambled": scrambled, "score": score}
+    return {"arm": arm, "rate": float(rate or 0), "clean": clean, "scrambled": scrambled, "score": score}
 
 
 def run_study(study: Study, recipes: Recipes, **options: Any) -> dict[str, Measurement]:

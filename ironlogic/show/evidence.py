@@ -186,10 +186,12 @@ def plot_learning(arms: Arms, items: Items, sizes: Sequence[int], *, column: str
 def plot_frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
     """Every learning rate of a sweep (`Study.sweep_points`): scrambled prompts over clean ones, SFT beside FT.
 
-    Further right and further up is better; the ring is the rate that was chosen.
+    Further right and further up is better; the ring is the rate that was chosen, the square the base model.
     """
     figure, (axes,) = _axes(height=3.9)
     figure.set_figwidth(6)
+    for base in (point for point in points if point["arm"] == "base"):
+        axes.plot(base["clean"], base["scrambled"], "s", color=_color("base", 0), ms=7, label="base")
     for i, arm in enumerate(("SFT", "FT")):
         own = sorted((point for point in points if point["arm"] == arm), key=lambda point: point["rate"])
         best = max(own, key=lambda point: point["score"])
