@@ -38,9 +38,9 @@ __all__ = [
     "time_twins",
 ]
 
-MAIN = ("SFT", "FT", "FT mixed", "FT as the seed", "SFT then SFT", "FT then SFT")
-SIDE = ("FT 0.3", "deletion", "NEFTune")  # other sorts of noise
-SIZES = (100, 248, 2_480, 24_800)  # rows of the learning curves: the seeds' 248, ten and a hundred times as many
+MAIN = ("SFT", "FT", "SFT then SFT", "FT then SFT")  # of which claims speak
+SIDE = ("FT mixed", "FT as the seed", "FT 0.3", "deletion", "NEFTune")
+SIZES = (248, 2_480, 24_800)  # rows of the learning curves: the seeds' 248, ten and a hundred times as many
 SEEDS_STEPS = 744  # optimizer steps of the seeds' script; points of the learning curves have as many, or more
 FEW = 3  # trainings of side arms, learning curves and timings
 Recipes = dict[str, Recipe | None]
@@ -80,7 +80,7 @@ class Study:
 
     def short(self) -> Recipes:
         """The base, SFT and FT, and every other arm that was trained, with the seeds that were."""
-        trained = {arm: replace(self.recipes[arm], seeds=self.trained(arm)) for arm in (*MAIN[2:], *SIDE)}
+        trained = {arm: replace(self.recipes[arm], seeds=self.trained(arm)) for arm in (*SIDE[:2], *MAIN[2:], *SIDE[2:])}
         return self.twins() | {arm: recipe for arm, recipe in trained.items() if recipe.seeds}
 
     def full(self) -> Recipes:
