@@ -5,7 +5,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ironlogic.models import LoadedModel, as_loaded, free_memory, inference, model_inputs
+from ironlogic.models import LoadedModel, as_loaded, free_memory, inference, model_inputs, need_template
 
 import torch
 import transformers
@@ -81,6 +81,7 @@ def chat_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
     if empty := [i for i, chat in enumerate(chats) if not chat]:
         raise ValueError(f"generate: prompt {empty[0]} is empty")
+    need_template(tokenizer)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 

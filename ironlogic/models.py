@@ -17,7 +17,9 @@ import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,8 +46,11 @@ __all__ = [
     "inference",
     "load_model",
     "load_tokenizer",
+    "lora_places",
     "model_inputs",
+    "need_template",
     "real_size",
+    "refuse_pickles",
     "resolve",
     "split_adapter",
     "trainer_hardware",
@@ -86,6 +91,9 @@ def _choose_backend() -> tuple[str, str]:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 BACKEND, WHY_NOT_UNSLOTH = _choose_backend()
 
+from ironlogic.data.chats import ChatError  # noqa: E402
+from ironlogic.data.masking import turn_end  # noqa: E402
+
 import peft  # noqa: E402
 import transformers  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
@@ -98,9 +106,6 @@ _VISION = ("vision_tower", "vision_model", "visual", "multi_modal_projector", "c
 _NOT_QUANTIZED = ["lm_head", *(f"model.{name}" for name in _VISION)]
 
 DATA = Path(__file__).resolve().parent.parent / "data"
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 @dataclass(frozen=True)
@@ -171,10 +176,7 @@ def load_model(
     base, adapter = split_adapter(source)
     free_memory()  # a model that nobody holds any more goes before this one comes
     for folder in (base, adapter or base):
-        if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
-            raise ModelError(
-                f"{folder}: no .safetensors file in it; weights in pickles are not read, save them anew"
-            )
+        refuse_pickles(folder)
     local_only = Path(base).is_dir()
     try:  # told not to trust: else it asks on the keyboard whether to run a stranger's code
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=local_only, trust_remote_code=False)
@@ -186,7 +188,7 @@ def load_model(
     except ModelError:
         raise
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{source} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"{source} can't be loaded: {_reason(error)}") from error
     small = model.device.type == "cpu" and sum(map(real_size, model.parameters())) < 20e6
     if small and "OMP_NUM_THREADS" not in os.environ:
         # a fifth slower than two threads on idle cores, three times faster when something else runs
@@ -214,6 +216,7 @@ def _made_safe(loaded: LoadedModel) -> LoadedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     name = loaded.source or type(loaded.model).__name__
+    _mend_processor(loaded.processor or loaded.tokenizer)
     if not loaded.tokenizer("a", add_special_tokens=False)["input_ids"]:
         # transformers 5 makes an empty one where the files are missing
         raise ModelError(f"{name}: its folder holds no tokenizer (tokenizer.json); copy it from the base model")
@@ -222,12 +225,53 @@ def _made_safe(loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
+def refuse_pickles(folder: str | Path) -> None:
+    """Raises `ModelError` for a folder with weights in no safetensors file."""
+    if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
+        raise ModelError(f"{folder}: no .safetensors file in it; weights in pickles are not read, save them anew")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, and the next where the first only announces it."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
+
+
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """The tokenizer alone, of what `load_model` takes."""
     base, _ = split_adapter(resolve(name_or_path))
-    return transformers.AutoTokenizer.from_pretrained(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
         base, local_files_only=Path(base).is_dir(), trust_remote_code=False
     )
+    _mend_processor(tokenizer)
+    return tokenizer
+
+
+def _mend_processor(processor: Any) -> None:
+    """One chat template where there are several by name, and an end token at which the template ends an answer.
+
+    A base model's (Qwen-Base, say) ends a document: trained answers would end with one token and generation go on
+    for another.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for holder in (tokenizer, processor):
+        if isinstance(holder.chat_template, dict):
+            templates = holder.chat_template
+            holder.chat_template = templates.get("default") or next(iter(templates.values()))
+    try:
+        end = turn_end(tokenizer)
+    except ChatError:  # no template, or none that can be used: whoever needs one says so
+        return
+    if end is not None and end != tokenizer.eos_token:
+        tokenizer.eos_token = end
+
+
+def need_template(processor: Any) -> None:
+    """Raises `ModelError` where there is no chat template."""
+    if not processor.chat_template and not getattr(processor, "tokenizer", processor).chat_template:
+        raise ModelError(
+            "the tokenizer has no chat template; set tokenizer.chat_template, or load an instruct model"
+        )
 
 
 def split_adapter(source: str) -> tuple[str, str | None]:
@@ -235,10 +279,14 @@ def split_adapter(source: str) -> tuple[str, str | None]:
     settings = Path(source) / "adapter_config.json"
     if not settings.is_file():
         return source, None
-    base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{settings}: can't be read ({error}); copy the adapter again") from error
     if not base:
         raise ModelError(f"{settings}: names no base model (base_model_name_or_path)")
-    if not Path(base).exists() and (DATA / Path(base).name / "config.json").is_file():
+    of_hub = base.count("/") == 1 and not base.startswith("/")  # "someone/nano" is not our nano
+    if not of_hub and not Path(base).exists() and (DATA / Path(base).name / "config.json").is_file():
         base = Path(base).name  # trained where this repository lay elsewhere
     return resolve(base), source
 
@@ -258,17 +306,24 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
 
 
 def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedModel:
-    """The model with a fresh low-rank adapter on its language model; the same seed gives the same adapter."""
+    """The model with a fresh low-rank adapter on its language model; the same seed gives the same adapter.
+
+    Raises `ModelError` where the adapter would sit elsewhere than `lora` asks, as `lora_places` has it.
+    """
     if isinstance(loaded.model, peft.PeftModel):
         raise ModelError(f"{loaded.source} carries an adapter already; load the base model again for a fresh one")
     if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in loaded.model.modules()):
         raise ModelError(f"{loaded.source}: an earlier run trained inside this model; load it again")
-    names = (_ATTENTION if lora.attention else ()) + (_MLP if lora.mlp else ())
-    # one pattern for every backend; the look-ahead keeps it out of vision towers and experts
-    avoided = "vision|visual" if lora.experts else "vision|visual|experts"
-    target = rf"(?!.*(?:{avoided})).*\.(?:{'|'.join(names)})"
-    mixture = hasattr(loaded.model.config.get_text_config(), "num_experts")
-    experts = {"target_parameters": list(_EXPERTS) if lora.experts else []} if mixture else {}
+    asked = [kind for kind in ("attention", "mlp", "experts") if getattr(lora, kind)]
+    parts = list(_trainable_parts(loaded.model))
+    if not {name.rpartition(".")[2] for _, name, _ in parts} & set(_FAMILIES):
+        name, known = type(loaded.model).__name__, ", ".join(_FAMILIES)
+        raise ModelError(f"{name} has no layer named {known}: it is of no family that is trained here")
+    names = sorted({name for kind, name, matrix in parts if matrix and kind in asked})
+    target = rf"(?!.*(?:{'|'.join(_SENSES)})).*\.\d+\.(?:{'|'.join(map(re.escape, names))})"
+    stacks = sorted({name for _, name, matrix in parts if not matrix})
+    # named even if none is asked for: PEFT would put an adapter on stacked experts by itself
+    experts = {"target_parameters": stacks if lora.experts else []} if stacks else {}
     transformers.set_seed(seed)
     if loaded.backend == "unsloth":
         import unsloth
@@ -300,7 +355,62 @@ def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedMod
             **experts,
         )
         model = peft.get_peft_model(loaded.model, settings)
+    _check_places(model, asked)
     return replace(loaded, model=model)
+
+
+# Where a language model can be trained: matrices, and stacks of them where experts lie in one tensor
+_FAMILIES = ("q_proj", "o_proj", "qkv_proj")  # every family that is trained here has one of these
+_SENSES = ("vision", "visual", "audio", "projector", "connector")  # parts beside the language model
+_IN_A_LAYER = re.compile(r"\.(?:layers|h|blocks)\.\d+\.(.+)$")
+_MIXES_TOKENS = re.compile(r"attn|attention|mixer|mamba|conv|rnn")
+_ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
+_WRAPPED = re.compile(r"\.base_layer\b|\bbase_model\.model\.")
+
+
+def _trainable_parts(model: torch.nn.Module) -> Iterator[tuple[str, str, bool]]:
+    """(kind, name within its layer, matrix or stack) of every weight of the decoder layers that LoRA can sit on."""
+    for path, module in model.named_modules():
+        place = _WRAPPED.sub("", f".{path}")
+        inside = _IN_A_LAYER.search(place)
+        if not inside or any(word in place for word in _SENSES):
+            continue
+        name = inside[1]
+        if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D) and ".lora_" not in place:
+            yield _part_kind(name), name, True
+        for weight, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and "expert" in f"{name}.{type(module).__name__}".lower():
+                yield "experts", f"{name}.{weight}", False
+
+
+def _part_kind(name: str) -> str:
+    if "expert" in name and "shared" not in name:
+        return "experts"
+    if name.rpartition(".")[2] in _ROUTERS:
+        return "router"
+    return "attention" if _MIXES_TOKENS.search(name) else "mlp"
+
+
+def lora_places(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """By kind of part (attention, mlp, experts, router): how many weights carry an adapter, of how many."""
+    adapted, counts = Counter(), Counter(kind for kind, _, _ in _trainable_parts(model))
+    for path, module in model.named_modules():
+        inside = _IN_A_LAYER.search(_WRAPPED.sub("", f".{path}"))
+        if inside and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            stack = hasattr(module, "parameter_name")
+            adapted["experts" if stack else _part_kind(inside[1])] += 1
+    return {kind: (adapted[kind], counts[kind]) for kind in adapted | counts}
+
+
+def _check_places(model: torch.nn.Module, asked: Sequence[str]) -> None:
+    """Raises `ModelError` where an adapter sits on what was not asked for, or not on all that was."""
+    for kind, (adapted, count) in lora_places(model).items():
+        expected = count if kind in asked else 0
+        if adapted != expected:
+            raise ModelError(
+                f"{type(model.get_base_model()).__name__}: {adapted} of {count} {kind} weights carry an adapter, "
+                f"expected {expected}; this family can't be trained that way here"
+            )
 
 
 def with_adapters(loaded: LoadedModel, adapters: Mapping[str, Path]) -> LoadedModel:
@@ -545,13 +655,16 @@ class _StillQwen3VLProcessor(transformers.Qwen3VLProcessor):
 def _load_processor(base: str, config: Any, local_only: bool) -> Any:
     safe = {"local_files_only": local_only, "trust_remote_code": False}  # else it asks on the keyboard
     if not hasattr(config, "vision_config"):
-        return transformers.AutoTokenizer.from_pretrained(base, **safe)
-    if config.model_type == "qwen3_vl" and not transformers.utils.is_torchvision_available():
+        processor = transformers.AutoTokenizer.from_pretrained(base, **safe)
+    elif config.model_type == "qwen3_vl" and not transformers.utils.is_torchvision_available():
         # AutoProcessor would return the tokenizer alone, without a word
         pictures = transformers.Qwen2VLImageProcessorPil.from_pretrained(base, local_files_only=local_only)
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, **safe)
-        return _StillQwen3VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
-    return transformers.AutoProcessor.from_pretrained(base, **safe)
+        processor = _StillQwen3VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+    else:
+        processor = transformers.AutoProcessor.from_pretrained(base, **safe)
+    _mend_processor(processor)
+    return processor
 
 
 def four_bit_share(model: torch.nn.Module) -> float:

@@ -210,7 +210,9 @@ def load_chats(
     split: str = "train",
     images: str | os.PathLike | None = None,
 ) -> Chats:
-    """Chats from a .jsonl, .json or .parquet file, a hub dataset "org/name", a list of dicts or a `Dataset`.
+    """Chats from a .jsonl, .json or .parquet file, a folder of `save_to_disk`, a hub dataset "org/name", or memory.
+
+    In memory they are a list of dicts, or a `Dataset`.
 
     `rows` of the result has the columns `messages`, `source_row` (1-based: the line of a JSONL file, else the row)
     and each further column of scalars of one type (at most 64; missing ones are null). A content is a string; if
@@ -231,7 +233,9 @@ def load_chats(
     """
     if format != "auto" and format not in _FIELDS:
         raise ChatError(f"format {format!r} is unknown; expected auto, {', '.join(_FIELDS)}")
-    name = str(source) if isinstance(source, str | os.PathLike) else ""
+    name = ""
+    if isinstance(source, str | os.PathLike):
+        source = name = os.path.expanduser(source)
     if images is None and os.path.isfile(name):
         images = Path(source).parent
     rows, bad = [], []
@@ -256,7 +260,12 @@ def load_chats(
 # --- one row of any form -> its turns ---------------------------------------------------------------------------
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"} | _ROLES
-_CARRIERS = ("tool_calls", "function_call", "reasoning_content", "thinking")  # to drop one is a silent loss
+# What a turn may hold beside its text: to drop a text is a silent loss, to drop a mark trains what was not to be
+_CARRIERS = (
+    "tool_calls function_call reasoning_content reasoning reasoning_details thinking thought refusal".split()
+)
+_MARKS = ("weight", "train", "training", "trainable", "loss")  # 0 or false: leave this turn out of the loss
+_UNSEEN = ("video", "videos", "audio", "audios")  # of a row: its text would be about something that no model sees
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MARK = re.compile(r"\n?<image>\n?")  # LLaVA's mark for a picture, with the newline that keeps it apart
 
@@ -272,6 +281,9 @@ def _read_row(row: Any, format: Format) -> list[dict]:
         raise row
     if not isinstance(row, Mapping):
         raise ChatError("expected an object", field="row", value=_short(row))
+    for name in _UNSEEN:
+        if row.get(name):
+            raise ChatError("is not seen by any model here", field=name, value=_short(row[name]))
     form = _detect_form(row) if format == "auto" else format
     if form == "alpaca":
         turns = _read_alpaca(row)
@@ -315,6 +327,10 @@ def _read_turn(turn: Any, field: str) -> dict:
     for key in _CARRIERS:
         if turn.get(key):
             raise ChatError("is not read; put it into the text", field=f"{field}.{key}", value=_short(turn[key]))
+    for key in _MARKS:
+        if turn.get(key) is not None and not turn[key]:
+            reason = "every answer of a row is trained; leave the row out, or end it before this turn"
+            raise ChatError(reason, field=f"{field}.{key}", value=_short(turn[key]))
     content = _read_content(turn.get(content_key), f"{field}.{content_key}", empty=roles[role] == "system")
     return {"role": roles[role], "content": content}
 
@@ -555,6 +571,8 @@ def _open_source(source: Any, split: str) -> Rows:
     if not isinstance(source, str | os.PathLike):
         raise ChatError(f"the source is a {type(source).__name__}; expected a path, hub name, list or Dataset")
     path = Path(source)
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():  # of Dataset.save_to_disk
+        return _read_tables(Dataset.load_from_disk(str(path)).with_format("arrow").iter(100))
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _READERS)[:5]
         raise ChatError(f"{path} is a directory; name one file in it ({', '.join(files) or 'it has no data file'})")
@@ -603,7 +621,7 @@ def _read_tables(tables: Iterable[pa.Table | pa.RecordBatch]) -> Rows:
         for index in range(table.num_rows):
             try:
                 row = table.slice(index, 1).to_pylist()[0]
-            except ValueError as error:  # such as text that is not UTF-8
+            except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond all calendars
                 row = ChatError(f"can't be read ({error})", field="row")
             yield next(number), row
 

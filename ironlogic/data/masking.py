@@ -19,7 +19,16 @@ from ironlogic.data.chats import ChatError, Chats, Rejected, check_chat, plain_t
 
 from datasets import Dataset, List, Value
 
-__all__ = ["IGNORED", "EncodeReport", "Encoded", "encode_chat", "encode_chats", "lost_rows", "show_mask"]
+__all__ = [
+    "IGNORED",
+    "EncodeReport",
+    "Encoded",
+    "encode_chat",
+    "encode_chats",
+    "lost_rows",
+    "show_mask",
+    "turn_end",
+]
 
 Loss = Literal["assistant", "all"]
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
@@ -116,6 +125,14 @@ def encode_chats(
     if not good:
         raise ChatError(f"no row is left to train on: {report}")
     return encoded.select(good).remove_columns("outcome"), report
+
+
+def turn_end(tokenizer: Any) -> str | None:
+    """The token that the chat template puts behind a last answer, with which training ends it; None without one.
+
+    Raises ChatError when the template can't be used at all.
+    """
+    return next(iter(_template_of(tokenizer, "all").last_end), None)
 
 
 def lost_rows(chats: Chats, tokenizer: Any, *, max_length: int) -> list[int]:

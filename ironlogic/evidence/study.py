@@ -80,7 +80,7 @@ class Study:
 
     def short(self) -> Recipes:
         """The base, SFT and FT, and every other arm that was trained, with the seeds that were."""
-        trained = {arm: replace(self.recipes[arm], seeds=self.trained(arm)) for arm in (*SIDE[:2], *MAIN[2:], *SIDE[2:])}
+        trained = {arm: replace(self.recipes[arm], seeds=self.trained(arm)) for arm in (*MAIN[2:], *SIDE)}
         return self.twins() | {arm: recipe for arm, recipe in trained.items() if recipe.seeds}
 
     def full(self) -> Recipes:
@@ -110,8 +110,8 @@ class Study:
         """The study with the best learning rate for each arm, of `preset.sweep`, by its validation items.
 
         SFT and FT are trained at every rate, with seeds of their own, and judged alike: by accuracy, mean of clean
-        and scrambled prompts (without checkable answers: by the loss of the reply); the base stands beside them. Writes `rates.json` into the
-        study's folder, which `open_study` reads. `options` as in `run_parallel`.
+        and scrambled prompts (without checkable answers: by the loss of the reply); the base stands beside them.
+        Writes `rates.json` into the study's folder, which `open_study` reads. `options` as in `run_parallel`.
         """
         if not self.preset.sweep or self.validation is None:
             lacking = "rows to validate on" if self.preset.sweep else "learning rates to choose from (Preset.sweep)"

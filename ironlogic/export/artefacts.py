@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ironlogic.export.gguf import ExportError
-from ironlogic.models import ModelError, _load_processor, model_inputs, resolve, split_adapter
+from ironlogic.models import (
+    ModelError,
+    _load_processor,
+    model_inputs,
+    need_template,
+    refuse_pickles,
+    resolve,
+    split_adapter,
+)
 from ironlogic.training.runs import Run, RunError, open_run, run_folder
 
 import numpy as np
@@ -88,6 +96,8 @@ def find_source(run_or_path: Run | str | Path, base: str | Path | None) -> Sourc
             run = open_run(here.absolute()) if (here / "run.json").is_file() else None
         found, adapter = split_adapter(resolve(run.adapter if run else run_or_path))
         found = resolve(base) if base else found
+        for place in filter(None, (found, adapter)):
+            refuse_pickles(place)
     except (ModelError, RunError) as error:
         raise ExportError(str(error)) from error
     for place in filter(None, (found, adapter)):
@@ -162,6 +172,7 @@ def read_config(place: str | Path) -> Any:
 # --- comparing ----------------------------------------------------------------------------------------------
 def probe_inputs(processor: Any) -> list[dict[str, torch.Tensor]]:
     """The probes as a model takes them; with a picture in front where it can see."""
+    need_template(processor)
     seeing = hasattr(processor, "image_processor")
     ramp = np.add.outer(np.arange(96), np.arange(96)).astype(np.uint8)
     picture = Image.fromarray(np.stack([ramp, ramp.T[::-1], 255 - ramp], axis=-1))

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from ironlogic import IronLogicError
 from ironlogic.generate import chat_ids, visible_text
+from ironlogic.models import load_tokenizer
 
 import gguf
 import numpy as np
@@ -163,13 +164,13 @@ def _describe_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) 
     writer.add_token_list([text.get(i, f"[PAD{i}]") for i in every])
     writer.add_token_types([kinds.get(i, gguf.TokenType.UNUSED) for i in every])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]])
-    writer.add_eos_token_id(ids[_token(settings["eos_token"])])
+    mended = load_tokenizer(folder)
+    writer.add_eos_token_id(mended.eos_token_id)
     if settings.get("pad_token"):
         writer.add_pad_token_id(ids[_token(settings["pad_token"])])
     writer.add_add_bos_token(False)
-    template = folder / "chat_template.jinja"
-    if text := template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template"):
-        writer.add_chat_template(plain_template(text))
+    if mended.chat_template:
+        writer.add_chat_template(plain_template(mended.chat_template))
 
 
 def _word_rule(tokenizer: dict[str, Any]) -> str:
@@ -371,7 +372,7 @@ def llama_answers(
     path: Path, prompts: Sequence[str], *, like: Path, lora: Path | None = None, max_new_tokens: int = 72
 ) -> list[str]:
     """Greedy answers of llama.cpp. `like`: the folder of the model, whose tokenizer renders and decodes."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(like, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(like)
     rows = chat_ids(tokenizer, prompts)
     llama = open_llama(path, length=max(map(len, rows)) + max_new_tokens + 1, lora=lora)
     answers = []

@@ -43,7 +43,14 @@ from ironlogic.export.gguf import (
     write_gguf,
     write_lora_gguf,
 )
-from ironlogic.models import LoadedModel, free_memory, in_plain_process, load_model
+from ironlogic.models import (
+    LoadedModel,
+    free_memory,
+    in_plain_process,
+    load_model,
+    load_tokenizer,
+    need_template,
+)
 from ironlogic.training.runs import Run, write_json
 
 import psutil
@@ -188,9 +195,8 @@ def export_lora_gguf(run_or_path: Run | str | Path, out: str | Path, *, base: st
 def write_modelfile(gguf_path: str | Path, like: str | Path, *, system: str = "") -> Path:
     """`Modelfile` beside a GGUF file, for `ollama create NAME -f Modelfile`; chat template and stops of `like`."""
     gguf_path, source = Path(gguf_path), find_source(like, None)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        source.base, local_files_only=Path(source.base).is_dir(), trust_remote_code=False
-    )
+    tokenizer = load_tokenizer(source.base)
+    need_template(tokenizer)
     ends = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(_end_ids(source.base))} - {None}
     path = gguf_path.with_name("Modelfile")
     with _beside(path) as part:
@@ -202,7 +208,7 @@ def write_modelfile(gguf_path: str | Path, like: str | Path, *, system: str = ""
 
 def open_export(path: str | Path, *, like: str | Path) -> LoadedModel:
     """A GGUF file as a model to generate with, through transformers, with the tokenizer of the folder `like`."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(like, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(like)
     model = load_gguf(Path(path)).to("cuda" if torch.cuda.is_available() else "cpu")  # where Unsloth's patches live
     return LoadedModel(model, tokenizer, source=Path(path).name, base=str(path))
 

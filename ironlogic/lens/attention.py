@@ -90,11 +90,12 @@ def read_routing(
         gates = routers(model)
         if not gates:
             raise LensError(f"{type(bare_model(model)).__name__} has no routers: it is no mixture of experts")
-        used = bare_model(model).config.get_text_config().num_experts_per_tok
+        config = bare_model(model).config.get_text_config()
+        used, experts = config.num_experts_per_tok, _expert_count(config)
 
         def watch(number: int) -> Callable:
             def keep(module: Any, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
-                found[number] = _routes(out, asked, used, number)
+                found[number] = _routes(out, asked, used, number, experts)
 
             return keep
 
@@ -111,15 +112,33 @@ def read_routing(
     )
 
 
-def _routes(out: Any, asked: list[int], used: int, number: int) -> tuple[Tensor, Tensor]:
-    """Probabilities (P, E) and chosen experts (P, k). Some versions return softmaxed "logits": not done twice."""
-    logits = (out[0] if isinstance(out, tuple) else out).float()
-    logits = logits.reshape(-1, logits.shape[-1])[asked].cpu()
+def _expert_count(config: Any) -> int:
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    found = next((count for name in names if (count := getattr(config, name, None))), None)
+    if not isinstance(found, int):
+        raise LensError(f"{type(config).__name__} does not say how many experts there are ({', '.join(names)})")
+    return found
+
+
+def _routes(out: Any, asked: list[int], used: int, number: int, experts: int) -> tuple[Tensor, Tensor]:
+    """Probabilities (P, E) and chosen experts (P, k) of what a router returned, in whatever order.
+
+    The logits are what is as wide as there are experts; the chosen are whole numbers, as many a token as are used.
+    Some versions return softmaxed "logits": not done twice.
+    """
+    parts = [part for part in (out if isinstance(out, tuple) else (out,)) if isinstance(part, Tensor)]
+    wide = [part for part in parts if part.is_floating_point() and part.shape[-1] == experts]
+    whole = [part for part in parts if not part.is_floating_point() and part.shape[-1] == used]
+    if not wide:
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise LensError(f"layer {number + 1}: the router returns {shapes}, nothing for each of {experts} experts")
+    logits = wide[-1].float()
+    logits = logits.reshape(-1, experts)[asked].cpu()
     ready = bool((logits >= 0).all()) and torch.allclose(logits.sum(-1), torch.ones(len(asked)), atol=1e-3)
     probabilities = logits if ready else logits.softmax(-1)
     best = probabilities.topk(used, dim=-1)
-    if isinstance(out, tuple) and not out[-1].is_floating_point():
-        chosen = out[-1].reshape(-1, used)[asked].cpu()
+    if whole:
+        chosen = whole[-1].reshape(-1, used)[asked].cpu()
         if not torch.allclose(probabilities.gather(-1, chosen).sum(-1), best.values.sum(-1), atol=1e-3):
             raise LensError(f"layer {number + 1}: the router does not choose by its softmax; it can't be read yet")
         return probabilities, chosen

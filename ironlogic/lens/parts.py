@@ -22,6 +22,7 @@ __all__ = [
     "bare_model",
     "decoder_layers",
     "embedding",
+    "embedding_extras",
     "final_norm",
     "lora_factors",
     "media_ids",
@@ -33,6 +34,7 @@ __all__ = [
 
 _STACKS = ("layers", "h")  # the list of layers in a decoder
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")  # the norm after the last of them
+_EXTRAS = ("wpe", "embed_positions", "position_embeddings", "word_embeddings_layernorm", "project_in")
 _ROUTERS = ("gate", "router")  # beside the experts of a mixture
 _MEDIA = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
 
@@ -106,6 +108,11 @@ def embedding(model: Any) -> nn.Module:
     if found is None:
         raise ModelError(f"{type(bare_model(model)).__name__} has no table of input embeddings")
     return found
+
+
+def embedding_extras(model: Any) -> list[str]:
+    """Names of what a decoder adds to the rows of its table before the first layer: learned positions, a norm."""
+    return [name for name, _ in _decoder(model).named_children() if name in _EXTRAS]
 
 
 def adjust_logits(model: Any, logits: Tensor) -> Tensor:

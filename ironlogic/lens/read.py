@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ironlogic.lens.parts import (
+    bare_model,
     embedding,
+    embedding_extras,
     final_norm,
     media_ids,
     output_head,
@@ -68,6 +70,11 @@ def _read(
     loaded: LoadedModel, model: Any, inputs: Mapping[str, Tensor], positions: Any, top_k: int
 ) -> LayerReading:
     head, norm = output_head(model), final_norm(model)  # refused before any work if not there
+    if extras := embedding_extras(model):
+        raise LensError(
+            f"{type(bare_model(model)).__name__} adds {', '.join(extras)} to the rows of its table (learned "
+            "positions, or a norm): its embedding row can't be proved yet, so no reading is returned"
+        )
     ids = inputs["input_ids"][0].tolist()
     asked = pick_positions(positions, len(ids))
     rows, checked = _with_checked(asked, ids, media_ids(model))
