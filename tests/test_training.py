@@ -153,6 +153,7 @@ def test_every_decision_is_written_down_and_the_adapter_is_plain_peft(small_run,
     assert (record["stage"], record["burden"]["ratio"], record["settings"]["lora"]["rank"]) == ("ft", 0.7, 4)
     assert record["versions"]["trl"] == "1.14.2"
     assert record["four_bit_share"] > 0.4
+    assert record["adapted"] == {"attention": [16, 16], "mlp": [12, 12]}
     assert sorted(path.name for path in small_run.folder.iterdir() if path.suffix != ".lock") == (
         ["adapter", "chats.jsonl", "metrics.jsonl", "run.json"]
     )

@@ -21,6 +21,7 @@ from ironlogic.models import (
     ModelError,
     add_lora,
     free_memory,
+    lora_places,
     trainer_hardware,
     trainer_optimizer,
 )
@@ -279,6 +280,8 @@ def finish_stage(
     record = record | {
         "finished": True,
         "trained_parameters": sum(p.numel() for p in loaded.model.parameters() if p.requires_grad),
+        # by kind of part: weights with an adapter, of how many
+        "adapted": {kind: list(counts) for kind, counts in lora_places(loaded.model).items()},
         "steps": trainer.state.global_step,
         "rows_a_pass": trainer.args.per_device_train_batch_size,  # lower than the settings' if memory ran out
         "peak_gib": max((line["peak_gib"] for line in read_metrics(folder)), default=0.0),
