@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
+from ironlogic.session import ROOT
 from ironlogic.training.parallel import run_parallel
 from ironlogic.training.runs import RunError
 
@@ -70,6 +73,32 @@ def test_an_interrupt_ends_every_process(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_parallel({"a": sleep, "b": sleep}, processes=2, watch=interrupt)
     assert not psutil.pid_exists(processes[0])
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_began_them(tmp_path):
+    """A notebook that is closed, or killed, leaves nothing behind that trains on."""
+    code = f"""
+import sys
+sys.path[:0] = {[str(ROOT / "tests"), str(ROOT)]!r}
+from test_parallel import sleep
+from ironlogic.training.parallel import run_parallel
+
+def show(name, lines):
+    print(lines[-1]["process"], flush=True)
+
+run_parallel({{"a": sleep, "b": sleep}}, processes=2, watch=show)
+"""
+    environ = os.environ | {"IRONLOGIC_BACKEND": "transformers"}
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environ)
+    others = [int(first.stdout.readline()) for _ in range(2)]
+    first.kill()
+    first.wait()
+    for _ in range(100):
+        if not any(map(psutil.pid_exists, others)):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still there: {others}")
 
 
 def test_what_no_other_process_can_import_is_refused():

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -190,9 +191,16 @@ def _main_hidden() -> Iterator[None]:
         main.update(hidden)
 
 
+def _end_with_the_first() -> None:
+    """Else a process whose notebook was closed trains on to the end of its job, unseen."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def _work(connection: Connection, watched: bool) -> None:
     """In the other process: ("metrics", lines) as often as they come, then ("ended", result, error)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process ends us
+    threading.Thread(target=_end_with_the_first, daemon=True).start()
     torch.set_num_threads(1)
     datasets.disable_progress_bars()  # several write over each other
     send_metrics = (lambda lines: connection.send(("metrics", lines))) if watched else None
