@@ -15,6 +15,7 @@ from ironlogic.notebooks import find_notebooks, read_notebook  # noqa: E402
 # name -> notebook, and the call whose cell shows the picture
 PICTURES = {
     "robustness": ("02", "plot_robustness("),
+    "frontier": ("02", "plot_frontier("),
     "answers": ("03", "plot_answers("),
     "controls": ("03", "plot_controls("),
     "layers": ("04", "plot_layers("),

@@ -369,9 +369,9 @@ def decoding_speed(
     with inference(loaded) as model:
         for repeat in range(-1, repeats):  # -1: warm up
             for place in range(len(arms)):
-                arm = (place + repeat) % len(arms)
+                arm, timed = (place + repeat) % len(arms), asked if repeat >= 0 else asked[:1]
                 with _merged(model, arms[arm]):
-                    spent = [_decode(model, inputs, tokens, loaded.tokenizer.pad_token_id) for inputs in asked]
+                    spent = [_decode(model, inputs, tokens, loaded.tokenizer.pad_token_id) for inputs in timed]
                 if repeat >= 0:
                     seconds[arm, repeat] = np.array(spent) / tokens
     return {arm: np.median(seconds[k], axis=0) for k, arm in enumerate(arms)}

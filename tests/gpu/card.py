@@ -44,7 +44,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 NOTEBOOKS: dict[str, dict[str, Any]] = {
     "00_start_here": {},
     "01_burden_preprocessing": {},
-    "02_fragmented_training": {"ROWS": 320, "SEEDS": 1},
+    "02_fragmented_training": {"SWEEP": False, "ROWS": 320, "SEEDS": 1},
     "03_vlm_splicing": {"PRESET": "nano-vision", "ROWS": 320, "SEEDS": 1},
     "04_layer_entropy": {},
     "05_evidence": {"ROWS": 320, "SEEDS": 1},
