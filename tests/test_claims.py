@@ -68,7 +68,8 @@ def test_swapped_labels_swap_the_verdicts():
         assert a.effect.mean == pytest.approx(-b.effect.mean)
         assert (a.effect.low, a.effect.high) == pytest.approx((-b.effect.high, -b.effect.low))
         assert a.ours == b.control
-        assert a.p == pytest.approx(b.p)
+        if a.claim.form == "gain":  # of no effect; of no harm it is of a loss, which only one of them is near
+            assert a.p == pytest.approx(b.p)
 
 
 @pytest.mark.parametrize("by_kind", [0.0, 0.15])
@@ -100,6 +101,8 @@ def test_p_is_of_the_test_that_the_interval_stands_for_and_holm_looks_at_all_row
     arms = {"FT": arm(0.7, at=1), "SFT": arm(0.55, at=2)}
     finding = judge(ACCURACY, arms, ITEMS)
     assert (finding.p < 0.05) == (finding.effect.low > 0 or finding.effect.high < 0)
+    harmless = judge(replace(ACCURACY, size=-MARGIN, form="no harm"), arms, ITEMS)
+    assert harmless.p < finding.p  # of a loss of 3 points, further away than no effect
     rows = [replace(ACCURACY, key=key) for key in "abc"]
     assert judge_claims(arms, ITEMS, claims=rows)["a"].p == pytest.approx(3 * finding.p)
 
@@ -139,13 +142,16 @@ def test_short_answers_cannot_loop():
 
 
 def test_a_control_at_the_ceiling_leaves_no_room():
-    arms = {"FT": arm(0.99, column="mode@0"), "SFT": arm(1.0, column="mode@0")}
+    arms = {"FT": arm(1.0, column="mode@0"), "SFT": arm(1.0, column="mode@0")}
     finding = judge_claims(arms, ITEMS)["modes"]
     assert (finding.verdict, finding.note) == ("no room to tell", "the control is at 1.000, of at most 1.000")
     for columns in (*arms["FT"].values(), *arms["SFT"].values()):
         columns |= {"correct@0.7": columns["mode@0"] * 0.75, "ceiling@0.7": np.full(len(ITEMS), 0.75)}
     bound = judge_claims(arms, ITEMS)["robust-bound"]
     assert (bound.verdict, bound.note) == ("no room to tell", "the control is at 0.750, of at most 0.750")
+    assert bound.p is None
+    arms["FT"] = arm(0.3, column="mode@0")  # but a plain loss is seen from there
+    assert judge_claims(arms, ITEMS)["modes"].verdict == "fails"
 
 
 def test_where_little_is_right_or_words_do_not_matter_nothing_is_judged():
@@ -181,6 +187,7 @@ def test_one_training_is_not_judged_and_says_how_alike_two_would_have_to_be():
     assert finding.effect.mean - 1.96 * np.sqrt(error**2 + 2 * spread**2) == pytest.approx(MARGIN, abs=0.002)
     equal = judge(ACCURACY, {"FT": arm(0.5, seeds=1, at=1), "SFT": arm(0.5, seeds=1, at=2)}, ITEMS)
     assert equal.note == "one training an arm, and another would differ"
+    assert finding.p is None
 
 
 def test_an_adapter_against_its_base_gets_no_verdict():
@@ -193,6 +200,7 @@ def test_an_adapter_against_its_base_gets_no_verdict():
     assert len(findings) == 0
     assert "There is no control" in findings.note
     assert str(findings) == findings.note
+    assert compare_recipes({"yours": plain_sft, "base": base}, ITEMS, control=findings.control) == []
     assert not judge_claims({"FT": plain_sft, "base": base}, ITEMS).rows
 
 

@@ -804,7 +804,9 @@ def test_routing_equals_the_models_own(mixture):
 def test_router_outputs_of_other_versions(mixture):
     logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     right = logits.softmax(-1)
-    for out in (logits, logits.softmax(-1), (logits, None, logits.topk(2).indices)):
+    best = logits.topk(2)
+    granite = (best.indices, best.values.softmax(-1), logits)
+    for out in (logits, logits.softmax(-1), (logits, None, best.indices), granite):
         found, chosen = read_routes(out)
         assert torch.allclose(found, right, atol=1e-6)
         assert (chosen == right.topk(2).indices).all()
@@ -815,7 +817,7 @@ def test_router_outputs_of_other_versions(mixture):
 def read_routes(out):
     from ironlogic.lens.attention import _routes
 
-    return _routes(out, [0, 1, 2], 2, 0)
+    return _routes(out, [0, 1, 2], 2, 0, 8)
 
 
 def test_dense_models_have_no_routing(dense):

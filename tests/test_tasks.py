@@ -93,7 +93,11 @@ def test_reasoning_ends_in_the_answer_and_chat_checks_right(many):
         ("Answer: 7", "7"),
         ("<think>\nAnswer: 9\n</think>\nAnswer: 7 \n", "7"),
         ("7", "7"),
-        ("<think>Answer: 7", "7"),
+        ("<think>Answer: 7", ""),  # cut in its thought
+        ("Answer: 7\n\nI hope this answer is helpful!", "7\n\nI hope this answer is helpful!"),
+        (r"\boxed{6}? No. Answer: 7", "7"),
+        (r"So \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("The answer is 7. Ask me more!", "7"),
         ("", ""),
         ("**Answer:** 7", "7"),
         ("The final answer is 7", "7"),
@@ -107,7 +111,7 @@ def test_final_answer(reply, answer):
 
 
 @pytest.mark.parametrize(
-    "reply", ["7.", "**7**", r"\boxed{7}", "The answer is 7.", "Answer: 7\n\nBye!", "$7$", "7.0"]
+    "reply", ["7.", "**7**", r"\boxed{7}", "The answer is 7.", "Answer: 7\n\nBye!", "$7$", "7.0", r"Answer: \(7\)"]
 )
 def test_answers_are_graded_as_people_write_them(reply):
     assert check_answer("7", reply)

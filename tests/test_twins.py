@@ -1,6 +1,7 @@
 """Arms and studies: twins differ in their burden alone, nothing is done twice; one small study up to verdicts."""
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -26,6 +27,7 @@ from ironlogic.training.runs import RunError
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 NANO = find_preset("nano")
 
@@ -67,9 +69,14 @@ def test_twins_differ_in_what_their_name_says_and_in_nothing_else(tmp_path):
     assert (recipes["FT 0.3"].burden.ratio, recipes["FT mixed"].burden.mix) == (0.3, 0.5)
     asked = {task.prompt for task in study.items.tasks}
     assert not asked & {chat[0]["content"] for rows in study.chats.values() for chat in rows}
-    path = tmp_path / "two.jsonl"
-    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
-    path.write_text(json.dumps(chat) + "\n")
+    path = tmp_path / "few.jsonl"
+    chats = [[{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": "r"}] for i in range(20)]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    small = open_study(NANO, tmp_path, data=str(path))
+    assert len(small.held_out) >= 1
+    assert small.can_sweep == (small.validation is not None)
+    assert not open_study(NANO, tmp_path, data=str(path), items=study.items).can_sweep  # every row is trained on
+    path.write_text(json.dumps({"messages": chats[0]}) + "\n")
     with pytest.raises(ChatError, match="too few to hold some out"):
         open_study(NANO, tmp_path, data=str(path))
 
@@ -181,7 +188,11 @@ def test_own_adapter_and_own_items_give_the_same_table(studied, tmp_path):
     assert not rejected
     adapter = study.folder / "FT-3407/adapter"
     twin = study.folder / "SFT-3407/adapter"
-    own = {"yours": [adapter, twin], "control": [twin, twin]}
+    other = tmp_path / "other"  # another training of the control
+    shutil.copytree(twin, other)
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file({name: 1.01 * tensor for name, tensor in weights.items()}, other / "adapter_model.safetensors")
+    own = {"yours": [adapter, twin], "control": [twin, other]}
     arms = measure_adapters(own, items, tmp_path / "own", max_new_tokens=12, seed=study.seed)
     assert {arm: list(trainings) for arm, trainings in arms.items()} == {
         "yours": [1, 2],
@@ -200,6 +211,10 @@ def test_own_adapter_and_own_items_give_the_same_table(studied, tmp_path):
     assert "There is no control" in findings_html(alone)
     with pytest.raises(RunError, match="holds no adapter"):
         check_adapters({"yours": adapter, "control": "nano"})
+    with pytest.raises(RunError, match="is no folder here"):
+        check_adapters({"yours": "someone/adapter"})
+    with pytest.raises(RunError, match="stands there twice"):
+        measure_adapters({"yours": [adapter, adapter]}, items, tmp_path / "own", max_new_tokens=12, seed=study.seed)
     few = replace(items, tasks=items.tasks[:6], chats=items.chats[:6])
     with pytest.raises(RunError, match="6 items; 8 or more"):
         measure_adapters(own, few, tmp_path / "none")
@@ -226,6 +241,8 @@ def test_each_arm_gets_the_rate_that_is_best_for_it(tmp_path):
     assert not asked & {chat[0]["content"] for chat in study.chats[3407]}
     (axes,) = plot_frontier(points).axes
     assert sorted(text.get_text() for text in axes.texts) == ["0.001", "0.001", "5", "5"]
+    assert open_study(preset, tmp_path, rows=32, seeds=1, questions=20, swept=False).rates == {}
+    assert "SFT's is the lowest of them" in "".join(swept.summary())
     with pytest.raises(RunError, match="no learning rates to choose from"):
         open_study(replace(NANO, sweep=()), tmp_path, rows=20, seeds=1).sweep_rates()
 

@@ -464,8 +464,9 @@ _OPEN, _CLOSE = rf"(?:<(?:{_TAG})>|\[think\])", rf"(?:</(?:{_TAG})>|\[/think\])"
 _THOUGHT = re.compile(rf"\s*{_OPEN}(.*?)(?:{_CLOSE}|\Z)", re.DOTALL | re.IGNORECASE)
 _OPENED_BY_TEMPLATE = re.compile(rf"((?:(?!{_OPEN}).)*?){_CLOSE}", re.DOTALL | re.IGNORECASE)
 _CLOSED = re.compile(_CLOSE, re.IGNORECASE)
-_MARK = re.compile(r"\banswer\**\s*:\s*\**|\banswer is:?\s+", re.IGNORECASE)
-_BOX = re.compile(r"\\boxed\{([^{}]*)\}")
+_MARK = re.compile(r"\banswer\**\s*:\s*\**", re.IGNORECASE)
+_BOX = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+_SENTENCE = re.compile(r"\bthe (?:\w+ )?answer is:?\s+(.+?)(?:[.!](?:\s|$)|\n|$)", re.IGNORECASE)
 
 
 def thinks(reply: str) -> bool:
@@ -481,21 +482,30 @@ def thinks(reply: str) -> bool:
 
 
 def answer_mark(reply: str) -> bool:
-    """Whether a reply says which part of it is the answer: `Answer: 7`, `The answer is 7`, a box."""
-    said = _CLOSED.split(reply)[-1]
-    return bool(_MARK.search(said) or _BOX.search(said))
+    """Whether a reply says which part of it is the answer: `Answer: 7`, a box, `The answer is 7`."""
+    said = _said(reply)
+    return any(pattern.search(said) for pattern in (_MARK, _BOX, _SENTENCE))
 
 
 def final_answer(reply: str) -> str:
-    """What a reply answers: after its thought, what is boxed, or stands after the last mark, or all of it.
+    """What a reply answers, after its thought: behind the last `Answer:`, in the last box, in a sentence, or all.
 
-    >>> [final_answer(text) for text in ("Answer: 7", "**Answer:** 7", "so \\\\boxed{7}", "The answer is 7.", "7")]
-    ['7', '7', '7', '7.', '7']
+    A thought that the limit cut answers nothing.
+
+    >>> replies = ("**Answer:** 7", "so \\\\boxed{7}", "The answer is 7. Bye.", "7", "<think>Answer: 7")
+    >>> [final_answer(text) for text in replies]
+    ['7', '7', '7', '7', '']
     """
-    said = _CLOSED.split(reply)[-1]
-    if boxes := _BOX.findall(said):
-        return boxes[-1].strip()
-    return _MARK.split(said)[-1].strip()
+    said = _said(reply)
+    if _MARK.search(said):
+        return _MARK.split(said)[-1].strip()
+    found = _BOX.findall(said) or _SENTENCE.findall(said) or [said]
+    return found[-1].strip()
+
+
+def _said(reply: str) -> str:
+    *thoughts, said = _CLOSED.split(reply)
+    return "" if not thoughts and _THOUGHT.match(reply) else said
 
 
 def normal_answer(answer: Any) -> str:
@@ -529,7 +539,8 @@ def check_answer(expected: str | Task, reply: str) -> bool:
 
 def _bare(answer: str) -> str:
     """Without the signs around it, in small letters; numbers without `.0` and without commas at the thousands."""
-    bare = answer.strip(" \t\n*_`$\"'“”").rstrip(".").strip(" *_`$\"'“”").casefold()
+    bare = re.sub(r"^\\[(\[]|\\[)\]]$", "", answer.strip())
+    bare = bare.strip(" \t\n*_`$\"'“”").rstrip(".").strip(" *_`$\"'“”").casefold()
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", bare):
         bare = bare.replace(",", "")
     return re.sub(r"\.0+$", "", bare) if re.fullmatch(r"[+-]?\d+\.0+", bare) else bare

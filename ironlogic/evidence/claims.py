@@ -18,6 +18,7 @@ from ironlogic.evidence.statistics import (
     mean_interval,
     p_value,
     samples_worth,
+    share_interval,
     smallest_detectable,
 )
 
@@ -184,7 +185,7 @@ CLAIMS = (
     _layers(
         "attention",
         "attention stays as it was",
-        "shift of the last layer's attention against the base",
+        "shift of the last layer's attention against the base, no further than by plain SFT",
         "attention shift",
         sign=-1,
         size=-MARGIN,
@@ -229,7 +230,7 @@ class Finding:
     kinds: int = 0  # of items, if the interval is over kinds
     detectable: float = float("nan")  # the smallest effect that such data would have shown in 4 cases of 5
     each: tuple[float, ...] = ()  # effect of each training
-    p: float | None = None  # of no effect, by the test that the interval stands for; Holm over all claims
+    p: float | None = None  # of no effect (no harm: of a loss of -`size`), by the interval's own test, after Holm
     note: str = ""
     at_least: bool = False  # the learning curve ends before the effect does
 
@@ -273,9 +274,11 @@ class Findings:
 
 
 def _power(finding: Finding) -> str:
-    """The smallest effect that would have been seen, beside what can't be told."""
+    """Beside what can't be told: the effect that would have been seen, or the loss that is ruled out."""
     if finding.verdict != UNKNOWN or not math.isfinite(finding.detectable):
         return ""
+    if finding.claim.form == "no harm":
+        return f" (a loss of {-finding.effect.low:.2f} is ruled out)"
     return f" (an effect of {finding.detectable:.2f} would have shown)"
 
 
@@ -332,12 +335,12 @@ def judge(claim: Claim, arms: Arms, items: Items, *, sizes: Sequence[int] = ()) 
         return Finding(claim, UNKNOWN, note=str(reason))
     finding = (_judge_saved if claim.form == "saved" else _judge_difference)(claim, pair)
     reasons = [note]
-    if no_room := _no_room(claim, arms, items, pair):
-        finding = replace(finding, verdict=NO_ROOM)
+    if no_room := _no_room(claim, arms, items, pair, finding.effect):
+        finding = replace(finding, verdict=NO_ROOM, p=None)
         reasons.append(no_room)
     elif finding.repeats == 1:
         reasons.append(_spread_needed(finding))
-        finding = replace(finding, verdict=ONE_TRAINING)
+        finding = replace(finding, verdict=ONE_TRAINING, p=None)
     return replace(finding, note="; ".join(filter(None, reasons)))
 
 
@@ -401,7 +404,7 @@ def _pair_arms(claim: Claim, arms: Arms, items: Items, among: np.ndarray) -> _Pa
     return _Pair(ours[:, known], control[:, known], known, items.kinds(known))
 
 
-def _no_room(claim: Claim, arms: Arms, items: Items, pair: _Pair) -> str:
+def _no_room(claim: Claim, arms: Arms, items: Items, pair: _Pair, effect: Interval) -> str:
     """Why such an effect could not be seen in these arms, whatever is true; "" if it could."""
     lengths = [columns["tokens@0"].mean() for columns in arms[claim.ours].values() if "tokens@0" in columns]
     length = np.mean(lengths) if lengths else 0.0
@@ -415,7 +418,7 @@ def _no_room(claim: Claim, arms: Arms, items: Items, pair: _Pair) -> str:
                 f"{right:.0%} of clean prompts are answered right, {floor:.0%} with words replaced: too little to "
                 "lose or to gain. Does a reply end in `Answer: ...`?"
             )
-    if claim.share and claim.form == "gain":
+    if claim.share and claim.form == "gain" and effect.high >= 0:
         ratio = claim.column.partition("@")[2]
         most = _mean(arms[claim.ours], f"ceiling@{ratio}", pair.among, missing=1.0) if claim.checkable else 1.0
         most = 1.0 if math.isnan(most) else most
@@ -452,20 +455,21 @@ def _judge_difference(claim: Claim, pair: _Pair) -> Finding:
         claim,
         decide(effect, size=claim.size, nothing=math.inf if claim.form == "no harm" else 0.0),
         effect,
-        ours=_bounded_interval(pair.ours, pair.kinds),
-        control=_bounded_interval(pair.control, pair.kinds),
+        ours=_level(pair.ours, pair.kinds),
+        control=_level(pair.control, pair.kinds),
         detectable=smallest_detectable(effect),
         each=tuple(differences.mean(axis=1).tolist()),
-        **_counts(differences, pair),
+        **_counts(claim, differences, pair),
     )
 
 
-def _counts(differences: np.ndarray, pair: _Pair) -> dict:
+def _counts(claim: Claim, differences: np.ndarray, pair: _Pair) -> dict:
+    nothing = claim.size if claim.form == "no harm" else 0.0
     return {
         "repeats": differences.shape[0],
         "items": differences.shape[1],
         "kinds": 0 if pair.kinds is None else len(set(pair.kinds)),
-        "p": p_value(differences, pair.kinds),
+        "p": p_value(differences, pair.kinds, nothing=nothing),
     }
 
 
@@ -487,7 +491,7 @@ def _judge_saved(claim: Claim, pair: _Pair) -> Finding:
         control=_transform(mean_interval(pair.control, pair.kinds), np.exp),
         detectable=saved(smallest_detectable(log_ratio)),
         each=tuple(saved(mean) for mean in differences.mean(axis=1)),
-        **_counts(differences, pair),
+        **_counts(claim, differences, pair),
     )
 
 
@@ -495,11 +499,9 @@ def _transform(interval: Interval, function) -> Interval:
     return Interval(*(float(function(value)) for value in (interval.mean, interval.low, interval.high)))
 
 
-def _bounded_interval(values: np.ndarray, kinds: np.ndarray | None) -> Interval:
-    interval = mean_interval(values, kinds)
-    if values.min() >= 0 and values.max() <= 1:  # a share: Student's t knows no bounds
-        return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))
-    return interval
+def _level(values: np.ndarray, kinds: np.ndarray | None) -> Interval:
+    is_share = values.min() >= 0 and values.max() <= 1
+    return (share_interval if is_share else mean_interval)(values, kinds)
 
 
 def _judge_worth(claim: Claim, arms: Arms, items: Items, sizes: Sequence[int]) -> Finding:
@@ -518,7 +520,7 @@ def _judge_worth(claim: Claim, arms: Arms, items: Items, sizes: Sequence[int]) -
         claim,
         decide(effect, size=claim.size, nothing=1.0),
         effect,
-        ours=_bounded_interval(pairs[0].ours, pairs[0].kinds),
+        ours=_level(pairs[0].ours, pairs[0].kinds),
         repeats=curve.shape[1],
         items=curve.shape[2],
         kinds=0 if pairs[0].kinds is None else len(set(pairs[0].kinds)),
@@ -544,7 +546,7 @@ def compare_recipes(arms: Arms, items: Items, *, control: str = "SFT", ratio: fl
     Of all items where nobody marked them. Keys: "<arm> gain" and "<arm> price"; nothing without checkable answers
     or without the control.
     """
-    if not items.checkable or not arms.get(control):
+    if not items.checkable or control == "base" or not arms.get(control):
         return []
     findings = []
     for arm in arms:

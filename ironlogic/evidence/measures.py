@@ -27,8 +27,9 @@ from ironlogic.generate import Completion, generate
 from ironlogic.lens.attention import read_attention, read_routing
 from ironlogic.lens.compare import routing_distance
 from ironlogic.lens.parts import routers
+from ironlogic.lens.probe import LensError
 from ironlogic.lens.read import read_layers
-from ironlogic.models import LoadedModel, as_loaded, inference, with_adapters
+from ironlogic.models import LoadedModel, ModelError, as_loaded, inference, with_adapters
 
 import numpy as np
 import pandas as pd
@@ -408,6 +409,7 @@ def _decode(model, inputs, tokens: int, pad: int) -> float:
 # --- layers -------------------------------------------------------------------------------------------------
 _EARLY, _SILENT = 0.8, 0.92  # seed 002: the first 80 % of the depth; entropy above 11.0 of ln 151,936 = 11.9 nats
 _READ = 24  # items whose layers are read
+_SHIFTS = ("attention shift", "routing shift")
 
 
 def layer_columns(loaded: LoadedModel, items: Items) -> Columns:
@@ -418,28 +420,37 @@ def layer_columns(loaded: LoadedModel, items: Items) -> Columns:
     `attention shift`, the total variation distance of the last layer's attention, mean over heads, and
     `routing shift`, the Jensen-Shannon divergence of the routers in nats, where there are experts. 0 for the base.
     """
-    adapted, mixture = isinstance(loaded.model, peft.PeftModel), bool(routers(loaded.model))
-    names = ["silent layers", "late entropy", "attention shift", *(["routing shift"] if mixture else [])]
-    columns = {name: np.full(len(items), np.nan) for name in names}
-    for i in np.unique(np.linspace(0, len(items) - 1, _READ).astype(int)):
-        asked = items.ask(items.tasks[i].prompt)
-        reading = read_layers(loaded, asked)
-        entropy = reading.entropy[1:, 0]
-        early = max(1, math.floor(_EARLY * len(entropy)))
-        columns["silent layers"][i] = (entropy[:early] > _SILENT * reading.ln_vocabulary).mean()
-        columns["late entropy"][i] = entropy[early:].mean()
+    columns = {name: np.full(len(items), np.nan) for name in ("silent layers", "late entropy", *_SHIFTS)}
+    try:
+        for i in np.unique(np.linspace(0, len(items) - 1, _READ).astype(int)):
+            asked = items.ask(items.tasks[i].prompt)
+            reading = read_layers(loaded, asked)
+            entropy = reading.entropy[1:, 0]
+            early = max(1, math.floor(_EARLY * len(entropy)))
+            columns["silent layers"][i] = (entropy[:early] > _SILENT * reading.ln_vocabulary).mean()
+            columns["late entropy"][i] = entropy[early:].mean()
+            for name, shift in zip(_SHIFTS, _shifts(loaded, asked), strict=True):
+                columns[name][i] = shift
+    except (LensError, ModelError) as error:  # a family that the lens can't read, or not all of it
+        print(f"not all layers were read: {error}")
+    return {name: values for name, values in columns.items() if np.isfinite(values).any()}
+
+
+def _shifts(loaded: LoadedModel, asked: list[dict[str, Any]]) -> tuple[float, float]:
+    """(attention, routing) of an adapter against its base; 0 for the base, NaN for routing without experts."""
+    mixture = bool(routers(loaded.model))
+    if not isinstance(loaded.model, peft.PeftModel):
+        return 0.0, 0.0 if mixture else math.nan
+
+    def read() -> tuple[np.ndarray, Any]:
         attention = read_attention(loaded, asked).weights[-1, :, 0]
-        routing = read_routing(loaded, asked) if mixture else None
-        shifts = (0.0, 0.0)
-        if adapted:
-            with loaded.model.disable_adapter():
-                base_attention = read_attention(loaded, asked).weights[-1, :, 0]
-                base_routing = read_routing(loaded, asked) if mixture else None
-            moved = 0.5 * np.abs(attention - base_attention).sum(axis=-1).mean()
-            shifts = (moved, routing_distance(base_routing, routing).mean() if mixture else 0.0)
-        for name, shift in zip(names[2:], shifts, strict=False):
-            columns[name][i] = shift
-    return columns
+        return attention, read_routing(loaded, asked) if mixture else None
+
+    ours, our_routing = read()
+    with loaded.model.disable_adapter():
+        base, base_routing = read()
+    routing = routing_distance(base_routing, our_routing).mean() if mixture else math.nan
+    return 0.5 * np.abs(ours - base).sum(axis=-1).mean(), routing
 
 
 # --- all of it on one model ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ __all__ = [
     "mean_interval",
     "p_value",
     "samples_worth",
+    "share_interval",
     "smallest_detectable",
 ]
 
@@ -56,6 +57,12 @@ def mean_interval(values, kinds=None, *, level: float = 0.95) -> Interval:
     mean, parts = _variances(values, kinds)
     half = _half_width(parts, 1 - level)
     return Interval(mean, mean - half, mean + half)
+
+
+def share_interval(values, kinds=None, *, level: float = 0.95) -> Interval:
+    """`mean_interval` within the bounds of a share, 0 and 1, which Student's t knows nothing of."""
+    interval = mean_interval(values, kinds, level=level)
+    return Interval(interval.mean, max(interval.low, 0.0), min(interval.high, 1.0))
 
 
 def difference_interval(ours, theirs, kinds=None, *, level: float = 0.95) -> Interval:

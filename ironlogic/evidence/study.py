@@ -106,6 +106,11 @@ class Study:
         epochs = math.ceil(SEEDS_STEPS / math.ceil(size / rows_a_step))
         return replace(recipe, settings=replace(recipe.settings, epochs=epochs), rows=size, seeds=self.seeds[:FEW])
 
+    @property
+    def can_sweep(self) -> bool:
+        """Whether there are learning rates to choose from, and rows to choose them on."""
+        return bool(self.preset.sweep) and self.validation is not None
+
     def sweep_rates(self, *, trainings: int = 1, **options: Any) -> "Study":
         """The study with the best learning rate for each arm, of `preset.sweep`, by its validation items.
 
@@ -113,7 +118,7 @@ class Study:
         and scrambled prompts (without checkable answers: by the loss of the reply); the base stands beside them.
         Writes `rates.json` into the study's folder, which `open_study` reads. `options` as in `run_parallel`.
         """
-        if not self.preset.sweep or self.validation is None:
+        if not self.can_sweep:
             lacking = "rows to validate on" if self.preset.sweep else "learning rates to choose from (Preset.sweep)"
             raise RunError(f"{self.folder.name} has no {lacking}")
         numbers = range(self.seed + 20_000, self.seed + 20_000 + trainings)
@@ -130,6 +135,12 @@ class Study:
         }
         write_json(self.folder / "rates.json", {"rates": rates, "points": points})
         return replace(self, rates=rates)
+
+    def _edges(self) -> str:
+        """A warning where the best rate is the lowest or highest that was tried."""
+        ends = {min(self.preset.sweep, default=0): "lowest", max(self.preset.sweep, default=0): "highest"}
+        told = [f"{arm}'s is the {ends[rate]} of them" for arm, rate in self.rates.items() if rate in ends]
+        return f" ({', '.join(told)})" if told else ""
 
     def sweep_points(self) -> list[dict[str, Any]]:
         """What the sweep found: arm, rate, clean, scrambled and score of each; [] where there was none."""
@@ -149,6 +160,7 @@ class Study:
             self.preset,
             chats or self.chats,
             recipes,
+            beside=self.full(),
             seeds=self.seeds,
             run=self.folder,
             further=self.further,
@@ -178,7 +190,7 @@ class Study:
         rates = ", ".join(f"{arm} {rate:g}" for arm, rate in self.rates.items())
         chosen = f"{self.preset.train.learning_rate:g} for all arms, not chosen by a sweep"
         if rates:
-            chosen = f"{rates}, each the best of {len(self.preset.sweep)} on validation problems"
+            chosen = f"{rates}, each the best of {len(self.preset.sweep)} on validation problems{self._edges()}"
         return [
             f"Model {self.preset.model}; {len(self.chats[self.seeds[0]]):,} rows an arm, burden ratio "
             f"{self.ratio:g}. Training seeds {', '.join(map(str, self.seeds))}; every arm has its control twin on "
@@ -208,12 +220,13 @@ def open_study(
     seed: int = 3407,
     items: Items | None = None,
     questions: int = 200,
+    swept: bool = True,
 ) -> Study:
     """The study of a preset in the results folder `runs`, for notebooks 02 and 05.
 
     `data`: your conversations, "": the preset's own. `rows`: conversations an arm, at most. `seeds`: trainings an
     arm; 0: the preset's number, of conversations one. `items`: your own items, and no row is held out; else made
-    problems, or rows held out. Learning rates are those that `Study.sweep_rates` chose in this folder, if it did.
+    problems, or rows held out. `swept`: at the rates that `Study.sweep_rates` chose in this folder, if it did.
     Raises `ChatError` when there are too few rows.
     """
     source = data or preset.data
@@ -231,8 +244,8 @@ def open_study(
         kept, held_out = loaded.split(0.0 if items else 0.1, seed=seed)  # the seeds trained on all of their 248
         if not len(kept) or not (items or len(held_out)):
             raise ChatError(f"{source}: {len(loaded)} rows are too few to hold some out; bring 20 or more")
-        held_out, spare = held_out.split(1 / 3, seed=seed + 1)
-        validation = items_of_chats(spare[:questions]) if len(spare) else None
+        third = len(held_out) // 3
+        validation, held_out = _questions(held_out[:third][:questions]), held_out[third:]
         chosen = kept[:rows]
         numbers = range(seed, seed + (seeds or 1))
         chats = dict.fromkeys(numbers, chosen)
@@ -255,14 +268,22 @@ def open_study(
         max_new_tokens=max_new_tokens,
         made=made,
     )
-    swept = folder / "rates.json"
-    return (
-        replace(study, rates=json.loads(swept.read_text(encoding="utf-8"))["rates"]) if swept.is_file() else study
-    )
+    chosen = folder / "rates.json"
+    if swept and chosen.is_file():
+        study = replace(study, rates=json.loads(chosen.read_text(encoding="utf-8"))["rates"])
+    return study
 
 
 def _made_rows(count: int, seed: int) -> Chats:
     return make_chats(map(task_chat, make_tasks(count, seed=seed)))
+
+
+def _questions(chats: Chats) -> Items | None:
+    """The conversations as items; None where none begins with a question in text."""
+    try:
+        return items_of_chats(chats)
+    except ChatError:
+        return None
 
 
 def _sweep_point(name: str, measured: Measurement, items: Items) -> dict[str, Any]:
@@ -288,11 +309,11 @@ def run_full_study(study: Study, **options: Any) -> tuple[Study, dict[str, Measu
 
     `options` as in `run_parallel`.
     """
-    if study.preset.sweep and not study.rates:
+    if study.can_sweep and not study.rates:
         study = study.sweep_rates(**options)
+    measured = run_study(study, study.full(), **options)
     curves, sizes = study.curves()
-    measured = run_study(study, curves, chats=study.curve_rows(), **options)
-    measured |= run_study(study, study.full(), **options)
+    measured |= run_study(study, curves, chats=study.curve_rows(), **options)
     time_twins(study, measured)
     return study, measured, sizes
 
@@ -344,10 +365,12 @@ def check_adapters(arms: Mapping[str, str | Path | Sequence[str | Path]]) -> tup
     for arm, adapters in folders.items():
         for adapter in adapters:
             base, is_adapter = split_adapter(str(adapter))
-            if is_adapter is None:
+            if not adapter.is_dir():
+                raise RunError(f"{arm}: {adapter} is no folder here; download the adapter and name its folder")
+            if is_adapter is None or not (adapter / "adapter_model.safetensors").is_file():
                 raise RunError(
-                    f"{arm}: {adapter} holds no adapter (adapter_config.json). A merged model can't be measured "
-                    "beside its base in one model; give the adapter that it was merged from"
+                    f"{arm}: {adapter} holds no adapter (adapter_config.json, adapter_model.safetensors). A merged "
+                    "model can't be measured beside its base; give the adapter that it was merged from"
                 )
             if base != (first or base):
                 raise RunError(f"{arm} is an adapter of {base}, not of {first}; compare twins of one base")
@@ -375,11 +398,14 @@ def measure_adapters(
     base, folders = check_adapters(arms)
     measured, adapters = {}, {}
     for arm, paths in {**folders, "base": [Path(base)]}.items():
-        measured[arm] = Measurement()
+        measured[arm], digests = Measurement(), set()
         for number, path in enumerate(paths, 1):
             is_base = arm == "base"
             weights = base.encode() if is_base else (path / "adapter_model.safetensors").read_bytes()
             digest = hashlib.sha256(weights + bytes([four_bit])).hexdigest()[:12]
+            if digest in digests:
+                raise RunError(f"{arm}: {path} stands there twice; trainings are runs with seeds of their own")
+            digests.add(digest)
             model = base if is_base else str(path)
             preset = replace(as_preset(model, TrainSettings(max_length=max_length)), four_bit=four_bit)
             one = Arm(arm, preset, {0: folder / digest}, seed, max_new_tokens)

@@ -195,6 +195,7 @@ def train_arms(
     scramble_seed: int = 0,
     max_new_tokens: int = 72,
     brief: bool = False,
+    beside: Mapping[str, Recipe | None] | None = None,
     **options: Any,
 ) -> dict[str, Arm]:
     """Every recipe trained once a seed, several at a time, what is finished left as it is; arms by name.
@@ -204,13 +205,15 @@ def train_arms(
     `Arm.measure` has nothing left to do; `brief`: by accuracy, thinking and loss alone. `options` (processes,
     watch, report) as in `run_parallel`.
 
-    A row whose answer the context cuts away in one arm, in any epoch, is left out of all.
+    A row whose answer the context cuts away in one arm, in any epoch, is left out of all; `beside`: recipes that
+    are trained on these rows at another time.
 
     Raises `RunError` when a folder holds another run, before anything is trained, or when a training failed.
     """
     folder, seeds = run_folder(run), list(seeds)
     rows_of = chats if isinstance(chats, Mapping) else dict.fromkeys(seeds, chats)
-    rows_of = {seed: _drop_in_pairs(preset, rows, recipes, seed) for seed, rows in rows_of.items()}
+    sharing = {**(beside or {}), **recipes}
+    rows_of = {seed: _drop_in_pairs(preset, rows, sharing, seed) for seed, rows in rows_of.items()}
     arms, jobs, after = {}, {}, {}
     for name, recipe in recipes.items():
         if recipe is None:
@@ -249,10 +252,10 @@ def _drop_in_pairs(preset: Preset, chats: Chats, recipes: Mapping[str, Recipe | 
     if "row" not in suspects.rows.column_names:
         suspects = replace(suspects, rows=suspects.rows.add_column("row", near))
     kept = set(suspects.rows["row"][:])
-    for burden in {recipe.burden for recipe in recipes.values() if recipe is not None}:
+    for burden, epochs in {(r.burden, r.settings.epochs) for r in recipes.values() if r is not None}:
         burdened = suspects
         if burden is not None:
-            burdened = burden.apply(suspects, epochs=preset.train.epochs, seed=seed, tokenizer=tokenizer)
+            burdened = burden.apply(suspects, epochs=epochs, seed=seed, tokenizer=tokenizer)
         lost = lost_rows(burdened, tokenizer, max_length=longest)
         kept -= {burdened.rows[i]["row"] for i in lost}
     dropped = {near[i] for i, row in enumerate(suspects.rows["row"][:]) if row not in kept}

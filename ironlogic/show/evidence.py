@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ironlogic.evidence.items import RATIOS, WORST, Items
 from ironlogic.evidence.results import Arms, Columns
-from ironlogic.evidence.statistics import Interval, mean_interval
+from ironlogic.evidence.statistics import Interval, mean_interval, share_interval
 from ironlogic.show.explorer import Explorer, picture_html, png_bytes
 from ironlogic.show.plots import _axes, _color, plot_losses
 
@@ -64,7 +64,7 @@ def plot_robustness(arms: Arms, items: Items) -> Figure:
     """Accuracy over the scramble ratio, order-free and order-bound items apart; see `plot_curves`."""
     figure, panels = _axes(2, height=3.9, sharey=True)
     for axes, sort in zip(panels, ("free", "bound"), strict=True):
-        _draw_curves(axes, arms, "correct", items, items.among(sort), RATIOS)
+        _draw_curves(axes, arms, "correct", items.among(sort), RATIOS)
         axes.set(title=SORTS[sort].replace(": ", " problems\n"), ylim=(0, 1.04))
     panels[1].set_ylabel("")
     panels[0].legend(frameon=False, loc="lower left", fontsize=9)
@@ -79,28 +79,22 @@ def plot_curves(
     among: str = "all",
     ratios: Sequence[float] = RATIOS,
 ) -> Figure:
-    """A measure (a key of MEASURES) over the scramble ratio, with 95 % intervals; an arm trained once is dotted.
+    """A measure (a key of MEASURES) over the scramble ratio; an arm trained once is dotted.
+
+    Bands: 95 % over trainings and items. Verdicts on differences are over kinds of items (`judge_claims`).
 
     Accuracy has two controls: the ideal reader (dashed) and, at the ratio where it was measured, a cross for the
     arm's accuracy with words substituted instead of moved. Without `items` the columns are of conversations.
     """
     figure, (axes,) = _axes(height=3.9)
     figure.set_figwidth(7)
-    chosen = None if items is None else items.among(among)
-    _draw_curves(axes, arms, measure, items, chosen, ratios)
+    _draw_curves(axes, arms, measure, None if items is None else items.among(among), ratios)
     axes.set_ylim(0, 1.05 if measure in ("correct", "of the ceiling", "think") else None)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _draw_curves(
-    axes: Axes,
-    arms: Arms,
-    measure: str,
-    items: Items | None,
-    among: np.ndarray | None,
-    ratios: Sequence[float],
-) -> None:
+def _draw_curves(axes: Axes, arms: Arms, measure: str, among: np.ndarray | None, ratios: Sequence[float]) -> None:
     column = "correct" if measure == "of the ceiling" else measure
     ideal_drawn = False
     for i, (arm, trainings) in enumerate(arms.items()):
@@ -111,8 +105,8 @@ def _draw_curves(
         if not tables:
             continue
         color, style = _color(arm, i), "o-" if len(trainings) > 1 else "o:"
-        kinds = None if items is None else items.kinds(among)
-        intervals = [mean_interval(table, kinds) for table in tables.values()]
+        interval = share_interval if measure in ("correct", "think", "loop") else mean_interval
+        intervals = [interval(table) for table in tables.values()]
         _draw_band(axes, list(tables), intervals, color=color, label=arm, style=style)
         if measure == "correct":
             floors = [c["correct substituted"] for c in trainings.values() if "correct substituted" in c]
@@ -135,9 +129,8 @@ def _tables(
         values = [columns[name] for columns in trainings.values() if name in columns]
         if values:
             table = np.stack([_chosen(training, among) for training in values])
-            if among is None:  # conversations: some have no loss
-                table = table[:, np.isfinite(table).all(axis=0)]
-            if table.size and np.isfinite(table).all():
+            table = table[:, np.isfinite(table).all(axis=0)]
+            if table.size:
                 tables[ratio] = table
     return tables
 
@@ -172,7 +165,7 @@ def plot_learning(arms: Arms, items: Items, sizes: Sequence[int], *, column: str
     for i, arm in enumerate(("SFT", "FT")):
         drawn = {size: arms[f"{arm} {size} rows"].values() for size in sizes if arms.get(f"{arm} {size} rows")}
         tables = [np.stack([columns[column] for columns in trainings]) for trainings in drawn.values()]
-        intervals = [mean_interval(table, items.kinds(items.among("all"))) for table in tables]
+        intervals = [share_interval(table, items.kinds(items.among("all"))) for table in tables]
         errors = [[j.mean - j.low for j in intervals], [j.high - j.mean for j in intervals]]
         means = [interval.mean for interval in intervals]
         axes.errorbar(list(drawn), means, yerr=errors, fmt="o-", ms=4, lw=1, color=_color(arm, i), label=arm)

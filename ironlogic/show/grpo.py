@@ -5,7 +5,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ironlogic.data.problems import thinks
-from ironlogic.evidence.statistics import mean_interval
+from ironlogic.evidence.statistics import mean_interval, share_interval
 from ironlogic.show.explorer import Explorer
 from ironlogic.show.plots import _axes
 
@@ -75,9 +75,9 @@ def plot_pass(arms: "Mapping[str, Samples]") -> Figure:
     figure, (left, right) = _axes(2)
     for i, (name, samples) in enumerate(arms.items()):
         ks = range(1, samples.correct.shape[1] + 1)
-        passed = [mean_interval(samples.pass_at(k)) for k in ks]
+        passed = [share_interval(samples.pass_at(k)) for k in ks]
         _draw_band(left, ks, passed, color=f"C{i}", label=name)
-        share = mean_interval(samples.thinks.mean(axis=1))
+        share = share_interval(samples.thinks.mean(axis=1))
         error = [[share.mean - share.low], [share.high - share.mean]]
         right.barh(i, share.mean, xerr=error, color=f"C{i}", height=0.6)
     left.set(xlabel="k, answers sampled to a problem", ylabel="one of them is right", ylim=(0, 1.04))

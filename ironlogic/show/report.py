@@ -101,9 +101,11 @@ def _effect(value: float, form: str) -> str:
 
 
 def _seen(finding: "Finding") -> str:
-    """Beside what can't be told: the smallest effect that would have been."""
+    """Beside what can't be told: the smallest effect that would have been, or the loss that is ruled out."""
     if finding.verdict != "can't be told here" or not math.isfinite(finding.detectable):
         return ""
+    if finding.claim.form == "no harm":
+        return f"a loss of {-finding.effect.low:.3f} is ruled out"
     return f"{_effect(finding.detectable, finding.claim.form)} would have shown"
 
 
@@ -133,7 +135,8 @@ def _details(finding: "Finding") -> list[str]:
     if finding.kinds:
         details.append(f"interval over trainings and {finding.kinds} kinds of items")
     if finding.p is not None:
-        details.append(f"p = {finding.p:.2g} of no effect, after Holm over all claims")
+        of_what = f"a loss of {-claim.size:g}" if claim.form == "no harm" else "no effect"
+        details.append(f"p = {finding.p:.2g} of {of_what}, after Holm over all claims")
     if finding.effect is not None and finding.note:
         details.append(finding.note)
     return details

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ironlogic.evidence.statistics import mean_interval
+from ironlogic.evidence.statistics import share_interval
 from ironlogic.show.plots import _Picture
 
 import numpy as np
@@ -66,7 +66,7 @@ def plot_controls(arms: Mapping[str, Any], *, ours: int = 1) -> Figure:
     figure = _Picture(figsize=(7.5, 0.8 + 0.34 * len(arms)), layout="constrained", dpi=110)
     axes = figure.subplots()
     for row, correct in enumerate(arms.values()):
-        interval = mean_interval(correct)
+        interval = share_interval(correct)
         color = _RIGHT if row < ours else "#8a8f98"
         axes.barh(row, interval.mean, color=color, height=0.62)
         axes.plot([interval.low, interval.high], [row, row], color="black", lw=1.5)
