@@ -20,6 +20,8 @@ from ironlogic.evidence.study import (
     time_twins,
 )
 from ironlogic.evidence.twins import Recipe, make_recipes, train_twins
+from ironlogic.export import merge_adapter
+from ironlogic.models import ModelError
 from ironlogic.presets import find_preset
 from ironlogic.show.evidence import plot_frontier
 from ironlogic.show.report import findings_html
@@ -209,12 +211,19 @@ def test_own_adapter_and_own_items_give_the_same_table(studied, tmp_path):
         {"yours": arms["yours"], "base": arms["base"]}, items, names={"FT": "yours", "SFT": "base"}
     )
     assert "There is no control" in findings_html(alone)
-    with pytest.raises(RunError, match="holds no adapter"):
-        check_adapters({"yours": adapter, "control": "nano"})
+    with pytest.raises(ModelError, match="holds no model"):
+        check_adapters({"yours": adapter, "control": study.folder})
     with pytest.raises(RunError, match="is no folder here"):
         check_adapters({"yours": "someone/adapter"})
-    with pytest.raises(RunError, match="stands there twice"):
-        measure_adapters({"yours": [adapter, adapter]}, items, tmp_path / "own", max_new_tokens=12, seed=study.seed)
+    with pytest.raises(RunError, match="the same weights stand there twice"):
+        check_adapters({"yours": [adapter, adapter]})
+    merged = merge_adapter(adapter, tmp_path / "merged")
+    whole = measure_adapters(
+        {"yours": merged}, items, tmp_path / "own", four_bit=False, max_new_tokens=12, seed=study.seed
+    )
+    assert list(whole) == ["yours"]  # nobody knows its base
+    assert not {"ln seconds", "attention shift"} & set(whole["yours"][1])
+    assert whole["yours"][1]["correct@0"].mean() == pytest.approx(arms["yours"][1]["correct@0"].mean(), abs=0.15)
     few = replace(items, tasks=items.tasks[:6], chats=items.chats[:6])
     with pytest.raises(RunError, match="6 items; 8 or more"):
         measure_adapters(own, few, tmp_path / "none")

@@ -418,7 +418,7 @@ def layer_columns(loaded: LoadedModel, items: Items) -> Columns:
     `silent layers`: share of the first 80 % of them whose next-token entropy is above .92 of the most it could be.
     `late entropy`: mean of the others, in nats. Of an adapter against its base in the same model:
     `attention shift`, the total variation distance of the last layer's attention, mean over heads, and
-    `routing shift`, the Jensen-Shannon divergence of the routers in nats, where there are experts. 0 for the base.
+    `routing shift`, the Jensen-Shannon divergence of the routers in nats, where there are experts.
     """
     columns = {name: np.full(len(items), np.nan) for name in ("silent layers", "late entropy", *_SHIFTS)}
     try:
@@ -437,10 +437,10 @@ def layer_columns(loaded: LoadedModel, items: Items) -> Columns:
 
 
 def _shifts(loaded: LoadedModel, asked: list[dict[str, Any]]) -> tuple[float, float]:
-    """(attention, routing) of an adapter against its base; 0 for the base, NaN for routing without experts."""
+    """(attention, routing) of an adapter against its base; NaN without an adapter, for routing without experts."""
     mixture = bool(routers(loaded.model))
     if not isinstance(loaded.model, peft.PeftModel):
-        return 0.0, 0.0 if mixture else math.nan
+        return math.nan, math.nan
 
     def read() -> tuple[np.ndarray, Any]:
         attention = read_attention(loaded, asked).weights[-1, :, 0]

@@ -353,29 +353,37 @@ def add_speed(
 
 
 def check_adapters(arms: Mapping[str, str | Path | Sequence[str | Path]]) -> tuple[str, dict[str, list[Path]]]:
-    """(base, adapter folders by arm) of your own adapters; an arm has one training or several.
+    """(base, folders by arm) of your own adapters or merged models; an arm has one training or several.
 
-    Raises `RunError` for a folder that holds no adapter and for adapters of several bases. Loads nothing.
+    The base is "" where all are merged. Raises `RunError` (`ModelError` for a folder that holds neither) for adapters
+    of several bases and for weights that stand in an arm twice. Loads nothing.
     """
     folders = {
         arm: [Path(resolve(source)) for source in ([sources] if isinstance(sources, str | Path) else sources)]
         for arm, sources in arms.items()
     }
     first = ""
-    for arm, adapters in folders.items():
-        for adapter in adapters:
-            base, is_adapter = split_adapter(str(adapter))
-            if not adapter.is_dir():
-                raise RunError(f"{arm}: {adapter} is no folder here; download the adapter and name its folder")
-            if is_adapter is None or not (adapter / "adapter_model.safetensors").is_file():
-                raise RunError(
-                    f"{arm}: {adapter} holds no adapter (adapter_config.json, adapter_model.safetensors). A merged "
-                    "model can't be measured beside its base; give the adapter that it was merged from"
-                )
-            if base != (first or base):
+    for arm, models in folders.items():
+        for model in models:
+            if not model.is_dir():
+                raise RunError(f"{arm}: {model} is no folder here; download the adapter and name its folder")
+            if not any(model.glob("*.safetensors")):
+                raise RunError(f"{arm}: {model} holds no weights in safetensors, of an adapter or a merged model")
+            base, adapter = split_adapter(str(model))
+            if adapter and base != (first or base):
                 raise RunError(f"{arm} is an adapter of {base}, not of {first}; compare twins of one base")
-            first = base
+            first = base if adapter else first
+        if len(set(map(_weights_digest, models))) < len(models):
+            raise RunError(f"{arm}: the same weights stand there twice; trainings are runs with seeds of their own")
     return first, folders
+
+
+def _weights_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def measure_adapters(
@@ -388,30 +396,30 @@ def measure_adapters(
     seed: int = 0,
     max_new_tokens: int = 512,
 ) -> dict[str, Measurement]:
-    """Your own adapters by arm, one training or several each, and their base; all measured on the same items.
+    """Your own adapters or merged models by arm, and the adapters' base; all measured on the same items.
 
-    Trainings are numbered from 1 and paired by number. What was measured lies in `folder`, by adapter. Raises
-    `RunError`, before anything is measured, as `check_adapters`, and for fewer items than a claim needs.
+    An arm has one training or several, numbered from 1 and paired by number. What was measured lies in `folder`, by
+    weights. Speed is timed where all are adapters. Raises `RunError`, before anything is measured, as
+    `check_adapters`, and for fewer items than a claim needs.
     """
     if len(items) < FEWEST:
         raise RunError(f"{len(items)} items; {FEWEST} or more are needed to tell anything")
     base, folders = check_adapters(arms)
-    measured, adapters = {}, {}
-    for arm, paths in {**folders, "base": [Path(base)]}.items():
-        measured[arm], digests = Measurement(), set()
-        for number, path in enumerate(paths, 1):
-            is_base = arm == "base"
-            weights = base.encode() if is_base else (path / "adapter_model.safetensors").read_bytes()
-            digest = hashlib.sha256(weights + bytes([four_bit])).hexdigest()[:12]
-            if digest in digests:
-                raise RunError(f"{arm}: {path} stands there twice; trainings are runs with seeds of their own")
-            digests.add(digest)
-            model = base if is_base else str(path)
-            preset = replace(as_preset(model, TrainSettings(max_length=max_length)), four_bit=four_bit)
-            one = Arm(arm, preset, {0: folder / digest}, seed, max_new_tokens)
-            measured[arm][0 if is_base else number] = one.measure(items)[0]
-            if not is_base:
-                adapters[arm, number] = path
-    add_speed(measured, one.load(), adapters, items)  # the last one is the base
-    free_memory()
+
+    def arm_of(name: str, model: str, key: str) -> Arm:
+        preset = replace(as_preset(model, TrainSettings(max_length=max_length)), four_bit=four_bit)
+        kept = folder / f"{key}-{'4bit' if four_bit else '16bit'}"
+        return Arm(name, preset, {0: kept}, seed, max_new_tokens)
+
+    measured = {}
+    for arm, models in folders.items():
+        runs = {n: arm_of(arm, str(model), _weights_digest(model)) for n, model in enumerate(models, 1)}
+        measured[arm] = Measurement({n: run.measure(items)[0] for n, run in runs.items()})
+    if base:
+        of_base = arm_of("base", base, hashlib.sha256(base.encode()).hexdigest()[:12])
+        measured["base"] = of_base.measure(items)
+        adapters = {(arm, n): model for arm, models in folders.items() for n, model in enumerate(models, 1)}
+        if all(split_adapter(str(model))[1] for model in adapters.values()):
+            add_speed(measured, of_base.load(), adapters, items)
+            free_memory()
     return measured
