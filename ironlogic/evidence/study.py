@@ -355,8 +355,8 @@ def add_speed(
 def check_adapters(arms: Mapping[str, str | Path | Sequence[str | Path]]) -> tuple[str, dict[str, list[Path]]]:
     """(base, folders by arm) of your own adapters or merged models; an arm has one training or several.
 
-    The base is "" where all are merged. Raises `RunError` (`ModelError` for a folder that holds neither) for adapters
-    of several bases and for weights that stand in an arm twice. Loads nothing.
+    The base is "" where all are merged. Raises `ModelError` for a folder that holds neither, `RunError` for
+    adapters of several bases and for weights that stand in an arm twice. Loads nothing.
     """
     folders = {
         arm: [Path(resolve(source)) for source in ([sources] if isinstance(sources, str | Path) else sources)]
