@@ -317,6 +317,6 @@ def test_whole_chain_sees_nothing_between_two_arms_of_one_recipe(tmp_path):
         seen.append([not finding.effect.low <= 0 <= finding.effect.high for finding in findings])
     assert sum(first for first, *_ in seen) <= 2  # robustness: no difference in 90 % of 20
     assert sum(map(sum, seen)) <= 8  # all four: of 80
-    loss = replace(ACCURACY, column="loss@0", among="all", sign=-1, control="base", checkable=False)
+    loss = replace(ACCURACY, column="loss@0.7", among="all", sign=-1, control="base", checkable=False)
     learned = judge(loss, {"FT": dict(enumerate(pool[:4])), "base": runs["base"]}, study.items)
     assert learned.verdict in ("holds", "holds in part"), "blind: not even the training is seen"

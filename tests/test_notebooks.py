@@ -385,7 +385,7 @@ def test_robustness_widget_by_keyboard(lab, browser, shots):
 def test_samples_widget_by_keyboard(lab, browser, shots):
     with run_all("06", lab, browser, shots, seconds=600) as page:
         text, _ = shown(page, "samples")
-        expect(text.locator("th")).to_have_count(4)
+        expect(text.locator("th")).to_have_count(5)  # the start and four arms
         expect(text.locator("tr")).to_have_count(9)
         before = text.locator("p").first.inner_text()
         press(page.locator(".il-samples-problem select"), *NEXT)
