@@ -298,7 +298,7 @@ def test_whole_chain_sees_nothing_between_two_arms_of_one_recipe(tmp_path):
     from ironlogic.presets import find_preset
 
     study = open_study(find_preset("nano"), tmp_path, rows=96, seeds=10, questions=100)
-    recipes = {"base": None, "FT 95 rows": replace(study.recipes["FT"], rows=95)}  # measured briefly
+    recipes = {"FT 95 rows": replace(study.recipes["FT"], rows=95)}  # measured briefly
     runs = run_study(study, recipes, report=lambda line: None)
     pool = list(runs["FT 95 rows"].values())
     assert np.std([columns["correct@0.7"].mean() for columns in pool]) > 0.005  # one recipe, not one model
@@ -317,6 +317,6 @@ def test_whole_chain_sees_nothing_between_two_arms_of_one_recipe(tmp_path):
         seen.append([not finding.effect.low <= 0 <= finding.effect.high for finding in findings])
     assert sum(first for first, *_ in seen) <= 2  # robustness: no difference in 90 % of 20
     assert sum(map(sum, seen)) <= 8  # all four: of 80
-    loss = replace(ACCURACY, column="loss@0.7", among="all", sign=-1, control="base", checkable=False)
-    learned = judge(loss, {"FT": dict(enumerate(pool[:4])), "base": runs["base"]}, study.items)
-    assert learned.verdict in ("holds", "holds in part"), "blind: not even the training is seen"
+    loss = replace(ACCURACY, column="loss@0", control_column="loss@0.7", among="all", sign=-1, checkable=False)
+    arms = {arm: dict(enumerate(pool[:4])) for arm in ("FT", "SFT")}
+    assert judge(loss, arms, study.items).verdict == "holds", "blind: not even the scramble is seen"
