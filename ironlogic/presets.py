@@ -69,7 +69,7 @@ class Preset:
     card_gib: float  # smallest card it is meant for; 0 = no card needed
     train: TrainSettings
     burden: Burden
-    data: str = "problems"  # hub dataset or file of chats; "problems": made by `tasks`
+    data: str = "problems"  # hub dataset or file of chats; "problems": made by `data.problems`
     four_bit: bool = True
     evaluation_seeds: int = 1  # repetitions of each arm in notebook 02
     sweep: tuple[float, ...] = ()  # learning rates to choose from, for each arm by itself

@@ -15,7 +15,7 @@ from typing import Any
 
 from ironlogic.data.chats import ChatError, Chats, load_chats, make_chats
 from ironlogic.data.problems import make_tasks, task_chat
-from ironlogic.evidence.claims import FEWEST
+from ironlogic.evidence.claims import FEWEST, SEEDS_ROWS
 from ironlogic.evidence.items import WORST, Items, items_of_chats, made_items
 from ironlogic.evidence.measures import decoding_speed
 from ironlogic.evidence.results import Measurement
@@ -40,7 +40,7 @@ __all__ = [
 
 MAIN = ("SFT", "FT", "SFT then SFT", "FT then SFT")  # of which claims speak
 SIDE = ("FT mixed", "FT as the seed", "FT 0.3", "deletion", "NEFTune")
-SIZES = (248, 2_480, 24_800)  # rows of the learning curves: the seeds' 248, ten and a hundred times as many
+SIZES = (SEEDS_ROWS, 10 * SEEDS_ROWS, 100 * SEEDS_ROWS)  # rows of the learning curves
 SEEDS_STEPS = 744  # optimizer steps of the seeds' script; points of the learning curves have as many, or more
 FEW = 3  # trainings of side arms, learning curves and timings
 Recipes = dict[str, Recipe | None]
@@ -93,7 +93,9 @@ class Study:
         """The control's learning curve and FT at the seeds' size, and the sizes; the longest training first."""
         most = SIZES[-1] if self.made else min(map(len, self.chats.values()))
         sizes = tuple(size for size in SIZES if size <= most)
-        arms = [*(("SFT", size) for size in reversed(sizes)), *(("FT", size) for size in sizes if size == 248)]
+        arms = [("SFT", size) for size in reversed(sizes)]
+        if SEEDS_ROWS in sizes:
+            arms.append(("FT", SEEDS_ROWS))
         return {f"{arm} {size} rows": self._at_size(arm, size) for arm, size in arms}, sizes
 
     def curve_rows(self) -> dict[int, Chats]:

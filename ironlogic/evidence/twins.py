@@ -241,16 +241,14 @@ def _arm_folder(folder: Path, arm: str, seed: int) -> Path:
 
 
 def _drop_in_pairs(preset: Preset, chats: Chats, recipes: Mapping[str, Recipe | None], seed: int) -> Chats:
-    """The rows that keep a trained token in every arm. A row keeps its number, which draws its burden."""
+    """The rows that keep a trained token in every arm."""
     longest = preset.train.max_length
     at_most = [sum(len(str(turn["content"]).encode()) + _TURN_TOKENS for turn in turns) for turns in chats]
     near = [row for row, tokens in enumerate(at_most) if tokens > longest]  # a token is a byte or more
     if not near:
         return chats
     tokenizer = load_tokenizer(preset.model)
-    suspects = chats.select(near)
-    if "row" not in suspects.rows.column_names:
-        suspects = replace(suspects, rows=suspects.rows.add_column("row", near))
+    suspects = _numbered(chats, near)
     kept = set(suspects.rows["row"][:])
     for burden, epochs in {(r.burden, r.settings.epochs) for r in recipes.values() if r is not None}:
         burdened = suspects
@@ -262,11 +260,15 @@ def _drop_in_pairs(preset: Preset, chats: Chats, recipes: Mapping[str, Recipe | 
     if not dropped:
         return chats
     print(f"{len(dropped)} rows lose their answer at {longest} tokens in one arm: they are left out of all arms")
-    rows = [row for row in range(len(chats)) if row not in dropped]
-    left = chats.select(rows)
-    if "row" not in left.rows.column_names:
-        left = replace(left, rows=left.rows.add_column("row", rows))
-    return left
+    return _numbered(chats, [row for row in range(len(chats)) if row not in dropped])
+
+
+def _numbered(chats: Chats, rows: list[int]) -> Chats:
+    """Those rows, each with its number among all, by which its burden is drawn; a key of the data's own stays."""
+    chosen = chats.select(rows)
+    if "row" in chosen.rows.column_names:
+        return chosen
+    return replace(chosen, rows=chosen.rows.add_column("row", rows))
 
 
 def _prepare_rows(chats: Chats, recipe: Recipe, seed: int) -> Chats:
