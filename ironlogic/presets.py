@@ -69,7 +69,7 @@ class Preset:
     card_gib: float  # smallest card it is meant for; 0 = no card needed
     train: TrainSettings
     burden: Burden
-    data: str = "problems"  # hub dataset or file of chats; "problems": made by `data.problems`
+    data: str = "problems"  # hub dataset or file of chats; "problems", "reasoning-gym": made by `make_tasks`
     four_bit: bool = True
     evaluation_seeds: int = 1  # repetitions of each arm in notebook 02
     sweep: tuple[float, ...] = ()  # learning rates to choose from, for each arm by itself
@@ -125,6 +125,13 @@ _NANO = TrainSettings(
     lora=LoraSettings(rank=16, alpha=32),
 )
 
+_SMOLLM2 = replace(
+    _NANO,
+    learning_rate=1e-3,
+    batch_size=8,
+    warmup_steps=0.05,
+)
+
 # `measured_gib`: on an H200 held to the memory of such a card, through Unsloth, weights of the true shapes
 _T4 = Preset(
     name="t4",
@@ -175,6 +182,18 @@ PRESETS = {
             evaluation_seeds=5,
             sweep=(5e-4, 1e-3, 2e-3, 5e-3),
             note="shipped in data/, runs on any laptop",
+        ),
+        Preset(
+            name="smollm2",
+            model="smollm2",
+            card_gib=0,
+            train=_SMOLLM2,
+            burden=Burden(),
+            data="reasoning-gym",
+            four_bit=False,  # 0.5 GB in float32; 4 bit is slower on a processor
+            evaluation_seeds=3,
+            sweep=(5e-4, 1e-3, 2e-3),
+            note="a real language model of 135 M parameters, from a Python package; any laptop",
         ),
         _T4,
         replace(_T4, name="24gb", model="google/gemma-3-12b-it", card_gib=22, note="RTX 3090 or 4090"),

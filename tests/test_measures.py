@@ -187,7 +187,7 @@ def test_all_of_it_on_nano(nano):
     assert of_all["accuracy at 0.7"] == pytest.approx(columns["correct@0.7"].mean())
     assert not any("order-" in name or "thinking" in name for name in of_all.index)
     conversations = items_of_chats(items.chats)
-    plain = measure(nano, conversations, seed=1, ratios=(0.0, 0.7))
+    plain = measure(nano, replace(conversations, ratios=(0.0, 0.7)), seed=1)
     assert not any(name.startswith(("correct", "ceiling")) for name in plain)
     assert np.isnan(plain["mode@0"]).all()
     assert plain["loss@0"] == pytest.approx(columns["loss@0"])

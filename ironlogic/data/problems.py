@@ -73,6 +73,7 @@ SUPERLATIVE = {"taller": "tallest", "older": "oldest", "faster": "fastest", "str
 
 
 Split = Literal["train", "validation", "test"]
+WORLDS = ("problems", "reasoning-gym")  # where problems are made: nano's own, those of `data.gym`
 _Draft = tuple[str, str, str, list[tuple[str, str]]]  # prompt, answer, reasoning, rearrangements
 
 
@@ -361,14 +362,15 @@ class Task:
 
     kind: str
     order: Literal["free", "bound"]
-    hard: bool
+    hard: bool | None  # None: nobody said
     prompt: str
     answer: str
     reasoning: str
     rearrangements: tuple[tuple[str, str], ...]
+    system: str = ""  # said before the problem
 
 
-def _split_of(prompt: str) -> Split:
+def split_of(prompt: str) -> Split:
     """One bag of words in eight tests, one validates; by bag, so no rearrangement of one is trained on."""
     bag = " ".join(sorted(prompt.split()))
     eighth = hashlib.blake2b(bag.encode(), digest_size=2).digest()[0] % 8
@@ -380,7 +382,7 @@ def make_task(kind: str, rng: random.Random, split: Split = "train") -> Task:
     order, hard, draft = KINDS[kind]
     while True:
         prompt, answer, reasoning, candidates = draft(rng)
-        if _split_of(prompt) == split:
+        if split_of(prompt) == split:
             break
     bag = sorted(prompt.split())
     same_bag = dict.fromkeys(pair for pair in candidates if sorted(pair[0].split()) == bag)
@@ -393,15 +395,21 @@ def make_tasks(
     seed: int = 0,
     split: Split = "train",
     kinds: Sequence[str] | None = None,
+    world: str = "problems",
 ) -> list[Task]:
     """`n` problems, the kinds in equal shares, in random order; prompts repeat only when a kind runs out.
 
+    `world`: "problems" for nano's own, "reasoning-gym" for those of `data.gym` (a preset's `data`).
     No two splits share a bag of words. Learning rates and the like are chosen on "validation".
 
     >>> task = make_tasks(1, seed=1, split="test", kinds=["compare"])[0]
     >>> task.order, len(task.rearrangements)
     ('bound', 2)
     """
+    if world == "reasoning-gym":
+        from ironlogic.data.gym import gym_tasks
+
+        return gym_tasks(n, seed=seed, split=split, kinds=kinds)
     unknown = set(kinds or ()) - set(KINDS)
     if unknown:
         raise ValueError(f"make_tasks: unknown kind {sorted(unknown)}; expected some of {', '.join(KINDS)}")
@@ -425,7 +433,8 @@ def task_chat(task: Task, *, think: bool | None = None) -> list[dict[str, str]]:
     reply = f"Answer: {task.answer}"
     if think:
         reply = f"<think>\nSo {task.reasoning}\n</think>\n{reply}"
-    return [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": reply}]
+    system = [{"role": "system", "content": task.system}] if task.system else []
+    return [*system, {"role": "user", "content": task.prompt}, {"role": "assistant", "content": reply}]
 
 
 def careless_chats(

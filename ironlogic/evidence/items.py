@@ -20,6 +20,7 @@ import numpy as np
 
 __all__ = [
     "ANSWER_FORM",
+    "FEW_RATIOS",
     "RATIOS",
     "WORST",
     "Items",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
+FEW_RATIOS = (0.0, 0.7, 1.0)  # what the claims need
 ANSWER_FORM = "End your reply with `Answer: ` and the answer alone."
 WORST = 0.7  # where one ratio has to do: the seeds'
 
@@ -74,6 +76,7 @@ class Items:
     checkable: bool = True
     system: str = ""  # said before every question
     form: str = ""  # said after every question: how to write the answer
+    ratios: tuple[float, ...] = RATIOS  # of the scrambles that are asked; 0, WORST and 1 among them
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -100,10 +103,10 @@ class Items:
         return [{"role": "system", "content": self.system}, user] if self.system else [user]
 
 
-def made_items(n: int, *, seed: int, split: Split = "test") -> Items:
-    """Problems of nano's world that no training sees; those of "validation" are for choosing a learning rate."""
-    tasks = tuple(make_tasks(n, seed=seed, split=split))
-    return Items(tasks, tuple(task_chat(task) for task in tasks))
+def made_items(n: int, *, seed: int, split: Split = "test", world: str = "problems") -> Items:
+    """Problems that no training sees; those of "validation" are for choosing a learning rate. As `make_tasks`."""
+    tasks = tuple(make_tasks(n, seed=seed, split=split, world=world))
+    return Items(tasks, tuple(task_chat(task)[-2:] for task in tasks), system=tasks[0].system)
 
 
 def items_of_chats(chats: Sequence[Sequence[dict[str, Any]]]) -> Items:

@@ -458,7 +458,6 @@ def measure(
     loaded: LoadedModel | Any,
     items: Items,
     *,
-    ratios: Sequence[float] = RATIOS,
     seed: int = 0,
     max_new_tokens: int = 72,
     brief: bool = False,
@@ -468,7 +467,7 @@ def measure(
     `brief`: only accuracy, thinking and the loss of the reference replies, clean and at the ratio WORST.
     """
     loaded = as_loaded(loaded)
-    ratios = (0.0, WORST) if brief else tuple(ratios)
+    ratios = (0.0, WORST) if brief else items.ratios
     batch_size = 64 if loaded.device.type == "cuda" else 512  # small models: a batch takes hardly longer than a row
     options = {"seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     answered = robustness(loaded, items.tasks, ratios=ratios, ask=items.ask, **options)
@@ -476,7 +475,8 @@ def measure(
     if not items.checkable:
         of_answers = ("correct", "ceiling", "unmarked")
         columns = {name: c for name, c in columns.items() if not name.startswith(of_answers)}
-    columns |= measure_losses(loaded, items.chats, ratios=(0.0, WORST), seed=seed)
+    system = [{"role": "system", "content": items.system}] if items.system else []
+    columns |= measure_losses(loaded, [[*system, *chat] for chat in items.chats], ratios=(0.0, WORST), seed=seed)
     if brief:
         return columns
     asked = [items.ask(task.prompt) for task in items.tasks]
@@ -516,7 +516,7 @@ _MEANS = (
 )
 
 
-def describe(arms: Arms, items: Items, *, ratios: Sequence[float] = RATIOS) -> pd.DataFrame:
+def describe(arms: Arms, items: Items) -> pd.DataFrame:
     """Every measure of every arm: a row each, columns (arm, "mean") and (arm, "sd") over its trainings.
 
     NaN: can't be measured on these items, or (the deviation) one training only. Learning curves are left out.
@@ -525,14 +525,15 @@ def describe(arms: Arms, items: Items, *, ratios: Sequence[float] = RATIOS) -> p
     for arm, trainings in arms.items():
         if arm.endswith(" rows"):
             continue
-        each = [dict(_figures([training], items, ratios)) for training in trainings.values()]
-        columns[arm, "mean"] = pd.Series(dict(_figures(list(trainings.values()), items, ratios)))
+        each = [dict(_figures([training], items)) for training in trainings.values()]
+        columns[arm, "mean"] = pd.Series(dict(_figures(list(trainings.values()), items)))
         columns[arm, "sd"] = pd.DataFrame(each).std()
     return pd.DataFrame(columns).dropna(how="all")
 
 
-def _figures(trainings: Sequence[Columns], items: Items, ratios: Sequence[float]) -> Iterator[tuple[str, float]]:
+def _figures(trainings: Sequence[Columns], items: Items) -> Iterator[tuple[str, float]]:
     """(label, value) of every measure, pooled over trainings; NaN where it was not measured."""
+    ratios = items.ratios
 
     def pooled(column: str, among: str) -> np.ndarray:
         parts = [columns[column][items.among(among)] for columns in trainings if column in columns]

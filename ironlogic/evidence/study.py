@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ironlogic.data.chats import ChatError, Chats, load_chats, make_chats
-from ironlogic.data.problems import make_tasks, task_chat
+from ironlogic.data.problems import WORLDS, make_tasks, task_chat
 from ironlogic.evidence.claims import FEWEST, SEEDS_ROWS
-from ironlogic.evidence.items import WORST, Items, items_of_chats, made_items
+from ironlogic.evidence.items import RATIOS, WORST, Items, items_of_chats, made_items
 from ironlogic.evidence.measures import decoding_speed
 from ironlogic.evidence.results import Measurement
 from ironlogic.evidence.twins import Arm, Recipe, as_preset, make_recipes, train_arms
@@ -100,7 +100,11 @@ class Study:
 
     def curve_rows(self) -> dict[int, Chats]:
         """The rows of which learning curves take the first ones, by training seed."""
-        return {seed: _made_rows(SIZES[-1], seed) for seed in self.seeds[:FEW]} if self.made else self.chats
+        return (
+            {seed: _made_rows(self.preset.data, SIZES[-1], seed) for seed in self.seeds[:FEW]}
+            if self.made
+            else self.chats
+        )
 
     def _at_size(self, arm: str, size: int) -> Recipe:
         recipe = self.recipes[arm]
@@ -222,23 +226,24 @@ def open_study(
     seed: int = 3407,
     items: Items | None = None,
     questions: int = 200,
+    ratios: tuple[float, ...] = RATIOS,
     swept: bool = True,
 ) -> Study:
     """The study of a preset in the results folder `runs`, for notebooks 02 and 05.
 
     `data`: your conversations, "": the preset's own. `rows`: conversations an arm, at most. `seeds`: trainings an
     arm; 0: the preset's number, of conversations one. `items`: your own items, and no row is held out; else made
-    problems, or rows held out. `swept`: at the rates that `Study.sweep_rates` chose in this folder, if it did.
+    problems, or rows held out; `questions` of them, asked at the scramble `ratios`. `swept`: at the rates that `Study.sweep_rates` chose in this folder, if it did.
     Raises `ChatError` when there are too few rows.
     """
     source = data or preset.data
-    made = source == "problems"
+    made = source in WORLDS
     if made:
         numbers = range(seed, seed + (seeds or preset.evaluation_seeds))
-        chats = {n: _made_rows(rows, n) for n in numbers}
-        further = {n: _made_rows(max(1, rows // 3), n + 10_000) for n in numbers}
-        items = items or made_items(questions, seed=seed)
-        validation = made_items(questions, seed=seed, split="validation")
+        chats = {n: _made_rows(source, rows, n) for n in numbers}
+        further = {n: _made_rows(source, max(1, rows // 3), n + 10_000) for n in numbers}
+        items = items or replace(made_items(questions, seed=seed, world=source), ratios=ratios)
+        validation = made_items(questions, seed=seed, split="validation", world=source)
         held_out, max_new_tokens = make_chats(items.chats), 72
     else:
         loaded = load_chats(source)
@@ -276,8 +281,8 @@ def open_study(
     return study
 
 
-def _made_rows(count: int, seed: int) -> Chats:
-    return make_chats(map(task_chat, make_tasks(count, seed=seed)))
+def _made_rows(world: str, count: int, seed: int) -> Chats:
+    return make_chats(map(task_chat, make_tasks(count, seed=seed, world=world)))
 
 
 def _questions(chats: Chats) -> Items | None:

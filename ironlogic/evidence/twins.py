@@ -116,7 +116,9 @@ class Arm:
         """The file of that training's measurements on that test."""
         items = isinstance(test, Items)
         asked = (
-            [[asdict(task) for task in test.tasks], test.chats, test.system, test.form] if items else [list(test)]
+            [[asdict(task) for task in test.tasks], test.chats, test.system, test.form, test.ratios]
+            if items
+            else [list(test)]
         )
         asked += [self.seed, self.max_new_tokens, self.brief, _VERSION]
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]

@@ -64,7 +64,7 @@ def plot_robustness(arms: Arms, items: Items) -> Figure:
     """Accuracy over the scramble ratio, order-free and order-bound items apart; see `plot_curves`."""
     figure, panels = _axes(2, height=3.9, sharey=True)
     for axes, sort in zip(panels, ("free", "bound"), strict=True):
-        _draw_curves(axes, arms, "correct", items.among(sort), RATIOS)
+        _draw_curves(axes, arms, "correct", items.among(sort), items.ratios)
         axes.set(title=SORTS[sort].replace(": ", " problems\n"), ylim=(0, 1.04))
     panels[1].set_ylabel("")
     panels[0].legend(frameon=False, loc="lower left", fontsize=9)
