@@ -29,7 +29,8 @@ from ironlogic import IronLogicError
 from ironlogic.memory import GIB, NF4_BYTES, PlanError, count_model, plan_memory
 from ironlogic.presets import LoraSettings
 from ironlogic.session import results_path, see_memory, see_place
-from ironlogic.smollm2 import NAME as SMOLLM2, unpack
+from ironlogic.smollm2 import NAME as SMOLLM2
+from ironlogic.smollm2 import unpack
 
 import torch
 

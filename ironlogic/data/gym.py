@@ -2,7 +2,8 @@
 
 The problem is the package's own sentence; instructions and examples around it go, as a scramble would mix them into
 the question. *Order-free*: a reader of the sorted words can answer (`test_gym.py` does, kind by kind).
-*Order-bound*: the same words in another order have another answer. Imports reasoning-gym when it is first used.
+*Order-bound*: the same words in another order have another answer; punctuation stands alone there, or the word that
+carries the full stop would give its place away. Imports reasoning-gym when it is first used.
 """
 
 import random
@@ -32,9 +33,14 @@ def _question(entry: dict[str, Any]) -> str:
 
 
 _INSTRUCTION = re.compile(
-    r"\s*(?:Please follow the instruction below:.*|Give only the [^.]*\.|\(?(?:Please )?(?:Answer|Respond|Reply|Express the result) "
-    r"[^.?]*[.)]|Solve the following problem\.\s*Provide you answer as [^.]*\.| and return them as a comma-separated list)",
-    re.DOTALL,
+    r"\s*(?:"
+    r"Please follow the instruction below:.*"
+    r"|Solve the following problem\.\s*Provide you answer as [^.]*\."
+    r"|(?:Give only|Provide) the [^.]*\."
+    r"|\(?(?:Please )?(?:Answer|Respond|Reply|Express the result) [^.?]*[.)]"
+    r"| and return them as a comma-separated list"
+    r")",
+    re.DOTALL | re.IGNORECASE,
 )
 
 
@@ -61,6 +67,12 @@ def _no_two_alike(prompt: str) -> bool:
     """Whether all numbers of the problem differ: with two alike, another order may be the same problem."""
     numbers = re.findall(r"\d+", prompt)
     return len(numbers) == len(set(numbers))
+
+
+def _fits_either_base(prompt: str) -> bool:
+    """Whether the number could be one of the target base too: else its digits tell which base is the source."""
+    number, target = re.search(r"number (\d+) to base-(\d)", prompt).groups()
+    return max(number) < target
 
 
 def _sorted_numbers(entry: dict[str, Any]) -> str:
@@ -110,7 +122,12 @@ KINDS = {
     ),
     "siblings": Kind("bound", "aiw", {"task_type_weights": [1.0, 0.0, 0.0]}, keep=_no_two_alike),
     "spiral": Kind("bound", "spiral_matrix", {"min_n": 2, "max_n": 2}, prompt=_spiral, keep=_no_two_alike),
-    "base": Kind("bound", "base_conversion", {"min_base": 2, "max_base": 9, "min_value": 1, "max_value": 99}),
+    "base": Kind(
+        "bound",
+        "base_conversion",
+        {"min_base": 3, "max_base": 9, "min_value": 1, "max_value": 99},
+        keep=_fits_either_base,
+    ),
 }
 
 
@@ -148,6 +165,8 @@ def _tasks_of_kind(name: str, count: int, split: Split, *, first: int) -> list[T
         entry = entries[looked_at]
         looked_at += 1
         prompt, answer = kind.prompt(entry), kind.answer(entry)
+        if kind.order == "bound":
+            prompt = re.sub(r"(?<=\S)([.,:?])(?=\s|$)", r" \1", prompt)
         expected = ("Yes", "No")[len(tasks) % 2]
         if split_of(prompt) != split or not kind.keep(prompt) or (kind.yes_or_no and answer != expected):
             continue

@@ -233,7 +233,8 @@ def open_study(
 
     `data`: your conversations, "": the preset's own. `rows`: conversations an arm, at most. `seeds`: trainings an
     arm; 0: the preset's number, of conversations one. `items`: your own items, and no row is held out; else made
-    problems, or rows held out; `questions` of them, asked at the scramble `ratios`. `swept`: at the rates that `Study.sweep_rates` chose in this folder, if it did.
+    problems, asked at the scramble `ratios`, or rows held out: `questions` of them. `swept`: at the rates that
+    `Study.sweep_rates` chose in this folder, if it did.
     Raises `ChatError` when there are too few rows.
     """
     source = data or preset.data
