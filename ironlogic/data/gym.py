@@ -10,12 +10,11 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ironlogic import IronLogicError
-from ironlogic.data.problems import Split, Task, split_of
 
-__all__ = ["KINDS", "SYSTEM", "Kind", "gym_tasks"]
+__all__ = ["KINDS", "SYSTEM", "GymError", "Kind", "Problem", "draw_problems"]
 
 SYSTEM = "End your reply with `Answer: ` and the answer alone."
 _ATTEMPTS = 400  # to find a problem that was not there before
@@ -42,6 +41,15 @@ _INSTRUCTION = re.compile(
     r")",
     re.DOTALL | re.IGNORECASE,
 )
+
+
+class Problem(NamedTuple):
+    """One problem with its answer."""
+
+    kind: str
+    order: Literal["free", "bound"]
+    prompt: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -131,24 +139,23 @@ KINDS = {
 }
 
 
-def gym_tasks(n: int, *, seed: int = 0, split: Split = "train", kinds: Sequence[str] | None = None) -> list[Task]:
-    """`n` problems, the kinds in equal shares, in random order; no two splits share a bag of words.
+def draw_problems(
+    n: int, *, seed: int | str, belongs: Callable[[str], bool], kinds: Sequence[str] | None = None
+) -> list[Problem]:
+    """`n` problems, the kinds in equal shares, in random order; only prompts that `belongs` takes.
 
     Prompts repeat only when a kind runs out. Raises `GymError` where reasoning-gym is not installed.
     """
-    unknown = set(kinds or ()) - set(KINDS)
-    if unknown:
-        raise ValueError(f"gym_tasks: unknown kind {sorted(unknown)}; expected some of {', '.join(KINDS)}")
-    rng, names = random.Random(f"gym-{split}-{seed}"), list(kinds or KINDS)
-    tasks: list[Task] = []
+    rng, names = random.Random(f"gym-{seed}"), list(kinds or KINDS)
+    problems: list[Problem] = []
     for place, name in enumerate(names):
         wanted = len(range(place, n, len(names)))
-        tasks += _tasks_of_kind(name, wanted, split, first=rng.getrandbits(31))
-    rng.shuffle(tasks)
-    return tasks
+        problems += _draw_kind(name, wanted, belongs, first=rng.getrandbits(31))
+    rng.shuffle(problems)
+    return problems
 
 
-def _tasks_of_kind(name: str, count: int, split: Split, *, first: int) -> list[Task]:
+def _draw_kind(name: str, count: int, belongs: Callable[[str], bool], *, first: int) -> list[Problem]:
     """`first`: the seed of the first entry that is looked at; the next has the next one."""
     try:
         from reasoning_gym import create_dataset
@@ -158,20 +165,19 @@ def _tasks_of_kind(name: str, count: int, split: Split, *, first: int) -> list[T
             "ironlogic/requirements-smollm2.txt"
         ) from error
 
-    kind, tasks, seen, looked_at = KINDS[name], [], set(), 0
+    kind, problems, seen, looked_at = KINDS[name], [], set(), 0
     entries = create_dataset(kind.dataset, seed=first, size=2**31 - 1, **kind.settings)
-    while len(tasks) < count:
-        fresh_needed = looked_at < _ATTEMPTS * count
+    while len(problems) < count:
+        may_repeat = looked_at >= _ATTEMPTS * count
         entry = entries[looked_at]
         looked_at += 1
         prompt, answer = kind.prompt(entry), kind.answer(entry)
         if kind.order == "bound":
             prompt = re.sub(r"(?<=\S)([.,:?])(?=\s|$)", r" \1", prompt)
-        expected = ("Yes", "No")[len(tasks) % 2]
-        if split_of(prompt) != split or not kind.keep(prompt) or (kind.yes_or_no and answer != expected):
+        expected = ("Yes", "No")[len(problems) % 2]
+        if not belongs(prompt) or not kind.keep(prompt) or (kind.yes_or_no and answer != expected):
             continue
-        if prompt in seen and fresh_needed:
-            continue
-        seen.add(prompt)
-        tasks.append(Task(name, kind.order, None, prompt, answer, "", (), system=SYSTEM))
-    return tasks
+        if prompt not in seen or may_repeat:
+            seen.add(prompt)
+            problems.append(Problem(name, kind.order, prompt, answer))
+    return problems

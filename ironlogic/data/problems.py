@@ -17,6 +17,8 @@ from itertools import permutations
 from numbers import Real
 from typing import Any, Literal
 
+from ironlogic.data import gym
+
 __all__ = [
     "ANIMALS",
     "COLOR",
@@ -370,7 +372,7 @@ class Task:
     system: str = ""  # said before the problem
 
 
-def split_of(prompt: str) -> Split:
+def _split_of(prompt: str) -> Split:
     """One bag of words in eight tests, one validates; by bag, so no rearrangement of one is trained on."""
     bag = " ".join(sorted(prompt.split()))
     eighth = hashlib.blake2b(bag.encode(), digest_size=2).digest()[0] % 8
@@ -382,7 +384,7 @@ def make_task(kind: str, rng: random.Random, split: Split = "train") -> Task:
     order, hard, draft = KINDS[kind]
     while True:
         prompt, answer, reasoning, candidates = draft(rng)
-        if split_of(prompt) == split:
+        if _split_of(prompt) == split:
             break
     bag = sorted(prompt.split())
     same_bag = dict.fromkeys(pair for pair in candidates if sorted(pair[0].split()) == bag)
@@ -406,13 +408,16 @@ def make_tasks(
     >>> task.order, len(task.rearrangements)
     ('bound', 2)
     """
+    if world not in WORLDS:
+        raise ValueError(f"make_tasks: unknown world {world!r}; expected one of {', '.join(WORLDS)}")
+    known = KINDS if world == "problems" else gym.KINDS
+    if unknown := set(kinds or ()) - set(known):
+        raise ValueError(f"make_tasks: unknown kind {sorted(unknown)}; expected some of {', '.join(known)}")
     if world == "reasoning-gym":
-        from ironlogic.data.gym import gym_tasks
-
-        return gym_tasks(n, seed=seed, split=split, kinds=kinds)
-    unknown = set(kinds or ()) - set(KINDS)
-    if unknown:
-        raise ValueError(f"make_tasks: unknown kind {sorted(unknown)}; expected some of {', '.join(KINDS)}")
+        drawn = gym.draw_problems(
+            n, seed=f"{split}-{seed}", belongs=lambda prompt: _split_of(prompt) == split, kinds=kinds
+        )
+        return [Task(p.kind, p.order, None, p.prompt, p.answer, "", (), system=gym.SYSTEM) for p in drawn]
     rng, names = random.Random(f"{split}-{seed}"), list(kinds or KINDS)
     tasks: list[Task] = []
     seen: set[str] = set()
