@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from ironlogic.evidence.items import RATIOS, WORST, Items
 from ironlogic.evidence.results import Arms, Columns
-from ironlogic.evidence.statistics import Interval, mean_interval, share_interval
-from ironlogic.show.explorer import Explorer, picture_html, png_bytes
-from ironlogic.show.plots import _axes, _color, plot_losses
+from ironlogic.evidence.statistics import mean_interval, share_interval
+from ironlogic.show.explorer import Explorer, live_html, picture_html, progress
+from ironlogic.show.plots import COLORS, _axes, arm_color, draw_band, error_bars, plot_losses, png_bytes
 
 import ipywidgets
 import numpy as np
-from IPython.display import HTML, DisplayHandle
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -86,89 +86,68 @@ def plot_curves(
     Accuracy has two controls: the ideal reader (dashed) and, at the ratio where it was measured, a cross for the
     arm's accuracy with words substituted instead of moved. Without `items` the columns are of conversations.
     """
-    figure, (axes,) = _axes(height=3.9)
-    figure.set_figwidth(7)
-    _draw_curves(axes, arms, measure, None if items is None else items.among(among), ratios)
+    figure, (axes,) = _axes(width=7, height=3.9)
+    _draw_curves(axes, arms, measure, slice(None) if items is None else items.among(among), ratios)
     axes.set_ylim(0, 1.05 if measure in ("correct", "of the ceiling", "think") else None)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def _draw_curves(axes: Axes, arms: Arms, measure: str, among: np.ndarray | None, ratios: Sequence[float]) -> None:
+def _draw_curves(axes: Axes, arms: Arms, measure: str, among: np.ndarray | slice, ratios: Sequence[float]) -> None:
     column = "correct" if measure == "of the ceiling" else measure
-    ideal_drawn = False
+    interval = share_interval if measure in ("correct", "think", "loop") else mean_interval
+    ideal: dict[float, float] = {}
     for i, (arm, trainings) in enumerate(arms.items()):
         tables = _tables(trainings, column, among, ratios)
         ceilings = _ceilings(trainings, among, ratios)
+        ideal = ideal or ceilings
         if measure == "of the ceiling":
             tables = {ratio: table / ceilings[ratio] for ratio, table in tables.items() if ratio in ceilings}
         if not tables:
             continue
-        color, style = _color(arm, i), "o-" if len(trainings) > 1 else "o:"
-        interval = share_interval if measure in ("correct", "think", "loop") else mean_interval
-        intervals = [interval(table) for table in tables.values()]
-        _draw_band(axes, list(tables), intervals, color=color, label=arm, style=style)
-        if measure == "correct":
-            floors = [c["correct substituted"] for c in trainings.values() if "correct substituted" in c]
-            if floors:
-                floor = np.mean([_chosen(values, among).mean() for values in floors])
-                axes.plot(WORST, floor, "x", color=color, ms=7)
-            if ceilings and not ideal_drawn:
-                axes.plot(list(ceilings), list(ceilings.values()), "k--", lw=1.2, label="ideal reader")
-                ideal_drawn = True
+        color, style = arm_color(arm, i), "o-" if len(trainings) > 1 else "o:"
+        draw_band(axes, list(tables), list(map(interval, tables.values())), color=color, label=arm, style=style)
+        floors = [c["correct substituted"][among] for c in trainings.values() if "correct substituted" in c]
+        if measure == "correct" and floors:
+            axes.plot(WORST, np.mean(floors), "x", color=color, ms=7)
+    if measure == "correct" and ideal:
+        axes.plot(list(ideal), list(ideal.values()), "k--", lw=1.2, label="ideal reader")
     axes.set(xlabel="burden ratio of the test prompt", ylabel=MEASURES[measure], xticks=list(ratios))
 
 
 def _tables(
-    trainings: Mapping[int, Columns], column: str, among: np.ndarray | None, ratios: Sequence[float]
+    trainings: Mapping[int, Columns], column: str, among: np.ndarray | slice, ratios: Sequence[float]
 ) -> dict[float, np.ndarray]:
-    """The column by ratio, (training, item), where it was measured."""
+    """The column by ratio, (training, item), of the items where it was measured."""
     tables = {}
     for ratio in ratios:
         name = f"{column}@{ratio:g}"
-        values = [columns[name] for columns in trainings.values() if name in columns]
-        if values:
-            table = np.stack([_chosen(training, among) for training in values])
-            table = table[:, np.isfinite(table).all(axis=0)]
-            if table.size:
-                tables[ratio] = table
-    return tables
+        measured = [columns[name][among] for columns in trainings.values() if name in columns]
+        if measured:
+            table = np.stack(measured)
+            tables[ratio] = table[:, np.isfinite(table).all(axis=0)]
+    return {ratio: table for ratio, table in tables.items() if table.size}
 
 
 def _ceilings(
-    trainings: Mapping[int, Columns], among: np.ndarray | None, ratios: Sequence[float]
+    trainings: Mapping[int, Columns], among: np.ndarray | slice, ratios: Sequence[float]
 ) -> dict[float, float]:
     """What an ideal reader reaches, by ratio, where it is known of every item."""
-    columns, ceilings = next(iter(trainings.values())), {}
-    for ratio in ratios:
-        values = _chosen(columns.get(f"ceiling@{ratio:g}", np.array([])), among)
-        if values.size and np.isfinite(values).all():
-            ceilings[ratio] = float(values.mean())
-    return ceilings
-
-
-def _draw_band(
-    axes: Axes, x: Sequence[float], intervals: Sequence[Interval], *, color: str, label: str, style: str = "o-"
-) -> None:
-    axes.plot(x, [interval.mean for interval in intervals], style, ms=4, color=color, label=label)
-    low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
-    axes.fill_between(x, low, high, color=color, alpha=0.14, lw=0)
-
-
-def _chosen(values: np.ndarray, among: np.ndarray | None) -> np.ndarray:
-    return values if among is None or not values.size else values[among]
+    columns = next(iter(trainings.values()))
+    known = {ratio: columns[f"ceiling@{ratio:g}"][among] for ratio in ratios if f"ceiling@{ratio:g}" in columns}
+    return {ratio: float(values.mean()) for ratio, values in known.items() if np.isfinite(values).all()}
 
 
 def plot_learning(arms: Arms, items: Items, sizes: Sequence[int], *, column: str, label: str) -> Figure:
     """A column over the number of rows trained on, FT beside SFT's learning curve, with 95 % intervals."""
     figure, (axes,) = _axes()
+    kinds = items.kinds(items.among("all"))
     for i, arm in enumerate(("SFT", "FT")):
-        drawn = {size: arms[f"{arm} {size} rows"].values() for size in sizes if arms.get(f"{arm} {size} rows")}
-        tables = [np.stack([columns[column] for columns in trainings]) for trainings in drawn.values()]
-        intervals = [share_interval(table, items.kinds(items.among("all"))) for table in tables]
-        errors = [[j.mean - j.low for j in intervals], [j.high - j.mean for j in intervals]]
-        means = [interval.mean for interval in intervals]
-        axes.errorbar(list(drawn), means, yerr=errors, fmt="o-", ms=4, lw=1, color=_color(arm, i), label=arm)
+        drawn = {size: arms[f"{arm} {size} rows"] for size in sizes if arms.get(f"{arm} {size} rows")}
+        tables = [np.stack([columns[column] for columns in trainings.values()]) for trainings in drawn.values()]
+        intervals = [share_interval(table, kinds) for table in tables]
+        means, errors = [interval.mean for interval in intervals], error_bars(*intervals)
+        axes.errorbar(list(drawn), means, errors, fmt="o-", ms=4, lw=1, color=arm_color(arm, i), label=arm)
     axes.set(xscale="log", xlabel="rows trained on", ylabel="accuracy (exact match)", title=label, ylim=(0, 1.04))
     axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
     axes.minorticks_off()
@@ -181,20 +160,18 @@ def plot_frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
 
     Further right and further up is better; the ring is the rate that was chosen, the square the base model.
     """
-    figure, (axes,) = _axes(height=3.9)
-    figure.set_figwidth(6)
-    for base in (point for point in points if point["arm"] == "base"):
-        axes.plot(base["clean"], base["scrambled"], "s", color=_color("base", 0), ms=7, label="base")
-    for i, arm in enumerate(("SFT", "FT")):
-        own = sorted((point for point in points if point["arm"] == arm), key=lambda point: point["rate"])
-        best = max(own, key=lambda point: point["score"])
-        clean, scrambled = [point["clean"] for point in own], [point["scrambled"] for point in own]
-        axes.plot(clean, scrambled, "o-", color=_color(arm, i), ms=5, lw=1, label=arm)
-        axes.plot(best["clean"], best["scrambled"], "o", ms=13, mfc="none", mec=_color(arm, i))
-        for point in own:
-            place = (point["clean"], point["scrambled"])
-            axes.annotate(f"{point['rate']:g}", place, xytext=(6, -10), textcoords="offset points", fontsize=8)
-    measure = "accuracy" if all(point["clean"] >= 0 for point in points) else "minus the loss (nats a token)"
+    figure, (axes,) = _axes(width=6, height=3.9)
+    table = pd.DataFrame(points)
+    for _, base in table[table["arm"] == "base"].iterrows():
+        axes.plot(base["clean"], base["scrambled"], "s", color=COLORS["base"], ms=7, label="base")
+    for arm in ("SFT", "FT"):
+        own = table[table["arm"] == arm].sort_values("rate")
+        best = own.loc[own["score"].idxmax()]
+        axes.plot(own["clean"], own["scrambled"], "o-", color=COLORS[arm], ms=5, lw=1, label=arm)
+        axes.plot(best["clean"], best["scrambled"], "o", ms=13, mfc="none", mec=COLORS[arm])
+        for rate, *place in own[["rate", "clean", "scrambled"]].to_numpy():
+            axes.annotate(f"{rate:g}", place, xytext=(6, -10), textcoords="offset points", fontsize=8)
+    measure = "accuracy" if (table["clean"] >= 0).all() else "minus the loss (nats a token)"
     axes.set(xlabel=f"{measure}, clean prompts", ylabel=f"{measure}, scrambled prompts")
     axes.set_title("Learning rates, on validation problems", fontsize=10)
     axes.margins(0.15)
@@ -205,9 +182,8 @@ def plot_frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
 # --- effects ------------------------------------------------------------------------------------------------
 def plot_findings(findings: "Findings") -> Figure:
     """Every effect that is a difference or a share, with its interval, and the mark from which the claim holds."""
-    shown = [f for f in findings if f.effect is not None and f.claim.form != "worth"]
-    figure, (axes,) = _axes(height=1.2 + 0.46 * len(shown))
-    figure.set_figwidth(9)
+    shown = [finding for finding in findings if finding.effect is not None and finding.claim.form != "worth"]
+    figure, (axes,) = _axes(width=9, height=1.2 + 0.46 * len(shown))
     for row, finding in enumerate(shown):
         effect, color = finding.effect, VERDICT_COLORS[finding.verdict]
         axes.plot([effect.low, effect.high], [row, row], color=color, lw=2.4, solid_capstyle="butt")
@@ -243,30 +219,20 @@ def plot_finding(finding: "Finding") -> Figure:
 
 def plot_recipes(recipes: "Sequence[Finding]") -> Figure:
     """What a recipe buys on scrambled prompts, over what it costs on clean ones (`claims.compare_recipes`)."""
-    figure, (axes,) = _axes(height=4.2)
-    figure.set_figwidth(7.5)
+    figure, (axes,) = _axes(width=7.5, height=4.2)
     known = {finding.claim.key: finding for finding in recipes if finding.effect is not None}
-    arms = list(dict.fromkeys(finding.claim.said for finding in recipes))
     axes.axhline(0, color="gray", lw=0.8)
     axes.axvline(0, color="gray", lw=0.8)
-    for i, arm in enumerate(arms):
+    for i, arm in enumerate(dict.fromkeys(finding.claim.said for finding in recipes)):
         price, gain = known.get(f"{arm} price"), known.get(f"{arm} gain")
         if price is None or gain is None:
             continue
         axes.set_xlabel(f"{price.claim.measure}\nminus that of {price.claim.control}")
         axes.set_ylabel(f"{gain.claim.measure}\nminus that of {gain.claim.control}")
         x, y = price.effect, gain.effect
-        axes.errorbar(
-            x.mean,
-            y.mean,
-            xerr=[[x.mean - x.low], [x.high - x.mean]],
-            yerr=[[y.mean - y.low], [y.high - y.mean]],
-            fmt="o",
-            color=_color(arm, i),
-            ms=6,
-            lw=1,
-            label=arm if arm == "base" else f"{arm} ({gain.repeats})",
-        )
+        label = arm if arm == "base" else f"{arm} ({gain.repeats})"
+        look = {"fmt": "o", "ms": 6, "lw": 1, "color": arm_color(arm, i), "label": label}
+        axes.errorbar(x.mean, y.mean, xerr=error_bars(x), yerr=error_bars(y), **look)
     figure.legend(frameon=False, fontsize=8, title="(trainings)", title_fontsize=8, loc="outside right upper")
     return figure
 
@@ -296,38 +262,32 @@ def robustness_explorer(arms: Arms, items: Items, *, shown: tuple[str, ...] = ("
     Offers what was measured on these items only. `shown` arms are chosen at first.
     """
     whole = {arm: trainings for arm, trainings in arms.items() if not arm.endswith(" rows")}
-    columns = {name for trainings in whole.values() for columns in trainings.values() for name in columns}
+    columns = [name for trainings in whole.values() for columns in trainings.values() for name in columns]
     measured = {name.partition("@")[0] for name in columns}
     if "ceiling" in measured:
         measured.add("of the ceiling")
-    measures = {label: measure for measure, label in MEASURES.items() if measure in measured}
-    sorts = {label: sort for sort, label in SORTS.items() if items.among(sort).any()}
 
     def show(arms: tuple[str, ...], sort: str, measure: str) -> tuple[str, Figure | None]:
         if not arms:
             return "<p>choose an arm</p>", None
-        chosen = {arm: whole[arm] for arm in arms}
-        trainings = ", ".join(f"{arm} {len(trainings)}" for arm, trainings in chosen.items())
+        trainings = ", ".join(f"{arm} {len(whole[arm])}" for arm in arms)
         html = (
             f"<p>{items.among(sort).sum()} problems · trainings: {escape(trainings)} · bands: 95 % · "
             "cross: words substituted</p>"
         )
-        return html, plot_curves(chosen, items, measure=measure, among=sort)
+        return html, plot_curves({arm: whole[arm] for arm in arms}, items, measure=measure, among=sort)
 
-    return Explorer(
-        "robustness",
-        {
-            "arms": ipywidgets.SelectMultiple(
-                options=list(whole),
-                value=[arm for arm in shown if arm in whole] or list(whole)[:3],
-                description="arms",
-                rows=min(9, len(whole)),
-            ),
-            "sort": ipywidgets.Dropdown(options=sorts, description="problems"),
-            "measure": ipywidgets.Dropdown(options=measures, description="measure"),
-        },
-        show,
-    )
+    sorts = [(label, sort) for sort, label in SORTS.items() if items.among(sort).any()]
+    measures = [(label, measure) for measure, label in MEASURES.items() if measure in measured]
+    chosen = [arm for arm in shown if arm in whole] or list(whole)[:3]
+    controls = {
+        "arms": ipywidgets.SelectMultiple(
+            options=list(whole), value=chosen, description="arms", rows=min(9, len(whole))
+        ),
+        "sort": ipywidgets.Dropdown(options=sorts, description="problems"),
+        "measure": ipywidgets.Dropdown(options=measures, description="measure"),
+    }
+    return Explorer("robustness", controls, show)
 
 
 def live_arms(*, every: float = 5.0) -> Callable[[str, list[dict[str, Any]]], None]:
@@ -335,20 +295,20 @@ def live_arms(*, every: float = 5.0) -> Callable[[str, list[dict[str, Any]]], No
 
     `every`: seconds between two pictures.
     """
-    handle, metrics, drawn = DisplayHandle(), {}, [0.0]
-    handle.display(HTML("<p>starting; the first steps come when the libraries are loaded</p>"))
+    update = live_html("<p>starting; the first steps come when the libraries are loaded</p>")
+    metrics, drawn = {}, 0.0
 
     def watch(name: str, lines: list[dict[str, Any]]) -> None:
+        nonlocal drawn
         metrics[name] = lines
-        if time.monotonic() - drawn[0] < every and lines[-1]["step"] < lines[-1]["steps"]:
+        if time.monotonic() - drawn < every and lines[-1]["step"] < lines[-1]["steps"]:
             return
-        drawn[0] = time.monotonic()
-        rows = [
-            f"<b>{escape(arm)}</b> step {m[-1]['step']} of {m[-1]['steps']} · loss {m[-1]['loss']:.3f} · "
-            f"{m[-1]['seconds']:.0f} s · peak {m[-1]['peak_gib']:.1f} GiB"
-            for arm, m in metrics.items()
-        ]
+        drawn = time.monotonic()
+        rows = []
+        for arm, (*_, last) in metrics.items():
+            figures = f"loss {last['loss']:.3f} · peak {last['peak_gib']:.1f} GiB"
+            rows.append(f"<b>{escape(arm)}</b> {progress(last)} · {figures}")
         picture = picture_html(png_bytes(plot_losses(metrics)), "loss of every training")
-        handle.update(HTML(f"<p>{'<br>'.join(rows)}</p>{picture}"))
+        update(f"<p>{'<br>'.join(rows)}</p>{picture}")
 
     return watch

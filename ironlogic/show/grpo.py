@@ -6,23 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 from ironlogic.data.problems import thinks
 from ironlogic.evidence.statistics import mean_interval, share_interval
-from ironlogic.show.explorer import Explorer
-from ironlogic.show.plots import _axes
+from ironlogic.show.explorer import Explorer, live_html, progress, table_html, wide
+from ironlogic.show.plots import _axes, draw_band, error_bars
 
 import ipywidgets
 import pandas as pd
-from IPython.display import HTML, DisplayHandle
-from matplotlib.axes import Axes
+from IPython.display import HTML
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:  # nothing here needs torch
-    from ironlogic.evidence.statistics import Interval
     from ironlogic.training.grpo import Samples
 
 __all__ = ["completions_table", "live_rewards", "plot_pass", "plot_rewards", "sample_explorer"]
 
 _CURVES = {"reward": "mean reward", "thinks": "share that thinks", "tokens": "tokens per completion"}
-_CELL = "style='text-align:left;white-space:pre-wrap;vertical-align:top;line-height:1.4'"
 
 
 # --- figures ------------------------------------------------------------------------------------------------
@@ -34,37 +31,21 @@ def plot_rewards(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, reward: str
     """
     figure, panels = _axes(3)
     for i, (name, completions) in enumerate(runs.items()):
-        scored = [line for line in completions if line[reward] is not None]
-        rows = pd.DataFrame(scored)[["step", "prompt", "tokens"]]
-        rows["reward"] = [line[reward] for line in scored]
-        rows["thinks"] = [float(thinks(line["completion"])) for line in scored]
+        rows = pd.DataFrame([line | {"reward": line[reward]} for line in completions if line[reward] is not None])
+        rows["thinks"] = rows["completion"].map(thinks).astype(float)
+        rows["window"] = (rows["step"] - rows["step"].min()) // window
         if rows["reward"].nunique() == 1:
             name = f"{name} (always {rows['reward'][0]:g}: nothing to learn)"
-        middles, intervals = _windows(rows, window)
+        middles = rows.drop_duplicates("step").groupby("window")["step"].mean()
+        prompts = rows.groupby(["window", "step", "prompt"], sort=False)[list(_CURVES)].mean()
         for axes, curve in zip(panels, _CURVES, strict=True):
-            _draw_band(axes, middles, [interval[curve] for interval in intervals], color=f"C{i}", label=name)
+            intervals = [mean_interval(values) for _, values in prompts.groupby("window")[curve]]
+            draw_band(axes, middles, intervals, color=f"C{i}", label=name)
     for axes, (curve, label) in zip(panels, _CURVES.items(), strict=True):
         axes.set(xlabel="optimizer step", ylabel=label, ylim=(0, None if curve == "tokens" else 1.04))
         axes.locator_params(axis="x", integer=True)
     panels[0].legend(frameon=False, fontsize=9)
     return figure
-
-
-def _windows(rows: pd.DataFrame, window: int) -> "tuple[list[float], list[dict[str, Interval]]]":
-    """The middle of every `window` steps, and there an interval over prompts for every curve."""
-    middles, intervals = [], []
-    first = rows["step"].min()
-    for _, steps in rows.groupby((rows["step"] - first) // window):
-        prompts = steps.groupby(["step", "prompt"], sort=False)[list(_CURVES)].mean()
-        middles.append(float(steps["step"].unique().mean()))
-        intervals.append({curve: mean_interval(prompts[curve].to_numpy()) for curve in _CURVES})
-    return middles, intervals
-
-
-def _draw_band(axes: Axes, x: Sequence[float], intervals: "Sequence[Interval]", *, color: str, label: str) -> None:
-    axes.plot(x, [interval.mean for interval in intervals], "o-", ms=3, color=color, label=label)
-    low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
-    axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
 
 
 def plot_pass(arms: "Mapping[str, Samples]") -> Figure:
@@ -76,18 +57,13 @@ def plot_pass(arms: "Mapping[str, Samples]") -> Figure:
     for i, (name, samples) in enumerate(arms.items()):
         ks = range(1, samples.correct.shape[1] + 1)
         passed = [share_interval(samples.pass_at(k)) for k in ks]
-        _draw_band(left, ks, passed, color=f"C{i}", label=name)
+        draw_band(left, ks, passed, color=f"C{i}", label=name)
         share = share_interval(samples.thinks.mean(axis=1))
-        error = [[share.mean - share.low], [share.high - share.mean]]
-        right.barh(i, share.mean, xerr=error, color=f"C{i}", height=0.6)
+        right.barh(i, share.mean, xerr=error_bars(share), color=f"C{i}", height=0.6)
     left.set(xlabel="k, answers sampled to a problem", ylabel="one of them is right", ylim=(0, 1.04))
     left.legend(frameon=False, fontsize=9, loc="lower right")
-    right.set(
-        yticks=range(len(arms)),
-        yticklabels=list(arms),
-        xlabel="share of sampled answers that think",
-        xlim=(0, 1.04),
-    )
+    right.set_yticks(range(len(arms)), list(arms))
+    right.set(xlabel="share of sampled answers that think", xlim=(0, 1.04))
     right.invert_yaxis()
     return figure
 
@@ -97,65 +73,51 @@ def completions_table(
     completions: Sequence[Mapping[str, Any]], *, steps: Sequence[int], rewards: Sequence[str], rows: int = 4
 ) -> HTML:
     """The first `rows` completions of each of those steps of `read_completions`, with their rewards."""
-    columns = ["step", "prompt", "completion", "tokens", *rewards]
-    body = []
+    shown = []
     for step in steps:
         lines = [line for line in completions if line["step"] == step]
         if not lines:
             known = f"{completions[0]['step']} to {completions[-1]['step']}" if completions else "none"
             raise ValueError(f"completions_table: no completions of step {step}; there are those of {known}")
-        body += [[str(line[name]) for name in columns] for line in lines[:rows]]
-    return HTML(_table(columns, body))
+        shown += lines[:rows]
+    columns = ["step", "prompt", "completion", "tokens", *rewards]
+    return HTML(table_html(pd.DataFrame(shown, columns=columns)))
 
 
 def sample_explorer(arms: "Mapping[str, Samples]") -> Explorer:
     """One problem, and what every arm answered each time it was asked it."""
-    tasks = next(iter(arms.values())).tasks
-    different = [name for name, samples in arms.items() if samples.tasks != tasks]
+    first, *others = arms
+    tasks = arms[first].tasks
+    different = [name for name in others if arms[name].tasks != tasks]
     if different:
-        raise ValueError(f"sample_explorer: {', '.join(different)} answered other problems than {next(iter(arms))}")
+        raise ValueError(f"sample_explorer: {', '.join(different)} answered other problems than {first}")
 
     def show(problem: int) -> tuple[str, None]:
-        task = tasks[problem]
-        columns = {}
+        task, columns = tasks[problem], {}
         for name, samples in arms.items():
-            here, overall = samples.correct[problem].mean(), samples.correct.mean()
-            columns[f"{name}: {here:.0%} here, {overall:.0%} over all"] = [
+            correct = samples.correct[problem]
+            head = f"{name}: {correct.mean():.0%} here, {samples.correct.mean():.0%} over all"
+            columns[head] = [
                 f"{'✓' if right else '✗'} {' '.join(answer.text.split())}"  # a line each: thoughts have several
-                for answer, right in zip(samples.answers[problem], samples.correct[problem], strict=True)
+                for answer, right in zip(samples.answers[problem], correct, strict=True)
             ]
         title = f"<p>{escape(task.prompt)}<br>the answer is <b>{escape(task.answer)}</b></p>"
-        return title + _table(list(columns), list(zip(*columns.values(), strict=False))), None
+        return title + table_html(pd.DataFrame({head: pd.Series(cells) for head, cells in columns.items()})), None
 
     options = [(f"{task.kind}: {task.prompt[:70]}", i) for i, task in enumerate(tasks)]
-    wide = ipywidgets.Layout(width="95%")
-    problem = ipywidgets.Dropdown(options=options, value=0, description="problem", layout=wide)
+    problem = ipywidgets.Dropdown(options=options, value=0, description="problem", layout=wide())
     return Explorer("samples", {"problem": problem}, show)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th {_CELL}>{escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f'<td {_CELL}><span dir="auto">{escape(cell)}</span></td>' for cell in row) + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{top}</tr>{body}</table>"
 
 
 def live_rewards(arm: str) -> Callable[[list[dict[str, Any]]], None]:
     """A `watch` for train_grpo: one line that follows the steps."""
-    handle = DisplayHandle()
-    handle.display(HTML(f"<p>{escape(arm)}: starting</p>"))
+    update = live_html(f"<p>{escape(arm)}: starting</p>")
 
     def watch(lines: list[dict[str, Any]]) -> None:
-        last, recent = lines[-1], lines[-5:]
-        reward, thoughts = (sum(line[name] for line in recent) / len(recent) for name in ("reward", "think_rate"))
-        left = last["seconds"] / last["step"] * (last["steps"] - last["step"])
-        handle.update(
-            HTML(
-                f"<p><b>{escape(arm)}</b> step {last['step']} of {last['steps']} · reward {reward:.2f} · "
-                f"{thoughts:.0%} think · {last['seconds']:.0f} s, about {left:.0f} s to go</p>"
-            )
+        recent = pd.DataFrame(lines[-5:])[["reward", "think_rate"]].mean()
+        update(
+            f"<p><b>{escape(arm)}</b> {progress(lines[-1])} · reward {recent['reward']:.2f} · "
+            f"{recent['think_rate']:.0%} think</p>"
         )
 
     return watch

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ironlogic.show.evidence import VERDICT_COLORS, finding_pictures, plot_frontier, plot_recipes
-from ironlogic.show.explorer import picture_html, png_bytes
+from ironlogic.show.explorer import picture_html
+from ironlogic.show.plots import png_bytes
 
 import jinja2
 from markupsafe import Markup

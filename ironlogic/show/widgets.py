@@ -9,7 +9,8 @@ from ironlogic.data.problems import Task, bayes_ceiling, check_answer
 from ironlogic.memory import plan_memory
 from ironlogic.presets import PRESETS
 from ironlogic.show.chat import chat_box
-from ironlogic.show.explorer import Explorer, picture_html, png_bytes, ratio_slider, text_html
+from ironlogic.show.explorer import Explorer, picture_html, ratio_slider, text_html
+from ironlogic.show.plots import png_bytes
 from ironlogic.show.grpo import completions_table, live_rewards, sample_explorer
 from ironlogic.show.lens import lens_table, plot_entropy, plot_layers
 from ironlogic.show.picture_widget import picture_explorer
