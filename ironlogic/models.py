@@ -437,12 +437,14 @@ def with_adapters(loaded: LoadedModel, adapters: Mapping[str, Path]) -> LoadedMo
 @contextlib.contextmanager
 def use_adapter(loaded: LoadedModel, name: str | None) -> Iterator[LoadedModel]:
     """The model with the adapter of that name; None: the base model as it was before any training."""
-    if name is None:
+    if name is not None:
+        loaded.model.set_adapter(name)
+        yield loaded
+    elif isinstance(loaded.model, peft.PeftModel):
         with loaded.model.disable_adapter():
             yield loaded
     else:
-        loaded.model.set_adapter(name)
-        yield loaded
+        yield loaded  # carries no adapter: it is the base
 
 
 def free_memory() -> None:
