@@ -10,11 +10,10 @@ from ironlogic.generate import generate, stream
 from ironlogic.models import add_lora, load_model
 from ironlogic.presets import LoraSettings
 from ironlogic.show.chat import answer_html, chat_box
-from ironlogic.vision.splice import splice
 
 import pytest
 import torch
-import transformers
+from eyes import on_nano
 from PIL import Image
 
 QUESTION = make_tasks(1, seed=3, split="test")[0].prompt
@@ -119,16 +118,10 @@ def test_thinking_is_folded_and_markup_shown_as_text():
 
 
 def test_a_model_that_sees_gets_the_uploaded_picture():
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    tower = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=16)
-    ).eval()
-    maker = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    box = chat_box(splice((tower, maker), "nano"), text="What is this?", max_new_tokens=8)
-    seen = []
-    tower_of = next(m for n, m in box._models["model"][0].model.named_modules() if n.endswith("vision_tower"))
-    tower_of.register_forward_hook(lambda *_: seen.append(1))
+    loaded, seen = on_nano(), []
+    box = chat_box(loaded, text="What is this?", max_new_tokens=8)
+    tower = next(module for name, module in loaded.model.named_modules() if name.endswith("vision_tower"))
+    tower.register_forward_hook(lambda *_: seen.append(1))
     upload(box, b"no picture")
     assert "no picture of a kind that is read here" in box.text.value
     box.ask()
@@ -148,14 +141,3 @@ def test_a_model_that_sees_gets_the_uploaded_picture():
 def upload(box, content):
     file = {"name": "x.png", "type": "image/png", "size": len(content), "content": memoryview(content)}
     box.controls["image"].value = ({**file, "last_modified": datetime.now(UTC)},)
-
-
-def test_uploads_of_ipywidgets_7_are_understood(nano):
-    """There the value is a dict by file name, with bytes."""
-    box = chat_box(nano, text="x")
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 3), "red").save(buffer, format="png")
-    box.controls["image"] = type(
-        "Upload", (), {"value": {"x.png": {"metadata": {}, "content": buffer.getvalue()}}}
-    )()
-    assert box._new_picture().size == (4, 3)

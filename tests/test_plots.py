@@ -6,13 +6,7 @@ from types import SimpleNamespace
 
 from ironlogic.burden import apply_burden, measure_disorder
 from ironlogic.memory import plan_memory
-from ironlogic.show.plots import (
-    plot_disorder,
-    plot_exports,
-    plot_losses,
-    plot_memory,
-    plot_reached,
-)
+from ironlogic.show.plots import plot_disorder, plot_exports, plot_losses, plot_memory, plot_reached
 
 import numpy as np
 import pytest
@@ -25,7 +19,9 @@ def curve(axes, label):
 
 def test_losses():
     lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
-    assert curve(plot_losses({"FT": lines}).axes[0], "FT") == [2.0, 1.0]
+    figure = plot_losses({"FT": lines})
+    assert curve(figure.axes[0], "FT") == [2.0, 1.0]
+    assert figure._repr_png_().startswith(b"\x89PNG"), "a notebook shows it"
 
 
 def test_disorder_and_reached():
@@ -38,13 +34,12 @@ def test_disorder_and_reached():
 
 
 def test_memory_bars_add_up():
-    plan = plan_memory("24gb", card_gib=24)
-    figure = plot_memory({"24gb": plan})
-    assert np.isclose(sum(bar.get_width() for bar in figure.axes[0].patches), plan.peak_gib)
-
-
-def test_a_notebook_shows_a_figure_as_png():
-    assert plot_losses({"FT": [{"step": 1, "loss": 2.0}]})._repr_png_().startswith(b"\x89PNG")
+    plans = {name: plan_memory(name, card_gib=24) for name in ("24gb", "qwen3-smvl")}
+    figure = plot_memory(plans)
+    total = sum(plan.peak_gib for plan in plans.values())
+    assert np.isclose(sum(bar.get_width() for bar in figure.axes[0].patches), total)
+    named = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert named == {part for plan in plans.values() for part in plan.parts}
 
 
 @pytest.mark.slow

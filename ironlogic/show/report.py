@@ -26,12 +26,12 @@ __all__ = ["findings_html", "measures_html", "write_report"]
 
 def findings_html(findings: "Findings") -> str:
     """The table of claims; each row opens to its rule and its picture."""
-    return _render("findings", **_findings_values(findings))
+    return _render("findings", findings=findings)
 
 
 def measures_html(table: "pd.DataFrame") -> str:
     """Every measure of every arm (`evidence.measures.describe`), with its standard deviation over trainings."""
-    return _render("measures", **_measures_values(table))
+    return _render("measures", measures=table)
 
 
 def write_report(
@@ -49,48 +49,45 @@ def write_report(
     `lines` say what was done with what, `recipes` come from `compare_recipes`, `sweep` from `Study.sweep_points`,
     `measures` from `describe`.
     """
-    path = Path(path)
-    shown = any(finding.effect for finding in recipes)
-    recipes = _picture(plot_recipes(recipes), "what each recipe buys, and what it costs") if shown else ""
-    sweep = _picture(plot_frontier(sweep), "accuracy at every learning rate that was tried") if sweep else ""
-    values = {"sweep": sweep, **_findings_values(findings), **_measures_values(measures)}
-    page = _render("page", title=title, lines=lines, recipes=recipes, **values)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    sections = []
+    if sweep:
+        sections.append(("The learning rates that were tried", plot_frontier(sweep)))
+    if any(finding.effect for finding in recipes):
+        sections.append(("What each recipe buys, and what it costs", plot_recipes(recipes)))
+    page = _render("page", title=title, lines=lines, findings=findings, sections=sections, measures=measures)
     plain = [{name: _finite(value) for name, value in asdict(finding).items()} for finding in findings]
-    content = json.dumps(plain, indent=1, ensure_ascii=False)
-    for file, text in ((path, page), (path.with_suffix(".json"), content)):
-        beside = file.with_suffix(".part")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, page)
+    _write_whole(path.with_suffix(".json"), json.dumps(plain, indent=1, ensure_ascii=False))
     return path
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _write_whole(file: Path, text: str) -> None:
+    beside = file.with_suffix(".part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
+
+
+def _render(part: str, *, findings: "Findings | None" = None, **values: Any) -> str:
+    """`report.html`: the whole page, or that part of it."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    filters = {"level": _level, "effect": _effect, "power": _power, "details": _details, "spread": _spread}
+    environment.filters |= filters | {"picture": _picture}
+    pictures = finding_pictures(findings) if findings else {}
+    values |= {"findings": findings, "pictures": pictures, "colors": VERDICT_COLORS}
+    return environment.get_template("report.html").render(part=part, **values)
+
+
+# --- what the template calls ----------------------------------------------------------------------------------
 def _picture(figure: Figure, alt: str) -> Markup:
     return Markup(picture_html(png_bytes(figure), alt))
 
 
-def _findings_values(findings: "Findings") -> dict[str, Any]:
-    figures = finding_pictures(findings)
-    pictures = {key: _picture(figure, findings[key].claim.measure) for key, figure in figures.items()}
-    return {"findings": findings, "pictures": pictures, "colors": VERDICT_COLORS}
-
-
-def _measures_values(table: "pd.DataFrame") -> dict[str, Any]:
-    return {"table": table, "arms": list(dict.fromkeys(arm for arm, _ in table.columns))}
-
-
-def _render(part: str, **values: Any) -> str:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    environment.filters |= {"level": _level, "effect": _effect, "details": _details, "spread": _spread}
-    environment.filters["seen"] = _seen
-    return environment.get_template("report.html").render(part=part, **values)
-
-
-# --- numbers and words ----------------------------------------------------------------------------------------
 def _level(interval: "Interval | None") -> str:
     if interval is None:
         return "–"
@@ -101,7 +98,7 @@ def _effect(value: float, form: str) -> str:
     return {"saved": f"{value:+.1%}", "worth": f"{value:.2g} x"}.get(form, f"{value:+.3f}")
 
 
-def _seen(finding: "Finding") -> str:
+def _power(finding: "Finding") -> str:
     """Beside what can't be told: the smallest effect that would have been, or the loss that is ruled out."""
     if finding.verdict != "can't be told here" or not math.isfinite(finding.detectable):
         return ""
@@ -122,13 +119,13 @@ def _spread(mean: float, deviation: float) -> str:
 
 def _details(finding: "Finding") -> list[str]:
     claim = finding.claim
-    rule = {
+    rules = {
         "worth": f"holds from {claim.size:g} x on, in part above 1 x",
         "saved": f"holds from {claim.size:.0%} saved on, in part above 3 %",
         "no harm": f"holds if a loss of {-claim.size:g} is ruled out",
         "gain": f"holds from {claim.size:+g} on, in part above 0",
-    }[claim.form]
-    details = [f"rule: {rule}"]
+    }
+    details = [f"rule: {rules[claim.form]}"]
     if claim.source:
         details.append(f"said in seed {claim.source}")
     if finding.effect is not None and math.isfinite(finding.detectable):
@@ -136,8 +133,8 @@ def _details(finding: "Finding") -> list[str]:
     if finding.kinds:
         details.append(f"interval over trainings and {finding.kinds} kinds of items")
     if finding.p is not None:
-        of_what = f"a loss of {-claim.size:g}" if claim.form == "no harm" else "no effect"
-        details.append(f"p = {finding.p:.2g} of {of_what}, after Holm over all claims")
+        nothing = f"a loss of {-claim.size:g}" if claim.form == "no harm" else "no effect"
+        details.append(f"p = {finding.p:.2g} of {nothing}, after Holm over all claims")
     if finding.effect is not None and finding.note:
         details.append(finding.note)
     return details
