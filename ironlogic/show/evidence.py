@@ -277,8 +277,8 @@ def robustness_explorer(arms: Arms, items: Items, *, shown: tuple[str, ...] = ("
         )
         return html, plot_curves({arm: whole[arm] for arm in arms}, items, measure=measure, among=sort)
 
-    sorts = [(label, sort) for sort, label in SORTS.items() if items.among(sort).any()]
-    measures = [(label, measure) for measure, label in MEASURES.items() if measure in measured]
+    sorts = {label: sort for sort, label in SORTS.items() if items.among(sort).any()}
+    measures = {label: measure for measure, label in MEASURES.items() if measure in measured}
     chosen = [arm for arm in shown if arm in whole] or list(whole)[:3]
     controls = {
         "arms": ipywidgets.SelectMultiple(
