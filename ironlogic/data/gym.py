@@ -6,8 +6,11 @@ the question. *Order-free*: a reader of the sorted words can answer (`test_gym.p
 carries the full stop would give its place away. Imports reasoning-gym when it is first used.
 """
 
+import importlib.util
 import random
 import re
+import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -157,6 +160,9 @@ def draw_problems(
 
 def _draw_kind(name: str, count: int, belongs: Callable[[str], bool], *, first: int) -> list[Problem]:
     """`first`: the seed of the first entry that is looked at; the next has the next one."""
+    # its zebra puzzles alone use pycosat, which has to be compiled: a name is enough for the others
+    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
+        sys.modules["pycosat"] = types.ModuleType("pycosat")
     try:
         from reasoning_gym import create_dataset
     except ImportError as error:
