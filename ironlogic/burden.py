@@ -2,7 +2,7 @@
 
 Pure text, no torch. `ratio` of the units (words, characters, tokens, sentences) of the chosen roles are drawn
 and put into each other's places. Whitespace stays where it is, blank for blank and line for line; so do code,
-URLs, LaTeX and tags, and every unit that touches one. Units change places only with their own kind (words
+URLs, LaTeX, tags and tables, and every unit that touches one. Units change places only with their own kind (words
 with words, Chinese and Japanese characters with such characters, closed sentences with closed ones): no two
 of them grow together.
 
@@ -13,7 +13,7 @@ number of processes and platform. What a unit is stands in `units`.
 import hashlib
 import operator
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -92,7 +92,7 @@ class Burden:
         import datasets  # two seconds; nothing else here needs it
 
         rows = getattr(chats, "rows", None)
-        if not isinstance(rows, datasets.Dataset):
+        if rows is None:
             raise BurdenError(
                 f"Burden.apply: got a {type(chats).__name__}; expected Chats (load_chats, make_chats)"
             )
@@ -100,8 +100,8 @@ class Burden:
             raise BurdenError(
                 f"Burden.apply: the data has columns {', '.join(sorted(taken))}; is it burdened already?"
             )
-        for name, value in (("epochs", epochs), ("num_proc", 1 if num_proc is None else num_proc)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        for name, value in (("epochs", epochs), ("num_proc", num_proc or 1)):
+            if type(value) is not int or value < 1:
                 raise BurdenError(f"Burden.apply: {name} is {value!r}; expected a whole number from 1")
         if not len(rows):
             raise BurdenError("Burden.apply: the data has no rows")
@@ -109,15 +109,12 @@ class Burden:
         keys = rows["row"][:] if "row" in rows.column_names else []
         if any(type(key) not in (int, str) for key in keys) or len(set(keys)) < len(keys):
             rows = rows.remove_columns("row")  # a column of the user's that names no row
-        features = rows.features.copy()
-        features.setdefault("row", datasets.Value("int64"))
-        features.update(epoch=datasets.Value("int64"), **{name: datasets.Value("float64") for name in _REACHED})
+        made = {"epoch": datasets.Value("int64"), **dict.fromkeys(_REACHED, datasets.Value("float64"))}
         burdened = datasets.concatenate_datasets([rows] * epochs).map(
-            _burden_batch,
-            batched=True,
+            _burden_row,
             with_indices=True,
             fn_kwargs={"burden": self, "seed": seed, "rows": len(rows), "tokenizer": tokenizer},
-            features=features,
+            features=datasets.Features({"row": datasets.Value("int64")} | rows.features | made),
             num_proc=num_proc,
             load_from_cache_file=False,
             desc="Burden",
@@ -137,18 +134,15 @@ def _check(where: str, ratio, unit, protect) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- one text
-# splitmix64 (Steele, Lea and Flood 2014): good random bits from any state, the same on every platform
-_ODD, _GOLDEN = np.uint64(0xD1342543DE82EF95), np.uint64(0x9E3779B97F4A7C15)
-_MIX1, _MIX2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_27, _28, _30, _31 = (np.uint64(bits) for bits in (27, 28, 30, 31))
-
-
 def draw(n: int, number: int, ratio: float) -> np.ndarray:
-    """`chosen_count` of the positions 0..n-1 in a uniform random order, (k,): the first by 36 bits and position."""
-    x = np.arange(n, dtype=np.uint64) * _ODD + np.uint64(number) + _GOLDEN  # uint64 wraps by definition
-    x = (x ^ (x >> _30)) * _MIX1
-    x = (x ^ (x >> _27)) * _MIX2
-    scores = (x ^ (x >> _31)) >> _28
+    """`chosen_count` of the positions 0..n-1 in a uniform random order, (k,): the first by 36 bits and position.
+
+    The bits are splitmix64's (Steele, Lea and Flood 2014): good from any state, the same on every platform.
+    """
+    x = np.arange(n, dtype=np.uint64) * 0xD1342543DE82EF95 + number + 0x9E3779B97F4A7C15  # wraps by definition
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    scores = (x ^ (x >> 31)) >> 28
     return np.argsort(scores, kind="stable")[: chosen_count(n, ratio)]
 
 
@@ -198,19 +192,13 @@ def apply_burden(
     places = movable_places(pieces, protected_spans(text, protect))
     drawn = places[draw(len(places), number, ratio)]
     moved = list(pieces)
-    for group in _by_kind(drawn, pieces, unit, text):
+    kinds = np.array([kind_of(pieces[place], unit) for place in drawn.tolist()])
+    for kind in np.unique(kinds):
         # Places in random order, and in the order of the text the units that go there.
+        group = drawn[kinds == kind]
         for place, source in zip(group.tolist(), np.sort(group).tolist(), strict=True):
             moved[place] = pieces[source]
     return "".join(moved)
-
-
-def _by_kind(drawn: np.ndarray, pieces: list[str], unit: Unit, text: str) -> list[np.ndarray]:
-    """The drawn places, one array for each kind of unit."""
-    if unit in ("char", "token") or (unit == "word" and text.isascii()):
-        return [drawn]
-    kinds = np.array([kind_of(pieces[place], unit) for place in drawn.tolist()])
-    return [drawn[kinds == kind] for kind in range(3)]
 
 
 def seed_burden(text: str, ratio: float, rng: random.Random) -> str:
@@ -245,58 +233,59 @@ def burden_messages(
     The key of a text is (epoch, row, index of its message); the second and later text parts of a list add
     their index. All other fields and parts are kept. Raises `BurdenError`.
     """
-    return _burden_conversation(messages, burden, seed=seed, epoch=epoch, row=row, tokenizer=tokenizer)[0]
-
-
-def _burden_conversation(
-    messages, burden: Burden, *, seed, epoch, row, tokenizer
-) -> tuple[list[dict], list[tuple[str, str]]]:
-    """The burdened copy of a conversation, and (before, after) of every text that may have changed."""
     if not isinstance(messages, (list, tuple)):
         raise BurdenError(f"row {row}: messages is a {type(messages).__name__}; expected a list of messages")
+    copy = [_copy_message(message, f"row {row}, message {index}") for index, message in enumerate(messages)]
     epoch = epoch if burden.redraw else 0
-    is_drawn = _number(seed, ("mix", epoch, row)) < burden.mix * 2**64
-    settings = {"ratio": burden.ratio, "unit": burden.unit, "protect": burden.protect, "tokenizer": tokenizer}
-    copy, pairs = [], []
+    if _number(seed, ("mix", epoch, row)) >= burden.mix * 2**64:
+        return copy
+    for holder, field, place in _texts(copy, burden.roles, row):
+        holder[field] = apply_burden(
+            holder[field],
+            ratio=burden.ratio,
+            unit=burden.unit,
+            seed=seed,
+            key=(epoch, row, *place),
+            protect=burden.protect,
+            tokenizer=tokenizer,
+        )
+    return copy
+
+
+def _copy_message(message, where: str) -> dict:
+    """A copy whose content is a string, or a list of copied parts. Raises `BurdenError` for another message."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise BurdenError(f"{where} is {message!r}; expected a dict with role and content")
+    copy = dict(message)
+    content = copy.get("content")
+    if isinstance(content, (list, tuple)):
+        copy["content"] = [dict(part) if isinstance(part, Mapping) else part for part in content]
+    return copy
+
+
+def _texts(messages: Sequence[Mapping], roles: Sequence[str], row) -> Iterator[tuple[dict, str, tuple[int, ...]]]:
+    """(dict, field, place) of every text of these roles. Raises `BurdenError` where there is none."""
     for index, message in enumerate(messages):
-        where = f"row {row}, message {index}"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise BurdenError(f"{where} is {message!r}; expected a dict with role and content")
-        message = dict(message)
-        copy.append(message)
-        if message["role"] not in burden.roles:
+        if message["role"] not in roles:
             continue
-        for number, (holder, field) in enumerate(_open_texts(message, where)):
-            key = (epoch, row, index, number) if number else (epoch, row, index)
-            before = holder[field]
-            if is_drawn:
-                holder[field] = apply_burden(before, seed=seed, key=key, **settings)
-                pairs.append((before, holder[field]))
-    return copy, pairs
+        holders, field, expected = [message], "content", "a string or a list of parts"
+        if isinstance(message.get("content"), list):
+            parts = [part for part in message["content"] if isinstance(part, dict)]
+            holders, field, expected = [part for part in parts if part.get("type") == "text"], "text", "a string"
+        for number, holder in enumerate(holders):
+            if not isinstance(holder.get(field), str):
+                came = f"{field} is {holder.get(field)!r}"
+                raise BurdenError(f"row {row}, message {index}: {came}; expected {expected}")
+            yield holder, field, (index, number) if number else (index,)
 
 
-def _open_texts(message: dict, where: str) -> list[tuple[dict, str]]:
-    """(dict, field) of every text of a message; a list of parts is copied into it first, images are shared."""
-    if isinstance(message.get("content"), (list, tuple)):
-        parts = [dict(part) if isinstance(part, Mapping) else part for part in message["content"]]
-        message["content"] = parts
-        texts = [(part, "text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-        expected = "a string"
-    else:
-        texts, expected = [(message, "content")], "a string or a list of parts"
-    for holder, field in texts:
-        if not isinstance(holder.get(field), str):
-            raise BurdenError(f"{where}: {field} is {holder.get(field)!r}; expected {expected}")
-    return texts
-
-
-def _burden_batch(batch, indices: list[int], *, burden: Burden, seed: int, rows: int, tokenizer) -> dict[str, list]:
-    keys = batch["row"] if "row" in batch else [index % rows for index in indices]
-    epochs = [index // rows for index in indices]
-    burdened = [
-        _burden_conversation(messages, burden, seed=seed, epoch=epoch, row=row, tokenizer=tokenizer)
-        for messages, row, epoch in zip(batch["messages"], keys, epochs, strict=True)
-    ]
-    reached = [asdict(pooled_disorder(pairs, unit=burden.unit, tokenizer=tokenizer)) for _, pairs in burdened]
-    columns = {name: [disorder[name] for disorder in reached] for name in _REACHED}
-    return {"messages": [messages for messages, _ in burdened], "row": keys, "epoch": epochs, **columns}
+def _burden_row(line: dict, index: int, *, burden: Burden, seed: int, rows: int, tokenizer) -> dict:
+    epoch, row = divmod(index, rows)
+    row = line.get("row", row)
+    before = line["messages"]
+    after = burden_messages(before, burden, seed=seed, epoch=epoch, row=row, tokenizer=tokenizer)
+    old, new = (
+        [holder[field] for holder, field, _ in _texts(turns, burden.roles, row)] for turns in (before, after)
+    )
+    reached = pooled_disorder(list(zip(old, new, strict=True)), unit=burden.unit, tokenizer=tokenizer)
+    return {"messages": after, "row": row, "epoch": epoch, **asdict(reached)}

@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from numbers import Real
-from typing import Literal
+from typing import Literal, get_args
 
 from ironlogic import IronLogicError
 
 import numpy as np
 
 __all__ = [
-    "CJK",
-    "MARKS",
     "PROTECTED",
     "BurdenError",
     "Disorder",
@@ -42,8 +40,7 @@ __all__ = [
 ]
 
 Unit = Literal["word", "char", "token", "sentence", "seed"]
-PROTECTED = ("code", "url", "latex", "tag")
-_UNITS = ("word", "char", "token", "sentence", "seed")
+PROTECTED = ("code", "url", "latex", "tag", "table")
 
 
 class BurdenError(IronLogicError, ValueError):
@@ -51,13 +48,11 @@ class BurdenError(IronLogicError, ValueError):
 
 
 def check_unit(where: str, unit) -> None:
-    """Raises `BurdenError` unless `unit` is the name of one."""
-    if unit not in _UNITS:
-        raise BurdenError(f"{where}: unit is {unit!r}; expected one of {', '.join(_UNITS)}")
+    if unit not in get_args(Unit):
+        raise BurdenError(f"{where}: unit is {unit!r}; expected one of {', '.join(get_args(Unit))}")
 
 
 def check_share(where: str, name: str, value) -> None:
-    """Raises `BurdenError` unless `value` is a number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
         raise BurdenError(f"{where}: {name} is {value!r}; expected a number from 0 to 1")
 
@@ -65,58 +60,65 @@ def check_share(where: str, name: str, value) -> None:
 # One rule for Chinese and Japanese: every code point of these blocks is a word of its own, punctuation,
 # full-width letters and the planes beyond 16 bits included. Korean is written with blanks, so its syllables
 # are not here.
-CJK = (
-    (0x2E80, 0x2FFF),  # radicals
-    (0x3001, 0x3029),  # punctuation; U+3000 is a blank
-    (0x3030, 0x3098),  # punctuation, hiragana
-    (0x309B, 0x312F),  # hiragana, katakana, bopomofo
-    (0x3190, 0x4DBF),  # kanbun, strokes, enclosed, extension A
-    (0x4E00, 0x9FFF),  # ideographs
-    (0xF900, 0xFAFF),  # compatibility ideographs
-    (0xFE30, 0xFE4F),  # vertical forms
-    (0xFF01, 0xFF9D),  # full-width forms, half-width katakana
-    (0x1AFF0, 0x1B16F),  # old kana
-    (0x1F200, 0x1F2FF),  # enclosed ideographs
-    (0x20000, 0x3FFFF),  # extensions B and later
+_CJK = (
+    "\u2e80-\u2fff"  # radicals
+    "\u3001-\u3029"  # punctuation; U+3000 is a blank
+    "\u3030-\u3098"  # punctuation, hiragana
+    "\u309b-\u312f"  # hiragana, katakana, bopomofo
+    "\u3190-\u4dbf"  # kanbun, strokes, enclosed, extension A
+    "\u4e00-\u9fff"  # ideographs
+    "\uf900-\ufaff"  # compatibility ideographs
+    "\ufe30-\ufe4f"  # vertical forms
+    "\uff01-\uff9d"  # full-width forms, half-width katakana
+    "\U0001aff0-\U0001b16f"  # old kana
+    "\U0001f200-\U0001f2ff"  # enclosed ideographs
+    "\U00020000-\U0003ffff"  # extensions B and later
 )
 # Tone and voicing marks and variation selectors stay with the character before them.
-MARKS = ((0x302A, 0x302F), (0x3099, 0x309A), (0xFE00, 0xFE0F), (0xFF9E, 0xFF9F), (0xE0100, 0xE01EF))
-
-
-def _ranges(*groups) -> str:
-    return "".join(f"{chr(low)}-{chr(high)}" for group in groups for low, high in group)
-
+_MARKS = "\u302a-\u302f\u3099-\u309a\ufe00-\ufe0f\uff9e-\uff9f\U000e0100-\U000e01ef"
 
 # -------------------------------------------------------------------------------------------- spans that stay
-# A kind has cheap signs (no sign, no search) and a pattern. Each alternative begins with a literal character,
-# which lets `re` skip ahead, and is bounded by a length, a line or the next opening sign: no text takes
-# quadratic time.
-_SIGNS = (("`", "code"), ("://", "url"), ("www.", "url"), ("$", "latex"), ("\\", "latex"), ("<", "tag"))
-_URL_REST = rf"[^\s<>\"`{_ranges(CJK)}]+"
-_SPANS = {
-    # A fence that opens a line and never closes runs to the end, as in Markdown.
-    "code": r"```.*?```|```(?<![^\n]```).*|``[^\n]+?``|`[^`\n]+`",
-    "url": rf"https?://{_URL_REST}|ftp://{_URL_REST}|www\.{_URL_REST}",
+# Kind, sign and pattern: a text without the sign is not searched. Repeats are possessive or bounded by a length, a
+# line or the next opening sign, so that no text takes quadratic time.
+_URL_REST = rf"[^\s<>\"`{_CJK}]+"
+_OPENS_LINE = r"(?<![^\n]>)"
+_QUOTED_REST = r"(?:\n>(?![ \t>]*+(?P=quoted))[^\n]*+)*+(?:\n>[ \t>]*+(?P=quoted)[^\n]*+)?"
+_SPANS = (
+    # A fence closes with as many signs as open it; one that opens a line and never closes runs to the end, as in
+    # Markdown, or to the end of its quotation.
+    ("code", "`", r"(?P<ticks>```(?<!````)`*+).*?(?P=ticks)|```(?<![^\n]```).*|``[^\n]+?``|`[^`\n]+`"),
+    ("code", "~~~", r"^[ \t]*+(?P<tildes>~{3,}+)(?:.*?^[ \t]*+(?P=tildes)|.*)"),
+    ("code", ">", rf">{_OPENS_LINE}[ \t>]*+(?P<quoted>`{{3,}}+(?=[^`\n]*+$)|~{{3,}}+)[^\n]*+{_QUOTED_REST}"),
+    ("code", ">", rf">{_OPENS_LINE}(?:[ ]{{5}}|[ ]?\t)[^\n]*+"),  # indented
+    ("url", "://", rf"https?://{_URL_REST}|ftp://{_URL_REST}"),
+    ("url", "www.", rf"www\.{_URL_REST}"),
     # A dollar opens before ink, and closes after ink and before no digit: "$5 and $6" is no formula.
-    "latex": r"\$\$[^$]+\$\$|\$(?<!\\\$)(?![\s$])[^$\n]*(?<![\s\\])\$(?!\d)"
-    r"|\\\((?:[^\\]|\\[^(])+?\\\)|\\\[(?:[^\\]|\\[^\[])+?\\\]|\\begin\{(\w+\*?)\}.{0,4000}?\\end\{\1\}",
-    "tag": r"<[|｜][^|｜<>\s]*[|｜]>|</?[A-Za-z_][\w\-.]*/?>",
-}
+    ("latex", "$", r"\$\$[^$]+\$\$|\$(?<!\\\$)(?![\s$])[^$\n]*(?<![\s\\])\$(?!\d)"),
+    ("latex", "\\", r"\\\((?:[^\\]|\\[^(])+?\\\)|\\\[(?:[^\\]|\\[^\[])+?\\\]"),
+    ("latex", "\\begin", r"\\begin\{(?P<name>\w+\*?)\}.{0,4000}?\\end\{(?P=name)\}"),
+    ("tag", "<", r"<[|｜][^|｜<>\s]*[|｜]>|</?[A-Za-z_][\w\-.]*/?>"),
+    # A row with a bar, a row of dashes and bars, and all rows with a bar that follow.
+    (
+        "table",
+        "|",
+        r"^[^|\n]*+\|[^\n]*+\n(?=[^\n]*\|)[ \t>]*+\|?[ \t:]*+-[ \t\r|:-]*+$(?:\n[^|\n]*+\|[^\n]*+)*+",
+    ),
+)
 
 
 @cache
-def _span_pattern(kinds: frozenset[str]) -> re.Pattern:
-    return re.compile("|".join(pattern for kind, pattern in _SPANS.items() if kind in kinds), re.DOTALL)
+def _any_of(patterns: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(patterns), re.DOTALL | re.MULTILINE)
 
 
 def protected_spans(text: str, protect: Sequence[str]) -> list[tuple[int, int]]:
-    """(start, end) of the code, URLs, LaTeX and tags in `text`, in order and without overlap.
+    """(start, end) of the code, URLs, LaTeX, tags and tables in `text`, in order and without overlap.
 
     >>> protected_spans("see `x = 1` at <image>", PROTECTED)
     [(4, 11), (15, 22)]
     """
-    kinds = frozenset([kind for sign, kind in _SIGNS if sign in text and kind in protect])
-    return [match.span() for match in _span_pattern(kinds).finditer(text)] if kinds else []
+    patterns = tuple(pattern for kind, sign, pattern in _SPANS if kind in protect and sign in text)
+    return [match.span() for match in _any_of(patterns).finditer(text)] if patterns else []
 
 
 def movable_places(pieces: list[str], spans: list[tuple[int, int]]) -> np.ndarray:
@@ -131,10 +133,9 @@ def movable_places(pieces: list[str], spans: list[tuple[int, int]]) -> np.ndarra
 
 
 # ------------------------------------------------------------------------------------- text -> gaps and units
-_FIRST_CJK = chr(CJK[0][0])  # spares most words the search
-_CJK = re.compile(f"[{_ranges(CJK)}]")
-_WORDS_ASCII = re.compile(r"(\S+)")
-_WORDS = re.compile(rf"([{_ranges(CJK)}][{_ranges(MARKS)}]*|[^\s{_ranges(CJK, MARKS)}][^\s{_ranges(CJK)}]*)")
+_CJK_FIRST = re.compile(f"[{_CJK}]")
+_WORDS = re.compile(rf"([{_CJK}][{_MARKS}]*|[^\s{_CJK}{_MARKS}][^\s{_CJK}]*)")
+_BETWEEN_BLANKS = re.compile(r"((?<![^ ])[^ ]*)")  # the seed's words: may be empty, may hold line breaks
 _LINE = re.compile(r"[^\r\n\u2028\u2029]+")
 _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]]*(?=\s|\Z)|[。！？]+[」』”’）)]*")
 _CLOSED = re.compile(r"([.!?…。！？])[\"'”’)\]」』）]*\Z")
@@ -147,11 +148,13 @@ def pieces_of(text: str, unit: Unit, tokenizer=None) -> list[str]:
     ['', 'Hello,', '  ', '你', '', '好', '\\n']
     """
     if unit == "word":
-        return (_WORDS_ASCII if text.isascii() else _WORDS).split(text)
+        return _WORDS.split(text)
+    if unit == "seed":
+        return _BETWEEN_BLANKS.split(text)
     if unit == "token":
         spans = _token_spans(text, tokenizer)
     else:
-        spans = {"char": _character_spans, "sentence": _sentence_spans, "seed": _seed_spans}[unit](text)
+        spans = _character_spans(text) if unit == "char" else _sentence_spans(text)
     pieces, last = [], 0
     for start, end in spans:
         pieces += [text[last:start], text[start:end]]
@@ -162,12 +165,6 @@ def pieces_of(text: str, unit: Unit, tokenizer=None) -> list[str]:
 def count_units(text: str, *, unit: Unit = "word", protect: Sequence[str] = (), tokenizer=None) -> int:
     """How many units of the text may move; with nothing protected, how many it has."""
     return len(movable_places(pieces_of(text, unit, tokenizer), protected_spans(text, protect)))
-
-
-def _seed_spans(text: str) -> list[tuple[int, int]]:
-    """What lies between single blanks: may be empty, may hold line breaks."""
-    blanks = [i for i, character in enumerate(text) if character == " "]
-    return [(a + 1, b) for a, b in pairwise([-1, *blanks, len(text)])]
 
 
 def _character_spans(text: str) -> list[tuple[int, int]]:
@@ -213,7 +210,10 @@ def _token_spans(text: str, tokenizer) -> list[tuple[int, int]]:
         raise BurdenError(
             f'unit "token" needs a fast tokenizer; pass tokenizer=..., got {type(tokenizer).__name__}'
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    try:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except TypeError as error:
+        raise BurdenError("the text holds half a surrogate pair, which no tokenizer reads") from error
     fixed = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     spans: list[tuple[int, int]] = []
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -232,7 +232,7 @@ def kind_of(piece: str, unit: Unit) -> int:
     it is open.
     """
     if unit == "word":
-        return int(piece >= _FIRST_CJK and _CJK.match(piece) is not None)
+        return int(_CJK_FIRST.match(piece) is not None)
     if unit == "sentence":
         closed = _CLOSED.search(piece)
         return 2 if closed is None else int(closed[1] in "。！？")
@@ -265,12 +265,18 @@ def measure_disorder(before: str, after: str, *, unit: Unit = "word", tokenizer=
 
 def pooled_disorder(pairs: Sequence[tuple[str, str]], *, unit: Unit = "word", tokenizer=None) -> Disorder:
     """The disorder of several (before, after) taken together, as of the turns of one conversation."""
-    total = np.zeros(6, np.int64)
+    units = displaced = order_pairs = inverted = bigrams = kept = 0
     for before, after in pairs:
-        total += _tally(before, after, unit, tokenizer)
-    units, displaced, order_pairs, inverted, bigrams, kept = total.tolist()
-    kept_share = kept / bigrams if bigrams else 1.0
-    return Disorder(displaced / max(units, 1), inverted / max(order_pairs, 1), kept_share)
+        count, source = _sources(before, after, unit, tokenizer)
+        longer = max(count, len(source))
+        shared = source[source >= 0]  # units that both texts have
+        units += longer
+        displaced += longer - int((source == np.arange(len(source))).sum())
+        order_pairs += len(shared) * (len(shared) - 1) // 2
+        inverted += _inversions(shared)
+        bigrams += max(longer - 1, 0)
+        kept += int(((source[1:] == source[:-1] + 1) & (source[:-1] >= 0)).sum())
+    return Disorder(displaced / max(units, 1), inverted / max(order_pairs, 1), kept / bigrams if bigrams else 1.0)
 
 
 def chosen_count(n: int, ratio: float) -> int:
@@ -333,17 +339,6 @@ def _sources(before: str, after: str, unit: Unit, tokenizer) -> tuple[int, np.nd
             positions[old[position]].append(position)
     source = [i if same[i] else positions[word].pop() if positions[word] else -1 for i, word in enumerate(new)]
     return len(old), np.array(source, np.int64)
-
-
-def _tally(before: str, after: str, unit: Unit, tokenizer) -> np.ndarray:
-    """Units, those displaced, pairs, those inverted, bigrams, those kept, (6,)."""
-    count, source = _sources(before, after, unit, tokenizer)
-    units = max(count, len(source))
-    same = np.count_nonzero(source == np.arange(len(source)))
-    kept = np.count_nonzero((source[1:] == source[:-1] + 1) & (source[:-1] >= 0))
-    shared = source[source >= 0]  # units that both texts have
-    pairs = len(shared) * (len(shared) - 1) // 2
-    return np.array([units, units - same, pairs, _inversions(shared), max(units - 1, 0), kept])
 
 
 def _inversions(order: np.ndarray) -> int:

@@ -220,6 +220,41 @@ def test_an_open_fence_protects_to_the_end_and_prices_are_no_formula():
     assert units.protected_spans("看https://a.b/c，好", ("url",)) == [(1, 14)]
 
 
+BLOCKS = {
+    "tildes": "~~~py\nx = y + 1\n~~~",
+    "tildes that open to the end": "~~~\nx = y + 1\n\nfour five six seven",
+    "longer tildes around shorter": "  ~~~~\n  ~~~\n  x = y\n  ~~~\n  ~~~~",
+    "ticks around ticks": "````md\n```py\nx = y\n```\n````",
+    "a quoted fence": "> ```py\n> x = y + 1\n> ```",
+    "a quoted fence that ends with its quotation": "> > ~~~\n> > x = y + 1",
+    "quoted indented code": ">     x = y + 1",
+    "a table": "| name | of it |\n|------|:-----:|\n| x y z | 1 2 |\n| a b c | 3 4 |",
+    "a table without outer bars": "name | of it\r\n--|--\r\nx y z | 1 2\r",
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_fences_quoted_code_and_tables_stay_whole(block):
+    before = "one two three four five\n"
+    after = "" if "six" in block else "\n\nsix seven eight nine ten"
+    for row in range(20):
+        moved = apply_burden(before + block + after, ratio=1, key=(row,))
+        head, found, _ = moved.partition(block)
+        assert found
+        assert len(head.split()) == 5
+    assert moved != before + block + after
+    assert apply_burden(before + block + after, ratio=1, key=(1,), protect=()).count(block) == 0
+    seeds = {apply_burden(before + block + after, unit="seed", key=(row,)) for row in range(20)}
+    assert not all(block in seed for seed in seeds)  # the published recipe knows no spans
+
+
+@pytest.mark.parametrize(
+    "text", ["a ~~~ b", "cat x | grep y\nls | wc", "x | y\n\n---", "> plain words\n> of a quotation", "a > ```b"]
+)
+def test_what_only_looks_like_a_block_moves(text):
+    assert units.protected_spans(text, units.PROTECTED) == []
+
+
 def test_a_unit_that_touches_a_span_stays():
     text = "look at `x y`, and (see https://a.b/c) or <image>Describe it now"
     fixed = {2: "`x", 3: "y`,", 6: "https://a.b/c)", 8: "<image>Describe"}
@@ -288,7 +323,10 @@ def test_too_little_to_move(unit):
     assert {apply_burden("a b", unit="word", ratio=1, key=(row,)) for row in range(20)} == {"a b", "b a"}
 
 
-ENDLESS = ["\\(" * 50_000, "\\begin{a}" * 10_000, "```" * 33_333, "``a" * 33_333, "$$x" * 33_333, "<|" * 50_000]
+ENDLESS = [
+    text * 10_000 for text in ("~~~\n", "> ```\n", "a|b\n", "a|b\n|-\n", " ~~~~a", "> > >", "|-|", "````a\n")
+]
+ENDLESS += ["\\(" * 50_000, "\\begin{a}" * 10_000, "```" * 33_333, "``a" * 33_333, "$$x" * 33_333, "<|" * 50_000]
 
 
 @pytest.mark.slow

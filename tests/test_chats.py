@@ -88,15 +88,6 @@ def test_the_three_forms_in_one_file_become_the_same(tmp_path):
     assert dataset["source_row"][:] == [*range(1, 10)]
 
 
-def test_a_forced_form_refuses_the_others(tmp_path):
-    path = write(tmp_path, GOOD, {"instruction": "Q", "output": "A"})
-    dataset, rejected = load(path, format="alpaca")
-    assert texts(dataset) == [[("user", "Q"), ("assistant", "A")]]
-    assert str(rejected[0]) == f"{path}:1: instruction is None; expected text"
-    with pytest.raises(ChatError, match="format 'xml' is unknown; expected auto, messages, sharegpt, alpaca"):
-        load_chats(path, format="xml")
-
-
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet", "list", "dataset"])
 def test_every_source_gives_the_same_rows(tmp_path, kind):
     rows = [chat("q", "a", order="free", answer=3), chat("你好", "🙂", order="bound", answer=None)]
@@ -374,13 +365,13 @@ def test_rows_in_several_pieces_of_arrow(monkeypatch):
 
 
 def test_one_image_turns_every_content_into_parts():
-    image = [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What?"}, {"type": "image"}]
+    image = [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What?"}]
     seen = {"messages": [{"role": "user", "content": image}, ANSWER]}
     joined = {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}, ANSWER]}
     assert texts(load([joined])[0]) == [[("user", "aa"), ("assistant", "a")]]
     dataset, _ = load([GOOD, seen])
     assert dataset[0]["messages"][1]["content"] == [{"type": "text", "text": "4", "image": None}]
-    assert [part["image"] for part in dataset[1]["messages"][0]["content"]] == ["cat.png", None, None]
+    assert [part["image"] for part in dataset[1]["messages"][0]["content"]] == ["cat.png", None]
     assert check_chat(dataset[0]["messages"]) == GOOD["messages"]  # and back
     assert list(Chats(dataset)) == [GOOD["messages"], seen["messages"]]
 
@@ -619,6 +610,46 @@ def test_images_and_messages_as_trl_has_them():
     assert kinds(dataset[0]["messages"]) == kinds(dataset[1]["messages"])
     assert kinds(dataset[2]["messages"])[0] == [("text", "What is <image> in HTML?")]
     assert "holds 1 places for pictures" in str(rejected[0])
+
+
+UNSEEN = [
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
+        "messages holds 1 places for pictures",
+    ),
+    (llava(None, "<video>\nWhat happens?", "A cat jumps."), "conversations holds the mark <video>"),
+    (
+        {"messages": [USER | {"images": ["x.png"]}, ANSWER]},
+        "messages[0].images is ['x.png']; is not read in a turn",
+    ),
+    ({"messages": [USER | {"audio": "x.wav"}, ANSWER]}, "messages[0].audio is 'x.wav'; is not seen by any model"),
+    ({"instruction": "What?", "output": "A cat.", "image": "no.png"}, "picture 1 no.png: no such picture"),
+]
+
+
+@pytest.mark.parametrize(("row", "sentence"), UNSEEN)
+def test_a_row_about_what_no_model_sees_is_rejected(folder, row, sentence):
+    dataset, rejected = load([GOOD, row], images=folder)
+    assert len(dataset) == 1
+    assert str(rejected[0]).startswith(f"row 2: {sentence}")
+    html = "How do I show a film?\n<video>\n  <source src=x>\n</video>"
+    assert len(load([llava(None, html, "So.")])[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("role", "mark", "obeyed"),
+    [
+        *(("assistant", mark, True) for mark in (1, True, 1.0, None)),
+        *(("user", mark, True) for mark in (0, False, None)),
+        *(("assistant", mark, False) for mark in (0, False, 0.5, "0", "false", [], 2)),
+        *(("user", mark, False) for mark in (1, True, 0.5, "no")),
+    ],
+)
+def test_a_mark_on_a_turn_is_obeyed_or_named(role, mark, obeyed):
+    marked = [turn | ({"train": mark} if turn["role"] == role else {}) for turn in (USER, ANSWER)]
+    dataset, rejected = load([GOOD, {"messages": marked}])
+    assert len(dataset) == 1 + obeyed
+    assert obeyed or f".train is {mark!r}; " in str(rejected[0])
 
 
 def test_one_question_about_many_pictures_is_split_by_picture():

@@ -253,7 +253,8 @@ def test_templates_that_want_parts_get_them_and_templates_that_want_strings_too(
     check(PARTS_ONLY, turns("What?", "Four."), [" Four.<|im_end|>"])
     check(CHATML, turns(parts, [{"type": "text", "text": "Four."}]), ["Four.<|im_end|>"])
     picture = [{"type": "image"}, {"type": "text", "text": "What?"}]
-    dataset = load_chats([{"messages": turns(picture, "A cat.")}])  # absent keys are null in it, not absent
+    pictured = [{"type": "image", "image": "cat.png"}, picture[1]]
+    dataset = load_chats([{"messages": turns(pictured, "A cat.")}])  # absent keys are null in it, not absent
     tokenizer = make_tokenizer(PARTS_ONLY)
     encoded, _ = encode_chats(dataset, tokenizer, max_length=99)
     assert tokenizer.decode(encoded[0]["input_ids"]) == (

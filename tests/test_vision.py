@@ -93,7 +93,6 @@ UNUSABLE = [
     (chat("Say <|image_pad|>", "a"), "1 times '<|image_pad|>' for 0 pictures"),
     (chat("What is it?", "<|image_pad|>", picture()), "2 times"),
     (chat("What?", "a", "no/such.png"), "no such picture"),
-    (chat("What?", "a", None), "is a place for a picture, but no picture came"),
     (chat("What? " * 100, "a", picture()), "needs at least"),
     (chat("What?", "a", *[picture()] * 16), "256 of them for 16 pictures, but max_length is 256"),
 ]

@@ -3,9 +3,9 @@
 Four forms are understood, row by row, so that a file may mix them:
 
 * `messages`: `{"messages": [{"role": "user", "content": "..."}, ...]}`, content a string or a list of typed parts;
-* `sharegpt`: `{"conversations": [{"from": "human", "value": "..."}, ...]}`, LLaVA's with `image` beside it;
-* `alpaca`: `{"instruction": "...", "output": "..."}`, optionally with `input` and `history`;
-* `cauldron`: `{"images": [...], "texts": [{"user": "...", "assistant": "..."}, ...]}`.
+* ShareGPT: `{"conversations": [{"from": "human", "value": "..."}, ...]}`, LLaVA's with `image` beside it;
+* Alpaca: `{"instruction": "...", "output": "..."}`, optionally with `input` and `history`;
+* the Cauldron: `{"images": [...], "texts": [{"user": "...", "assistant": "..."}, ...]}`.
 
 Each may have a field `system`. Two turns of one role in a row are allowed; some chat templates refuse them later.
 A picture becomes an image part of a user turn: where the row has one, where the text says `<image>`, else in front.
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ironlogic import IronLogicError
 from ironlogic.data.pictures import PictureError, check_picture, picture_bytes, resolve_picture
@@ -32,14 +32,6 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
 __all__ = ["ChatError", "Chats", "Rejected", "RejectedRows", "check_chat", "load_chats", "make_chats"]
-
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "cauldron"]
-_FIELDS = {
-    "messages": ["messages"],
-    "sharegpt": ["conversations"],
-    "alpaca": ["instruction", "output"],
-    "cauldron": ["texts"],
-}
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -113,13 +105,16 @@ class Chats:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[list[dict]]:
-        return map(_with_pictures, _columns(self.rows, "messages", "images"))
+        return (plain_turns(row["messages"], row.get("images")) for row in self._stored())
 
     def __getitem__(self, index: int | slice) -> "list[dict] | Chats":
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         row = self.rows[index]
-        return _with_pictures((row["messages"], row.get("images")))
+        return plain_turns(row["messages"], row.get("images"))
+
+    def _stored(self) -> Dataset:
+        return self.rows.select_columns([name for name in ("messages", "images") if name in self.rows.column_names])
 
     def select(self, indices: Iterable[int]) -> "Chats":
         """The rows of these indices, in this order."""
@@ -134,10 +129,12 @@ class Chats:
         if not 0 <= holdout < 1:
             raise ChatError(f"holdout is {holdout}; expected a share of the chats, from 0 to below 1")
         train, test = [], []
-        for index, (messages, images) in enumerate(_columns(self.rows, "messages", "images")):
-            asked = [_without_folders(turn["content"]) for turn in messages if turn["role"] == "user"]
+        for index, row in enumerate(self._stored()):
+            for part in image_parts(row["messages"]):
+                part["image"] = part["image"] and Path(part["image"]).name  # folders differ between machines
+            asked = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
             digest = blake2b(json.dumps([seed, asked], sort_keys=True).encode(), digest_size=8)
-            for image in images or ():
+            for image in row.get("images") or ():
                 digest.update(image or b"")
             held_out = int.from_bytes(digest.digest(), "big") < holdout * 2**64
             (test if held_out else train).append(index)
@@ -152,36 +149,20 @@ class Chats:
         self.rows.to_json(path, force_ascii=False)
 
 
-def _columns(rows: Dataset, *names: str) -> Iterator[tuple]:
-    """The values of these columns row by row, None for a missing column; batches are read, which is faster."""
-    present = [name for name in names if name in rows.column_names]
-    for batch in rows.select_columns(present).iter(100):
-        missing = [None] * len(batch[present[0]])
-        yield from zip(*(batch.get(name, missing) for name in names), strict=True)
-
-
-def _with_pictures(columns: tuple[list[dict], list[bytes | None] | None]) -> list[dict]:
-    """The conversation of a row, each picture in its part."""
-    messages, images = columns
-    turns = plain_turns(messages)
+def plain_turns(messages: list[dict], images: Iterable[bytes | None] | None = None) -> list[dict]:
+    """The turns of a row of `Chats.rows`: a copy without null fields, text alone as a string, pictures in place."""
+    turns = []
+    for turn in messages:
+        content = turn["content"]
+        if not isinstance(content, str):
+            content = [{name: value for name, value in part.items() if value is not None} for part in content]
+            if all(part["type"] == "text" for part in content):
+                content = "".join(part["text"] for part in content)
+        turns.append({"role": turn["role"], "content": content})
     for part, image in zip(image_parts(turns), images or (), strict=False):
         if image is not None:
             part["image"] = image
     return turns
-
-
-def plain_turns(messages: list[dict]) -> list[dict]:
-    """The turns of a row of `Chats.rows`: a copy without null fields, text alone as a string."""
-    return [{"role": turn["role"], "content": _plain_content(turn["content"])} for turn in messages]
-
-
-def _plain_content(content: str | list[dict]) -> str | list[dict]:
-    if isinstance(content, str):
-        return content
-    parts = [{name: value for name, value in part.items() if value is not None} for part in content]
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
-    return parts
 
 
 def image_parts(messages: list[dict]) -> list[dict]:
@@ -204,19 +185,15 @@ def make_chats(conversations: Iterable[Sequence[Mapping]]) -> Chats:
 
 
 def load_chats(
-    source: str | os.PathLike | list | Dataset,
-    *,
-    format: Format = "auto",
-    split: str = "train",
-    images: str | os.PathLike | None = None,
+    source: str | os.PathLike | list | Dataset, *, split: str = "train", images: str | os.PathLike | None = None
 ) -> Chats:
     """Chats from a .jsonl, .json or .parquet file, a folder of `save_to_disk`, a hub dataset "org/name", or memory.
 
-    In memory they are a list of dicts, or a `Dataset`.
+    In memory they are a list of dicts, or a `Dataset`. `split` is for the hub.
 
     `rows` of the result has the columns `messages`, `source_row` (1-based: the line of a JSONL file, else the row)
     and each further column of scalars of one type (at most 64; missing ones are null). A content is a string; if
-    any row holds an image, every content is a list of `{"type", "text", "image"}`. `split` is for the hub.
+    any row holds an image, every content is a list of `{"type", "text", "image"}`.
 
     A picture that came as a path stays one: `image` of its part, absolute, and inside the folder `images` (by
     default that of the file; paths in memory are left as they are unless `images` is given). One that came as bytes
@@ -231,8 +208,6 @@ def load_chats(
 
     Raises ChatError if the source can't be read or has no usable row; a bad row beside good ones is a `Rejected`.
     """
-    if format != "auto" and format not in _FIELDS:
-        raise ChatError(f"format {format!r} is unknown; expected auto, {', '.join(_FIELDS)}")
     name = ""
     if isinstance(source, str | os.PathLike):
         source = name = os.path.expanduser(source)
@@ -242,12 +217,12 @@ def load_chats(
     try:
         for line, row in _open_source(source, split):
             try:
-                messages = _read_row(row, format)
+                messages = _read_row(row)
                 pictures = _take_pictures(messages, images)
             except ChatError as error:
                 bad.append(Rejected(name, line, error.field, error.value, error.reason))
-                continue
-            rows.append(_read_scalars(row) | {"messages": messages, "source_row": line, "images": pictures})
+            else:
+                rows.append(_read_scalars(row) | {"messages": messages, "source_row": line, "images": pictures})
     except (OSError, pa.ArrowException) as error:
         raise ChatError(f"{name}: can't be read ({error}); check its path, rights and size") from error
     rejected = RejectedRows(bad)
@@ -258,16 +233,25 @@ def load_chats(
 
 
 # --- one row of any form -> its turns ---------------------------------------------------------------------------
+_FORMS = (("messages",), ("conversations",), ("instruction", "output"), ("texts",))  # the fields they are known by
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"} | _ROLES
-# What a turn may hold beside its text: to drop a text is a silent loss, to drop a mark trains what was not to be
-_CARRIERS = (
-    "tool_calls function_call reasoning_content reasoning reasoning_details thinking thought refusal".split()
+_KEYS = {  # of a turn's role: of its content, roles, those that are expected
+    "role": ("content", _ROLES, "user or assistant"),
+    "from": ("value", _ROLES | {"human": "user", "gpt": "assistant"}, "human or gpt"),
+}
+# What a row or turn may say beside its texts: to drop it would train answers about what the model never sees.
+_UNSEEN = dict.fromkeys(("video", "videos", "audio", "audios"), "is not seen by any model here")
+_REFUSED = _UNSEEN | dict.fromkeys(
+    "tool_calls function_call reasoning_content reasoning reasoning_details thinking thought refusal".split(),
+    "is not read; put it into the text",
 )
-_MARKS = ("weight", "train", "training", "trainable", "loss")  # 0 or false: leave this turn out of the loss
-_UNSEEN = ("video", "videos", "audio", "audios")  # of a row: its text would be about something that no model sees
+_REFUSED |= dict.fromkeys(
+    ("image", "images"), "is not read in a turn; expected a part of its content of type image"
+)
+_MARKS = ("weight", "train", "training", "trainable", "loss")  # whether a turn is trained
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_MARK = re.compile(r"\n?<image>\n?")  # LLaVA's mark for a picture, with the newline that keeps it apart
+_IMAGE = re.compile(r"\n?<image>\n?")  # LLaVA's mark for a picture, with the newline that keeps it apart
+_FILM = re.compile(r"(?:\A|\n)<(video|audio)>(?:\n|\Z)")  # and for a film or sound, where it is no HTML
 
 
 def check_chat(messages: Any) -> list[dict]:
@@ -275,38 +259,71 @@ def check_chat(messages: Any) -> list[dict]:
     return _check_order(_read_turns(messages, "messages"))
 
 
-def _read_row(row: Any, format: Format) -> list[dict]:
+def _read_row(row: Any) -> list[dict]:
     """The turns of a row; each of its pictures is in an image part. Raises ChatError."""
     if isinstance(row, ChatError):  # it could not be read
         raise row
     if not isinstance(row, Mapping):
         raise ChatError("expected an object", field="row", value=_short(row))
-    for name in _UNSEEN:
-        if row.get(name):
-            raise ChatError("is not seen by any model here", field=name, value=_short(row[name]))
-    form = _detect_form(row) if format == "auto" else format
-    if form == "alpaca":
-        turns = _read_alpaca(row)
-    elif form == "cauldron":
-        turns = _read_cauldron(row)
+    _refuse(row, _UNSEEN, "")
+    field = _detect_form(row)
+    if field == "instruction":
+        turns = _alternate(_read_alpaca(row))
+    elif field == "texts":
+        turns = _alternate(_read_cauldron(row["texts"]))
     else:
-        turns = _read_turns(row.get(_FIELDS[form][0]), _FIELDS[form][0])
-    if form != "alpaca":
-        _place_pictures(turns, _row_pictures(row), _FIELDS[form][0], marked=form == "sharegpt")
+        turns = _read_turns(row[field], field)
+    _place_pictures(turns, row, field)
     if row.get("system") and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": _read_text(row["system"], "system")})
     return _check_order(turns)
 
 
 def _detect_form(row: Mapping) -> str:
+    """The first field of its form."""
     filled = [name for name in row if row[name] is not None]  # columns of a mixed table may be null
     for names in (filled, row):
-        for form, fields in _FIELDS.items():
+        for fields in _FORMS:
             if all(field in names for field in fields):
-                return form
+                return fields[0]
     names = ", ".join(_short(name).strip("'") for name in list(row)[:8]) or "nothing"
     expected = "expected messages, or conversations (ShareGPT), or instruction and output (Alpaca), or texts"
     raise ChatError(f"has the fields {names}; {expected}", field="row")
+
+
+def _refuse(fields: Mapping, reasons: Mapping[str, str], prefix: str) -> None:
+    for name, reason in reasons.items():
+        if fields.get(name):
+            raise ChatError(reason, field=prefix + name, value=_short(fields[name]))
+
+
+def _alternate(texts: Iterable[str]) -> list[dict]:
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+
+
+def _read_alpaca(row: Mapping) -> Iterator[str]:
+    """The pairs of the history, then instruction and input (a blank line between them) -> output."""
+    history = row.get("history") or []
+    for index, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ChatError("expected [question, answer]", field=f"history[{index}]", value=_short(pair))
+        for side, text in enumerate(pair):
+            yield _read_text(text, f"history[{index}][{side}]")
+    question = _read_text(row["instruction"], "instruction")
+    if row.get("input") is not None:
+        context = _read_text(row["input"], "input", empty=True)
+        question += f"\n\n{context}" if context.strip() else ""
+    yield question
+    yield _read_text(row["output"], "output")
+
+
+def _read_cauldron(pairs: Any) -> Iterator[str]:
+    """All its questions and answers, about the same pictures."""
+    if not isinstance(pairs, list | tuple) or not pairs or not all(isinstance(pair, Mapping) for pair in pairs):
+        raise ChatError("expected a list of objects with user and assistant", field="texts", value=_short(pairs))
+    for index, pair in enumerate(pairs):
+        for role in ("user", "assistant"):
+            yield _read_text(pair.get(role), f"texts[{index}].{role}")
 
 
 def _read_turns(turns: Any, field: str) -> list[dict]:
@@ -318,21 +335,28 @@ def _read_turns(turns: Any, field: str) -> list[dict]:
 def _read_turn(turn: Any, field: str) -> dict:
     if not isinstance(turn, Mapping):
         raise ChatError("expected an object with role and content", field=field, value=_short(turn))
-    role_key, content_key, roles, expected = "role", "content", _ROLES, "user or assistant"
-    if turn.get("role") is None and "from" in turn:
-        role_key, content_key, roles, expected = "from", "value", _SHAREGPT_ROLES, "human or gpt"
-    role = turn.get(role_key)
-    if not isinstance(role, str) or role not in roles:
-        raise ChatError(f"expected system, {expected}", field=f"{field}.{role_key}", value=_short(role))
-    for key in _CARRIERS:
-        if turn.get(key):
-            raise ChatError("is not read; put it into the text", field=f"{field}.{key}", value=_short(turn[key]))
-    for key in _MARKS:
-        if turn.get(key) is not None and not turn[key]:
-            reason = "every answer of a row is trained; leave the row out, or end it before this turn"
-            raise ChatError(reason, field=f"{field}.{key}", value=_short(turn[key]))
-    content = _read_content(turn.get(content_key), f"{field}.{content_key}", empty=roles[role] == "system")
-    return {"role": roles[role], "content": content}
+    role_key = "from" if turn.get("role") is None and "from" in turn else "role"
+    content_key, roles, expected = _KEYS[role_key]
+    came = turn.get(role_key)
+    if not isinstance(came, str) or came not in roles:
+        raise ChatError(f"expected system, {expected}", field=f"{field}.{role_key}", value=_short(came))
+    role = roles[came]
+    _refuse(turn, _REFUSED, f"{field}.")
+    for name in _MARKS:
+        _check_mark(turn.get(name), f"{field}.{name}", role)
+    content = _read_content(turn.get(content_key), f"{field}.{content_key}", empty=role == "system")
+    return {"role": role, "content": content}
+
+
+def _check_mark(mark: Any, field: str, role: str) -> None:
+    """Answers are trained and nothing else is: a mark that says so is obeyed, any other can't be."""
+    is_answer = role == "assistant"
+    if mark is None or (mark in (0, 1) and bool(mark) == is_answer):
+        return
+    reason = "no turn of this role is trained; expected 0 or false"
+    if is_answer:
+        reason = "every answer of a row is trained; leave the row out, or end it before this turn"
+    raise ChatError(reason, field=field, value=_short(mark))
 
 
 def _read_content(content: Any, field: str, *, empty: bool) -> str | list[dict]:
@@ -368,62 +392,27 @@ def _read_text(text: Any, field: str, *, empty: bool = False) -> str:
     return text
 
 
-def _read_alpaca(row: Mapping) -> list[dict]:
-    """The pairs of the history, then instruction and input (a blank line between them) -> output."""
-    history = row.get("history") or []
-    texts = []
-    for index, pair in enumerate(history if isinstance(history, list | tuple) else [history]):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise ChatError("expected [question, answer]", field=f"history[{index}]", value=_short(pair))
-        texts += [_read_text(text, f"history[{index}][{side}]") for side, text in enumerate(pair)]
-    question = _read_text(row.get("instruction"), "instruction")
-    if row.get("input") is not None:
-        context = _read_text(row["input"], "input", empty=True)
-        question += f"\n\n{context}" if context.strip() else ""
-    texts += [question, _read_text(row.get("output"), "output")]
-    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
-
-
-def _read_cauldron(row: Mapping) -> list[dict]:
-    """All its questions and answers, about the same pictures."""
-    pairs = row.get("texts")
-    if not isinstance(pairs, list | tuple) or not pairs or not all(isinstance(pair, Mapping) for pair in pairs):
-        raise ChatError("expected a list of objects with user and assistant", field="texts", value=_short(pairs))
-    turns = []
-    for index, pair in enumerate(pairs):
-        for role in ("user", "assistant"):
-            turns.append({"role": role, "content": _read_text(pair.get(role), f"texts[{index}].{role}")})
-    return turns
-
-
-def _row_pictures(row: Mapping) -> list:
-    """Pictures that the row holds beside its turns."""
-    pictures = row.get("images")
-    if pictures is None:
-        pictures = row.get("image")
-    if pictures is None or (isinstance(pictures, str) and not pictures):
-        return []
-    return list(pictures) if isinstance(pictures, list | tuple) else [pictures]
-
-
-def _place_pictures(turns: list[dict], pictures: list, field: str, *, marked: bool) -> None:
+def _place_pictures(turns: list[dict], row: Mapping, field: str) -> None:
     """Puts the row's pictures into its image parts, in their order; if it has no part, before the first question.
 
-    In a text of the user `<image>` stands for a part, if the row has pictures. `marked`: also if it has none, which
-    is then an error.
+    In a text of the user `<image>` stands for a part, if the row has pictures or is in LLaVA's form.
     """
-    if pictures or marked:
-        for turn in turns:
-            if turn["role"] == "user" and isinstance(turn["content"], str) and _MARK.search(turn["content"]):
-                turn["content"] = _split_marks(turn["content"])
-    parts = image_parts(turns)
+    came = row.get("image") if row.get("images") is None else row["images"]
+    pictures = list(came) if isinstance(came, list | tuple) else [] if came in (None, "") else [came]
     questions = [turn for turn in turns if turn["role"] == "user"]
+    for turn in questions:
+        text = turn["content"]
+        if not isinstance(text, str):
+            continue
+        if (film := _FILM.search(text)) and f"</{film[1]}>" not in text:
+            raise ChatError(f"holds the mark <{film[1]}>, which is not seen by any model here", field=field)
+        if (pictures or field == "conversations") and _IMAGE.search(text):
+            turn["content"] = _split_marks(text)
+    parts = image_parts(turns)
     if pictures and not parts and questions:
         parts = [{"type": "image"} for _ in pictures]
-        text = questions[0]["content"]  # a string: of a list with an image there would be a part
-        questions[0]["content"] = [*parts, {"type": "text", "text": text}]
-    expects_pictures = marked and any("image" not in part for part in parts)
-    if (pictures or expects_pictures) and len(pictures) != len(parts):
+        questions[0]["content"] = [*parts, {"type": "text", "text": questions[0]["content"]}]
+    if (pictures or any("image" not in part for part in parts)) and len(pictures) != len(parts):
         reason = f"holds {len(parts)} places for pictures (<image>), but the row has {len(pictures)} pictures"
         raise ChatError(reason, field=field)
     for part, picture in zip(parts, pictures, strict=False):
@@ -432,7 +421,7 @@ def _place_pictures(turns: list[dict], pictures: list, field: str, *, marked: bo
 
 
 def _split_marks(text: str) -> list[dict]:
-    first, *others = _MARK.split(text)
+    first, *others = _IMAGE.split(text)
     parts = [{"type": "text", "text": first}]
     for text in others:
         parts += [{"type": "image"}, {"type": "text", "text": text}]
@@ -481,17 +470,15 @@ def _short(value: object) -> str:
 
 
 # --- rows -> one table ------------------------------------------------------------------------------------------
-_OWN = {"messages", "conversations", "instruction", "input", "output", "system", "history", "source_row"}
-_OWN |= {"texts", "image", "images"}  # fields of the forms, and columns that are made here
+_OWN = {*"messages conversations instruction input output system history source_row texts image images".split()}
 _MAX_COLUMNS = 64  # further ones: rows whose keys are data would make a table as wide as it is long
 _BATCH = 2**25  # characters and bytes; far below the 2 GiB that one Arrow array of strings can hold
 _PART = pa.struct({"type": pa.string(), "text": pa.string(), "image": pa.string()})
 _SCALARS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
-_NO_SCALAR: list = []
 
 
 def _read_scalars(row: Mapping) -> dict[str, Any]:
-    """The fields of the row that are not part of the chat; `_NO_SCALAR` for a value that a column can't hold."""
+    """The fields of the row that are no part of the chat; ... for a value that a column can't hold."""
     scalars = {}
     for name, value in row.items():
         if not isinstance(name, str) or name in _OWN or _SURROGATE.search(name) or value is None:
@@ -501,37 +488,41 @@ def _read_scalars(row: Mapping) -> dict[str, Any]:
             fits = not _SURROGATE.search(value) and "\0" not in value
         elif type(value) is int:
             fits = -(2**63) <= value < 2**63
-        scalars[name] = value if fits else _NO_SCALAR
+        scalars[name] = value if fits else ...
     return scalars
 
 
-def _scalar_types(rows: list[dict]) -> dict[str, type]:
-    """The further columns, and their type; one of mixed types is left out."""
-    types: dict[str, set[type]] = {}
+def _further_columns(rows: list[dict]) -> dict[str, type]:
+    """Their names and types; one of mixed types is left out."""
+    kinds: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.items():
-            if name not in _OWN and (name in types or len(types) < _MAX_COLUMNS):
-                types.setdefault(name, set()).add(type(value))
-    numbers = {name: {float} if kinds == {int, float} else kinds for name, kinds in types.items()}
-    return {
-        name: next(iter(kinds)) for name, kinds in numbers.items() if len(kinds) == 1 and kinds <= set(_SCALARS)
-    }
+            if name not in _OWN and (name in kinds or len(kinds) < _MAX_COLUMNS):
+                kinds.setdefault(name, set()).add(type(value))
+    columns = {}
+    for name, types in kinds.items():
+        if types == {int, float}:
+            columns[name] = float
+        elif len(types) == 1 and types <= set(_SCALARS):
+            columns[name] = types.pop()
+    return columns
 
 
 def _to_dataset(rows: list[dict]) -> Dataset:
     content = pa.string()
-    if any(isinstance(turn["content"], list) for row in rows for turn in row["messages"]):
+    turns = [turn for row in rows for turn in row["messages"]]
+    if any(isinstance(turn["content"], list) for turn in turns):
         content = pa.list_(_PART)
-        for turn in chain.from_iterable(row["messages"] for row in rows):
+        for turn in turns:
             if isinstance(turn["content"], str):
                 turn["content"] = [{"type": "text", "text": turn["content"]}]
     columns = {"messages": pa.list_(pa.struct({"role": pa.string(), "content": content})), "source_row": pa.int64()}
     if any(row["images"] for row in rows):
         columns["images"] = pa.list_(pa.binary())
-    types = _scalar_types(rows)
+    further = _further_columns(rows)
     for row in rows:
-        row.update((name, kind(row[name])) for name, kind in types.items() if name in row)
-    schema = pa.schema(columns | {name: _SCALARS[kind] for name, kind in types.items()})
+        row.update((name, kind(row[name])) for name, kind in further.items() if name in row)
+    schema = pa.schema(columns | {name: _SCALARS[kind] for name, kind in further.items()})
     return Dataset(pa.concat_tables(pa.Table.from_pylist(batch, schema=schema) for batch in _batches(rows)))
 
 
@@ -550,17 +541,6 @@ def _batches(rows: list[dict]) -> Iterator[list[dict]]:
 # --- sources ----------------------------------------------------------------------------------------------------
 Rows = Iterator[tuple[int, Any]]  # numbered; one that can't be read is the ChatError that says why
 _MAX_LINE = 32 * 2**20  # bytes in one line of JSONL; a longer one is no chat but a damaged file
-
-
-def _without_folders(content: Any) -> Any:
-    """The content of a turn with the bare names of its pictures' files: folders differ between machines."""
-    if not isinstance(content, list | tuple):
-        return content
-    parts = [dict(part) for part in content]
-    for part in parts:
-        if isinstance(part.get("image"), str):
-            part["image"] = Path(part["image"]).name
-    return parts
 
 
 def _open_source(source: Any, split: str) -> Rows:

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from ironlogic.data.chats import ChatError, Chats, Rejected, check_chat, plain_turns
 
-from datasets import Dataset, List, Value
+from datasets import Dataset, Features, List, Value
 
 __all__ = [
     "IGNORED",
@@ -104,17 +104,13 @@ def encode_chats(
     if not len(chats):
         raise ChatError("there are no rows; expected one chat or more")
     template = _template_of(tokenizer, loss)
-    rows = chats.rows
-    replaced = [name for name in rows.column_names if name in _REPLACED]
-    kept = {name: kind for name, kind in rows.features.items() if name not in replaced}
+    kept = {name: kind for name, kind in chats.rows.features.items() if name not in _REPLACED}
     made = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "outcome": _OUTCOME}
-    encoded = rows.map(
-        _encode_batch,
-        batched=True,
-        batch_size=100,
+    encoded = chats.rows.map(
+        _encode_row,
         fn_kwargs={"tokenizer": tokenizer, "template": template, "loss": loss, "max_length": max_length},
-        remove_columns=replaced,
-        features=type(rows.features)(kept | made),
+        remove_columns=[name for name in chats.rows.column_names if name in _REPLACED],
+        features=Features(kept | made),
         num_proc=num_proc,
         load_from_cache_file=False,
         desc="tokens and labels",
@@ -137,15 +133,9 @@ def turn_end(tokenizer: Any) -> str | None:
 
 def lost_rows(chats: Chats, tokenizer: Any, *, max_length: int) -> list[int]:
     """Indices of the chats that have no token left to train once they are cut to `max_length`."""
-    template, lost = _template_of(tokenizer, "assistant"), []
-    for index, messages in enumerate(chats):
-        try:
-            labels = _encode(plain_turns(messages), tokenizer, template, "assistant").labels
-        except ChatError:
-            labels = []
-        if all(label == IGNORED for label in labels[1:max_length]):
-            lost.append(index)
-    return lost
+    options = {"template": _template_of(tokenizer, "assistant"), "loss": "assistant", "max_length": max_length}
+    rows = (_encode_row({"messages": messages}, tokenizer=tokenizer, **options) for messages in chats)
+    return [index for index, row in enumerate(rows) if not row["outcome"]["trained"]]
 
 
 def show_mask(encoded: Encoded | Mapping, tokenizer: Any, *, html: bool = False) -> str:
@@ -158,8 +148,7 @@ def show_mask(encoded: Encoded | Mapping, tokenizer: Any, *, html: bool = False)
     spans = []  # (trained?, text)
     pairs = zip(encoded.input_ids, encoded.labels, strict=True)
     for trained, span in groupby(pairs, lambda pair: pair[1] != IGNORED):
-        text = tokenizer.decode([token for token, _ in span], clean_up_tokenization_spaces=False)
-        spans.append((trained, text))
+        spans.append((trained, tokenizer.decode([token for token, _ in span], clean_up_tokenization_spaces=False)))
     count = sum(label != IGNORED for label in encoded.labels)
     title = f"{count} of {len(encoded.labels)} tokens are trained"
     if not html:
@@ -186,7 +175,6 @@ class _Template:
 
     parts: bool  # it wants contents as lists of parts, not as strings
     opening: str  # what it appends when an answer is asked for
-    borders: tuple[int, ...]  # of the opening's tokens, in characters from its end: 0, and so on upwards
     last_end: list[str]  # end-of-turn tokens behind the last answer
     inner_end: list[str]  # and behind an answer that another turn follows; empty where it writes none
     reserved: re.Pattern  # the tokens by which it marks turns
@@ -219,14 +207,9 @@ def _template_of(tokenizer: Any, loss: Loss) -> _Template:
 def _read_template(tokenizer: Any) -> _Template:
     chat, text = _render_probes(tokenizer)
     question, prompt = _render(chat[:1], tokenizer), _render(chat[:1], tokenizer, opened=True)
-    opening_start = _common_length(question, prompt)
-    offsets = _tokenize(prompt, tokenizer)[1]
-    for start, end in offsets:
-        if start <= opening_start < end:  # a token lies across: all of it belongs to the opening
-            opening_start = start
-            break
-    opening = prompt[opening_start:]
-    borders = {0} | {len(prompt) - end for _, end in offsets if end > opening_start}
+    common = _common_length(question, prompt)
+    across = [start for start, end in _tokenize(prompt, tokenizer)[1] if start <= common < end]
+    opening = prompt[across[0] if across else common :]  # all of a token that lies across belongs to it
 
     used = [token for token in tokenizer.get_added_vocab() if token.strip() and token in text + prompt]
     tokens = _any_of(used)
@@ -236,7 +219,7 @@ def _read_template(tokenizer: Any) -> _Template:
     marks |= {token for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) if token}
     last_end, inner_end = _read_ends(*(_leading(tokens, part) for part in (last, between, after_question)))
     parts = isinstance(chat[0]["content"], list)
-    return _Template(parts, opening, tuple(sorted(borders)), last_end, inner_end, _any_of(marks))
+    return _Template(parts, opening, last_end, inner_end, _any_of(marks))
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern:
@@ -302,21 +285,10 @@ def _tokenize(text: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int
 
 def _common_length(a: str, b: str) -> int:
     """Characters of the common beginning."""
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(b))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # --- one chat
-@dataclass(frozen=True)
-class _Answer:
-    """Where an answer stands in the rendered chat, in characters, and the ids of its end-of-turn tokens."""
-
-    start: int
-    end: int
-    end_ids: list[int]
-
-
 def _encode(messages: list[dict], tokenizer: Any, template: _Template, loss: Loss) -> Encoded:
     if template.parts:
         messages = _as_parts(messages)
@@ -329,12 +301,25 @@ def _encode(messages: list[dict], tokenizer: Any, template: _Template, loss: Los
     ids, offsets = _tokenize(text, tokenizer)
     if loss == "all":
         return Encoded(ids, list(ids))
-    answers = [
-        _find_answer(messages, index, text, tokenizer, template)
-        for index, turn in enumerate(messages)
-        if turn["role"] == "assistant"
-    ]
-    return _label(ids, offsets, answers, tokenizer)
+    labels, straddling, at = [IGNORED] * len(ids), 0, 0
+    for index, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        start, end, end_ids = _find_answer(messages, index, text, tokenizer, template)
+        while at < len(ids) and offsets[at][1] <= start:
+            at += 1
+        while at < len(ids) and offsets[at][1] <= end:
+            if _begins_before(start, ids, offsets, at, tokenizer):
+                straddling += 1
+            else:
+                labels[at] = ids[at]
+            at += 1
+        behind = at + len(end_ids)
+        if ids[at:behind] != end_ids:
+            raise ChatError("hold an answer whose end-of-turn token is merged with something", field="messages")
+        labels[at:behind] = end_ids
+        at = behind
+    return Encoded(ids, labels, straddling)
 
 
 def _texts(turn: dict) -> list[str]:
@@ -366,49 +351,35 @@ def _check_texts(messages: list[dict], rendered: str) -> None:
             position = start + len(word)
 
 
-def _find_answer(messages: list[dict], index: int, text: str, tokenizer: Any, template: _Template) -> _Answer:
-    """The answer of turn `index` in the rendered chat `text`. Raises ChatError where that is in doubt."""
-    is_last = index == len(messages) - 1
+def _find_answer(
+    messages: list[dict], index: int, text: str, tokenizer: Any, template: _Template
+) -> tuple[int, int, list[int]]:
+    """Where the answer of turn `index` begins and ends in the rendered chat `text`, and the ids that end it.
+
+    Raises ChatError where that is in doubt.
+    """
+    field, is_last = f"messages[{index}]", index == len(messages) - 1
     end_tokens = template.last_end if is_last else template.inner_end
     if not end_tokens:
         reason = (
             "is not ended by a special token in this chat template when a turn follows; train it as the last one"
         )
-        raise ChatError(reason, field=f"messages[{index}]")
+        raise ChatError(reason, field=field)
     prompt = _render(messages[:index], tokenizer, opened=True)
-    common = _common_length(prompt, text)
-    # The chat may leave the opening early: it can hold a thought that this turn does not begin with.
-    borders = template.borders if prompt.endswith(template.opening) else (0,)
-    starts = [len(prompt) - border for border in borders if len(prompt) - border <= common]
-    start = starts[0] if starts else -1
+    start, opening_start = len(prompt), len(prompt) - len(template.opening)
+    if not text.startswith(prompt):  # it leaves the opening early, which may begin a thought that this turn has not
+        common = _common_length(prompt, text) if prompt.endswith(template.opening) else 0
+        ends = [end for _, end in _tokenize(prompt, tokenizer)[1]]
+        start = max((end for end in ends if opening_start < end <= common), default=-1)
     end = text.find("".join(end_tokens), start)
     answer = "".join(_texts(messages[index]))
     if start < 0 or end < 0 or not text[start:end].rstrip().endswith(_last_word(answer)):
         reason = "can't be told from what is around it: the chat template does not write it as it wrote others"
-        raise ChatError(reason, field=f"messages[{index}]")
-    if is_last and _first_word(answer) not in text[len(prompt) - len(template.opening) : end]:
+        raise ChatError(reason, field=field)
+    if is_last and _first_word(answer) not in text[opening_start:end]:
         reason = "loses its beginning in the chat template; a thought? Use a template that keeps it"
-        raise ChatError(reason, field=f"messages[{index}]")
-    return _Answer(start, end, tokenizer.convert_tokens_to_ids(end_tokens))
-
-
-def _label(ids: list[int], offsets: list[tuple[int, int]], answers: list[_Answer], tokenizer: Any) -> Encoded:
-    labels, straddling, at = [IGNORED] * len(ids), 0, 0
-    for answer in answers:
-        while at < len(ids) and offsets[at][1] <= answer.start:
-            at += 1
-        while at < len(ids) and offsets[at][1] <= answer.end:
-            if _begins_before(answer.start, ids, offsets, at, tokenizer):
-                straddling += 1
-            else:
-                labels[at] = ids[at]
-            at += 1
-        behind = at + len(answer.end_ids)
-        if ids[at:behind] != answer.end_ids:
-            raise ChatError("hold an answer whose end-of-turn token is merged with something", field="messages")
-        labels[at:behind] = answer.end_ids
-        at = behind
-    return Encoded(ids, labels, straddling)
+        raise ChatError(reason, field=field)
+    return start, end, tokenizer.convert_tokens_to_ids(end_tokens)
 
 
 def _begins_before(start: int, ids: list[int], offsets: list[tuple[int, int]], at: int, tokenizer: Any) -> bool:
@@ -420,28 +391,22 @@ def _begins_before(start: int, ids: list[int], offsets: list[tuple[int, int]], a
 
 
 # --- many chats
-def _encode_batch(batch: dict, *, tokenizer: Any, template: _Template, loss: Loss, max_length: int) -> dict:
-    columns: dict[str, list] = {"input_ids": [], "labels": [], "outcome": []}
-    for messages in batch["messages"]:
-        encoded, problem = Encoded([], []), ChatError("")
-        try:
-            encoded = _encode(plain_turns(messages), tokenizer, template, loss)
-        except ChatError as error:
-            problem = error
-        labels = encoded.labels[:max_length]
-        columns["input_ids"].append(encoded.input_ids[:max_length])
-        columns["labels"].append(labels)
-        columns["outcome"].append(
-            {
-                "length": len(encoded.labels),
-                "trained": sum(label != IGNORED for label in labels[1:]),  # nothing predicts the first token
-                "straddling": encoded.straddling,
-                "field": problem.field,
-                "value": problem.value,
-                "reason": problem.reason,
-            }
-        )
-    return columns
+def _encode_row(row: Mapping, *, tokenizer: Any, template: _Template, loss: Loss, max_length: int) -> dict:
+    encoded, problem = Encoded([], []), ChatError("")
+    try:
+        encoded = _encode(plain_turns(row["messages"]), tokenizer, template, loss)
+    except ChatError as error:
+        problem = error
+    labels = encoded.labels[:max_length]
+    outcome = {
+        "length": len(encoded.labels),
+        "trained": sum(label != IGNORED for label in labels[1:]),  # nothing predicts the first token
+        "straddling": encoded.straddling,
+        "field": problem.field,
+        "value": problem.value,
+        "reason": problem.reason,
+    }
+    return {"input_ids": encoded.input_ids[:max_length], "labels": labels, "outcome": outcome}
 
 
 def _report(outcomes: list[dict], chats: Chats, max_length: int) -> EncodeReport:

@@ -81,7 +81,7 @@ def burden_explorer(
         "text": ipywidgets.Textarea(text, description="text", layout=wide("110px")),
         "ratio": ratio_slider("burden", ratio),
         "unit": ipywidgets.Dropdown(options=units, value=unit, description="unit"),
-        "protect": ipywidgets.Checkbox(True, description="protect code, URLs, LaTeX and tags", layout=wide()),
+        "protect": ipywidgets.Checkbox(True, description="protect code, URLs, LaTeX, tags, tables", layout=wide()),
         "draw": ipywidgets.IntSlider(0, 0, 9, description="draw", continuous_update=False),
     }
     return Explorer("burden", controls, show)
