@@ -49,14 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--preset", default="nano")
     table.add_argument("--data", default="", help="your conversations (none: the preset's own)")
     table.add_argument("--items", default="", help="your items with checkable answers, JSONL")
-    table.add_argument("--rows", type=int, default=3000, help="conversations an arm is trained on, at most")
+    table.add_argument("--rows", type=int, default=0, help="conversations an arm is trained on, at most")
     table.add_argument(
-        "--seeds", type=int, default=0, help="trainings an arm (none: the preset's number, 1 with --data)"
+        "--seeds",
+        type=int,
+        default=0,
+        help="trainings an arm; of these three, none is the preset's number",
     )
-    table.add_argument("--questions", type=int, default=200, help="held-out problems that every model is asked")
-    table.add_argument(
-        "--short", action="store_true", help="base, SFT and FT alone, at the preset's learning rate, at 3 ratios"
-    )
+    table.add_argument("--questions", type=int, default=0, help="held-out problems that every model is asked")
+    table.add_argument("--short", action="store_true", help="base, SFT and FT alone, at the preset's learning rate")
     table.add_argument("--out", metavar="DIR", help="results go there (else IRONLOGIC_RUNS, else runs/)")
     table.set_defaults(work=evidence_command)
 
@@ -143,7 +144,7 @@ def evidence_command(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     from ironlogic.data.chats import ChatError
-    from ironlogic.evidence.items import FEW_RATIOS, RATIOS, load_items
+    from ironlogic.evidence.items import load_items
     from ironlogic.evidence.study import open_study, run_full_study, run_study
     from ironlogic.models import ModelError
     from ironlogic.training.runs import RunError
@@ -151,8 +152,8 @@ def evidence_command(options: argparse.Namespace) -> int:
     try:
         items, rejected = load_items(options.items) if options.items else (None, [])
         print(*rejected, sep="\n", end="\n" if rejected else "")
-        asked = {"items": items, "questions": options.questions, "ratios": FEW_RATIOS if options.short else RATIOS}
-        study = open_study(preset, runs, data=options.data, rows=options.rows, seeds=options.seeds, **asked)
+        sizes = {"rows": options.rows, "seeds": options.seeds, "questions": options.questions}
+        study = open_study(preset, runs, data=options.data, items=items, **sizes)
         print(f"{len(study.twins() if options.short else study.full())} arms in {study.folder}", flush=True)
         if options.short:
             arms, sizes = run_study(study, study.twins(), report=partial(print, flush=True)), ()

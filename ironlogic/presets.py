@@ -71,10 +71,18 @@ class Preset:
     burden: Burden
     data: str = "problems"  # hub dataset or file of chats; "problems", "reasoning-gym": made by `make_tasks`
     four_bit: bool = True
+    rows: int = 3000  # conversations an arm is trained on, at most
     evaluation_seeds: int = 1  # repetitions of each arm in notebook 02
+    questions: int = 200  # held-out problems that every model is asked
+    ratios: tuple[float, ...] = ()  # of the scrambles that are asked; (): 0, 0.3, 0.5, 0.7 and 1
     sweep: tuple[float, ...] = ()  # learning rates to choose from, for each arm by itself
     note: str = ""  # shown by notebook 00
     measured_gib: float = 0.0  # peak of a step on a card, CUDA context included (tests/gpu); 0: planned only
+
+    @property
+    def world(self) -> str:
+        """Where made problems for this model come from (`data.make_tasks`), whatever it is trained on."""
+        return "reasoning-gym" if self.data == "reasoning-gym" else "problems"
 
 
 # "As the seed": the published script (seed 001), line by line. It is the only one of its author: seeds 000 and 002
@@ -191,7 +199,10 @@ PRESETS = {
             burden=Burden(),
             data="reasoning-gym",
             four_bit=False,  # 0.5 GB in float32; 4 bit is slower on a processor
+            rows=640,
             evaluation_seeds=3,
+            questions=120,
+            ratios=(0.0, 0.7, 1.0),  # what the claims need
             sweep=(5e-4, 1e-3, 2e-3),
             note="a real language model of 135 M parameters, from a Python package; any laptop",
         ),

@@ -98,7 +98,7 @@ def test_pick_by_card(card, name):
 
 
 def test_unknown_preset_names_those_that_exist():
-    with pytest.raises(PresetError, match="unknown preset 'h100'; expected one of nano, t4"):
+    with pytest.raises(PresetError, match="unknown preset 'h100'; expected one of nano, smollm2, t4"):
         find_preset("h100")
 
 

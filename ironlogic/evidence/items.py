@@ -20,7 +20,6 @@ import numpy as np
 
 __all__ = [
     "ANSWER_FORM",
-    "FEW_RATIOS",
     "RATIOS",
     "WORST",
     "Items",
@@ -33,7 +32,6 @@ __all__ = [
 ]
 
 RATIOS = (0.0, 0.3, 0.5, 0.7, 1.0)
-FEW_RATIOS = (0.0, 0.7, 1.0)  # what the claims need
 ANSWER_FORM = "End your reply with `Answer: ` and the answer alone."
 WORST = 0.7  # where one ratio has to do: the seeds'
 

@@ -220,30 +220,29 @@ def open_study(
     runs: Path,
     *,
     data: str = "",
-    rows: int = 3000,
+    rows: int = 0,
     ratio: float = 0.7,
     seeds: int = 0,
     seed: int = 3407,
     items: Items | None = None,
-    questions: int = 200,
-    ratios: tuple[float, ...] = RATIOS,
+    questions: int = 0,
     swept: bool = True,
 ) -> Study:
     """The study of a preset in the results folder `runs`, for notebooks 02 and 05.
 
     `data`: your conversations, "": the preset's own. `rows`: conversations an arm, at most. `seeds`: trainings an
-    arm; 0: the preset's number, of conversations one. `items`: your own items, and no row is held out; else made
-    problems, asked at the scramble `ratios`, or rows held out: `questions` of them. `swept`: at the rates that
-    `Study.sweep_rates` chose in this folder, if it did.
+    arm; of conversations one, if not told. `items`: your own items, and no row is held out; else made problems or
+    rows held out: `questions` of them. 0: the preset's number. `swept`: at the rates that `Study.sweep_rates` chose
+    in this folder, if it did.
     Raises `ChatError` when there are too few rows.
     """
-    source = data or preset.data
+    source, rows, questions = data or preset.data, rows or preset.rows, questions or preset.questions
     made = source in WORLDS
     if made:
         numbers = range(seed, seed + (seeds or preset.evaluation_seeds))
         chats = {n: _made_rows(source, rows, n) for n in numbers}
         further = {n: _made_rows(source, max(1, rows // 3), n + 10_000) for n in numbers}
-        items = items or replace(made_items(questions, seed=seed, world=source), ratios=ratios)
+        items = items or replace(made_items(questions, seed=seed, world=source), ratios=preset.ratios or RATIOS)
         validation = made_items(questions, seed=seed, split="validation", world=source)
         held_out, max_new_tokens = make_chats(items.chats), 72
     else:
