@@ -364,14 +364,19 @@ def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedMod
             task_type="CAUSAL_LM",
             **experts,
         )
-        model = peft.get_peft_model(loaded.model, settings)
+        try:
+            model = peft.get_peft_model(loaded.model, settings)
+        except ValueError as error:
+            raise ModelError(
+                f"{type(loaded.model).__name__} can't carry such an adapter: {_reason(error)}"
+            ) from error
     _check_places(model, asked)
     return replace(loaded, model=model)
 
 
 # Where a language model can be trained: matrices, and stacks of them where experts lie in one tensor
 _FAMILIES = ("q_proj", "o_proj", "qkv_proj")  # every family that is trained here has one of these
-_SENSES = ("vision", "visual", "audio", "projector", "connector")  # parts beside the language model
+_SENSES = ("vision", "visual", "audio", "projector", "connector", "encoder_attn", "indexer")  # no loss on text
 _IN_A_LAYER = re.compile(r"\.(?:layers|h|blocks)\.\d+\.(.+)$")
 _MIXES_TOKENS = re.compile(r"attn|attention|mixer|mamba|conv|rnn")
 _ROUTERS = ("gate", "router", "wg", "shared_expert_gate")

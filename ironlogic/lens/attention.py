@@ -8,7 +8,7 @@ shift of routing says nothing without the null of `compare.compare_layers`.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ironlogic.lens.parts import attend, bare_model, decoder_layers, routers, self_attention
+from ironlogic.lens.parts import TURNS, attend, bare_model, decoder_layers, routers, self_attention
 from ironlogic.lens.probe import (
     LensError,
     encode_prompt,
@@ -27,6 +27,9 @@ from torch import Tensor
 
 __all__ = ["read_attention", "read_routing"]
 
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k")  # experts a token is sent to, as configurations call it
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
 
 def read_attention(
     loaded: LoadedModel | Any, prompt: Any, *, positions: int | Iterable[int] | None = -1
@@ -40,27 +43,35 @@ def read_attention(
     ids = inputs["input_ids"][0].tolist()
     asked = pick_positions(positions, len(ids))
     weights: list[Tensor] = []
-    gaps = [0.0]
+    gaps: list[float] = []
 
     def watch(module: Any, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
-        where = torch.tensor(asked, device=hidden_in(args, kwargs).device)
-        mask, turns = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        if turns is None:
-            raise LensError(f"{type(module).__name__} gets no position embeddings; its attention can't be read yet")
-        found, mixed = attend(
-            module,
-            hidden_in(args, kwargs),
-            where,
-            position_embeddings=turns,
-            mask=mask if mask is not None and mask.dim() == 4 else None,
-        )
+        hidden, mask = hidden_in(args, kwargs), kwargs.get("attention_mask")
+        where = torch.tensor(asked, device=hidden.device)
         right = out[0][0, where].float()
-        gap = ((mixed.float() - right).abs().max() / right.abs().max().clamp_min(1e-9)).item()
-        if not gap <= max(1e-4, 8 * torch.finfo(out[0].dtype).eps):
+        tried: list[float] = []
+        try:
+            for turn in TURNS:
+                found, mixed = attend(
+                    module,
+                    hidden,
+                    where,
+                    position_embeddings=kwargs["position_embeddings"],
+                    turn=turn,
+                    mask=mask if mask is not None and mask.dim() == 4 else None,
+                )
+                gap = ((mixed.float() - right).abs().max() / right.abs().max().clamp_min(1e-9)).item()
+                tried.append(gap)
+                if gap <= max(1e-4, 8 * torch.finfo(out[0].dtype).eps):
+                    break
+            else:
+                off = f"what they give is off by {min(tried):.2g} of what it puts out"
+                raise ValueError(f"{off}: it has a part that is not known here")
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise LensError(
-                f"layer {len(weights) + 1}: the attention weights read don't give what {type(module).__name__} "
-                f"puts out (relative gap {gap:.2g}), so they are refused: it has a part that is not known here"
-            )
+                f"layer {len(weights) + 1}: the attention weights of {type(module).__name__} can't be read from "
+                f"its parts ({error}), so they are refused"
+            ) from error
         gaps.append(gap)
         weights.append(found.cpu())
 
@@ -91,7 +102,7 @@ def read_routing(
         if not gates:
             raise LensError(f"{type(bare_model(model)).__name__} has no routers: it is no mixture of experts")
         config = bare_model(model).config.get_text_config()
-        used, experts = config.num_experts_per_tok, _expert_count(config)
+        used, experts = _setting(config, *_CHOSEN), _setting(config, *_EXPERTS)
 
         def watch(number: int) -> Callable:
             def keep(module: Any, args: tuple, kwargs: Mapping[str, Any], out: Any) -> None:
@@ -112,11 +123,10 @@ def read_routing(
     )
 
 
-def _expert_count(config: Any) -> int:
-    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-    found = next((count for name in names if (count := getattr(config, name, None))), None)
+def _setting(config: Any, *names: str) -> int:
+    found = next((value for name in names if (value := getattr(config, name, None))), None)
     if not isinstance(found, int):
-        raise LensError(f"{type(config).__name__} does not say how many experts there are ({', '.join(names)})")
+        raise LensError(f"{type(config).__name__} has no number as {', '.join(names)}; its routing can't be read")
     return found
 
 

@@ -5,6 +5,7 @@ A part that can't be found is refused by name: a norm silently left out is what 
 Where parts are used (hooks, float32, checks) is the business of `probe` and `read`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ironlogic.models import LoadedModel, ModelError
@@ -17,26 +18,21 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 __all__ = [
+    "TURNS",
     "adjust_logits",
     "attend",
     "bare_model",
     "decoder_layers",
     "embedding",
-    "embedding_extras",
     "final_norm",
     "lora_factors",
-    "media_ids",
     "output_head",
     "readout_is_adapted",
     "routers",
     "self_attention",
 ]
 
-_STACKS = ("layers", "h")  # the list of layers in a decoder
-_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")  # the norm after the last of them
-_EXTRAS = ("wpe", "embed_positions", "position_embeddings", "word_embeddings_layernorm", "project_in")
 _ROUTERS = ("gate", "router")  # beside the experts of a mixture
-_MEDIA = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id")
 
 
 def bare_model(model: Any) -> transformers.PreTrainedModel:
@@ -58,38 +54,48 @@ def bare_model(model: Any) -> transformers.PreTrainedModel:
             )
 
 
-def _decoder(model: Any) -> nn.Module:
-    """The language model's stack, below head and vision."""
+def _stack(model: Any) -> tuple[nn.Module, nn.ModuleList]:
+    """The part of the language model that holds its layers, and the layers."""
     bare = bare_model(model)
     decoder, inner = None, bare
-    while inner is not None and inner is not decoder:  # a wrapper's decoder may be a wrapper again
+    while isinstance(inner, transformers.PreTrainedModel) and inner is not decoder:  # may be a wrapper again
         decoder, inner = inner, inner.get_decoder()
-    return decoder
-
-
-def _child(model: Any, names: tuple[str, ...], what: str) -> nn.Module:
-    decoder = _decoder(model)
-    children = dict(decoder.named_children())
-    found = next((children[name] for name in names if name in children), None)
-    if found is None:
-        raise ModelError(
-            f"{type(bare_model(model)).__name__}: no {what} found; its decoder {type(decoder).__name__} has "
-            f"{', '.join(children) or 'no parts'}, expected one of {', '.join(names)} (add it to lens/parts.py)"
-        )
-    return found
+    count = decoder.config.get_text_config().num_hidden_layers
+    for owner in decoder.modules():
+        for part in owner.children():
+            if isinstance(part, nn.ModuleList) and len(part) == count:  # all of them, not one of several lists
+                return owner, part
+    raise ModelError(
+        f"{type(bare).__name__}: no list of its {count} layers found in {type(decoder).__name__}, whose parts are "
+        f"{', '.join(dict(decoder.named_children())) or 'none'}; this architecture can't be read"
+    )
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The L layers of the language model, in order. Raises ModelError when there are none."""
-    layers = _child(model, _STACKS, "list of layers")
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise ModelError(f"{type(bare_model(model)).__name__}: its layers are a {type(layers).__name__}, no list")
-    return layers
+    return _stack(model)[1]
 
 
 def final_norm(model: Any) -> nn.Module:
-    """The norm between the last layer and the head. Raises ModelError when there is none, never an identity."""
-    return _child(model, _NORMS, "final norm")
+    """The norm between the last layer and the head. Raises ModelError when there is none, never an identity.
+
+    It stands beside the list of layers, mostly behind it; whether it is the right one, a reading's proof tells.
+    """
+    owner, layers = _stack(model)
+    parts = list(owner.children())
+    behind = parts.index(layers)
+    norms = [part for part in parts[behind:] + parts[:behind] if "norm" in type(_original(part)).__name__.lower()]
+    if not norms:
+        raise ModelError(
+            f"{type(bare_model(model)).__name__}: no final norm found beside its layers; {type(owner).__name__} "
+            f"has {', '.join(dict(owner.named_children()))}. A norm inside layers or head can't be read"
+        )
+    return norms[0]
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """What PEFT trains a copy of (`modules_to_save`), or the module itself."""
+    return module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
 
 
 def output_head(model: Any) -> nn.Module:
@@ -110,11 +116,6 @@ def embedding(model: Any) -> nn.Module:
     return found
 
 
-def embedding_extras(model: Any) -> list[str]:
-    """Names of what a decoder adds to the rows of its table before the first layer: learned positions, a norm."""
-    return [name for name, _ in _decoder(model).named_children() if name in _EXTRAS]
-
-
 def adjust_logits(model: Any, logits: Tensor) -> Tensor:
     """What a model does to its logits after the head, in place: Granite and Cohere scale, Gemma caps softly."""
     config = bare_model(model).config.to_dict()  # not the text model's: a wrapper's forward pass ignores that one
@@ -125,12 +126,6 @@ def adjust_logits(model: Any, logits: Tensor) -> Tensor:
     if cap := config.get("final_logit_softcapping"):
         logits.div_(cap).tanh_().mul_(cap)
     return logits
-
-
-def media_ids(model: Any) -> set[int]:
-    """Placeholder tokens whose embedding is not the table's but comes from a picture, video or sound."""
-    config = bare_model(model).config.to_dict()
-    return {config[name] for name in _MEDIA if isinstance(config.get(name), int)}
 
 
 def readout_is_adapted(model: Any) -> bool:
@@ -179,29 +174,37 @@ def self_attention(layer: nn.Module) -> nn.Module:
     return parts["self_attn"]
 
 
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]  # heads (rows, H, size), cosines and sines (rows, 1, turned)
+
+
 def attend(
     attention: nn.Module,
     hidden: Tensor,
     queries: Tensor,
     *,
     position_embeddings: tuple[Tensor, Tensor],
+    turn: Turn,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Weights (H, P, T) of P query positions over T keys in float32, and the module's output (P, D) there.
 
     Computed again from the module's own input (1, T, D), as fused kernels call neither projections nor norms and
     return no weights. O(H P T) memory. The output is for comparison with what the module put out: the proof.
+    `turn`: how a head is turned by its position, one of `TURNS`.
     """
     size = attention.head_dim
-    steps = hidden.shape[1]
-    query = attention.q_proj(hidden[:, queries]).view(len(queries), -1, size)
-    key = attention.k_proj(hidden).view(steps, -1, size)
-    value = attention.v_proj(hidden).view(steps, -1, size)
-    if "q_norm" in dict(attention.named_children()):
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    cos, sin = (part.reshape(-1, part.shape[-1])[:steps].unsqueeze(1) for part in position_embeddings)
-    query = query * cos[queries] + _rotate_half(query) * sin[queries]
-    key = key * cos + _rotate_half(key) * sin
+
+    def heads(name: str, rows: Tensor) -> Tensor:
+        """(rows, heads, size), normed head by head (Qwen3) or over all of them (OLMo 2)."""
+        found = getattr(attention, f"{name}_proj")(rows)
+        norm = dict(attention.named_children()).get(f"{name}_norm", nn.Identity())
+        over_all = getattr(norm, "weight", None) is not None and len(norm.weight) == found.shape[-1]
+        shape = (-1, found.shape[-1] // size, size)
+        return norm(found).view(shape) if over_all else norm(found.view(shape))
+
+    query, key, value = heads("q", hidden[0, queries]), heads("k", hidden[0]), heads("v", hidden[0])
+    cos, sin = (part.reshape(-1, part.shape[-1])[: len(key), None] for part in position_embeddings)
+    query, key = turn(query, cos[queries], sin[queries]), turn(key, cos, sin)
     groups = query.shape[1] // key.shape[1]
     query = query.float().view(len(queries), key.shape[1], groups, size)
     scores = torch.einsum("pkgd,tkd->kgpt", query, key.float()).flatten(0, 1) * attention.scaling
@@ -211,9 +214,29 @@ def attend(
     return weights, attention.o_proj(mixed.reshape(1, len(queries), -1).to(hidden.dtype))[0]
 
 
-def _rotate_half(x: Tensor) -> Tensor:
+def _turned_in_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Dimension i with i + half; where there are fewer angles than dimensions, the others stay (Phi)."""
+    x, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
+    return torch.cat([x * cos + torch.cat([-second, first], dim=-1) * sin, still], dim=-1)
+
+
+def _turned_in_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Dimension 2 i with 2 i + 1 (Cohere, GLM)."""
+    x, still = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    half = cos.shape[-1] // 2
+    if torch.equal(cos[..., :half], cos[..., half:]):  # the angles come in halves all the same
+        cos, sin = (part[..., :half].repeat_interleave(2, dim=-1) for part in (cos, sin))
+    pairs = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    return torch.cat([x * cos + pairs * sin, still], dim=-1)
+
+
+def _not_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Some layers of some models know no positions (SmolLM 3)."""
+    return x
+
+
+TURNS = (_turned_in_halves, _turned_in_pairs, _not_turned)
 
 
 def _masked(scores: Tensor, queries: Tensor, mask: Tensor | None) -> Tensor:

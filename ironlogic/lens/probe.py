@@ -7,7 +7,7 @@ that is `read.check_reading`.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from ironlogic import IronLogicError
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 __all__ = [
     "LensError",
     "at_a_time",
+    "embedded",
     "encode_prompt",
     "hidden_in",
     "hooked",
@@ -190,6 +191,11 @@ def watch_states(model: Any, positions: Tensor, length: int) -> Iterator[list[Te
     states: list[Tensor] = []
 
     def keep(hidden: Tensor) -> None:
+        if hidden.dim() != 3:
+            raise LensError(
+                f"the states between the layers have shape {tuple(hidden.shape)}, expected (1, T, D): this model "
+                "keeps several of them, and none of them alone is what the head reads"
+            )
         if hidden.shape[:2] != (1, length):
             raise LensError(
                 f"the model works on {hidden.shape[1]} tokens of {hidden.shape[0]} rows, but the prompt has "
@@ -208,6 +214,23 @@ def watch_states(model: Any, positions: Tensor, length: int) -> Iterator[list[Te
             f"{len(states)} states came out of {len(layers)} layers, expected {len(layers) + 1}: this model does "
             "not call its layers (a fused forward pass), or calls some of them more than once"
         )
+
+
+class _Enough(Exception):
+    pass
+
+
+def embedded(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(T, D) what enters the first layer: the embedding of words and pictures, with whatever is added to it."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        found.append(hidden_in(args, kwargs)[0].clone())
+        raise _Enough
+
+    with hooked([(decoder_layers(model)[0], "before", stop)]), suppress(_Enough):
+        run(model, inputs, 1)
+    return found[0]
 
 
 def run(model: nn.Module, inputs: Mapping[str, Tensor], keep: Tensor | int) -> Tensor:

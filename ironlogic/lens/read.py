@@ -10,17 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ironlogic.lens.parts import (
-    bare_model,
-    embedding,
-    embedding_extras,
-    final_norm,
-    media_ids,
-    output_head,
-)
+from ironlogic.lens.parts import final_norm, output_head
 from ironlogic.lens.probe import (
     LensError,
     at_a_time,
+    embedded,
     encode_prompt,
     model_with_tokenizer,
     own_logits,
@@ -70,42 +64,20 @@ def _read(
     loaded: LoadedModel, model: Any, inputs: Mapping[str, Tensor], positions: Any, top_k: int
 ) -> LayerReading:
     head, norm = output_head(model), final_norm(model)  # refused before any work if not there
-    if extras := embedding_extras(model):
-        raise LensError(
-            f"{type(bare_model(model)).__name__} adds {', '.join(extras)} to the rows of its table (learned "
-            "positions, or a norm): its embedding row can't be proved yet, so no reading is returned"
-        )
     ids = inputs["input_ids"][0].tolist()
     asked = pick_positions(positions, len(ids))
-    rows, checked = _with_checked(asked, ids, media_ids(model))
-    where = torch.tensor(rows)
-    with watch_states(model, where, len(ids)) as found:
-        own = own_logits(model, inputs, [rows[column] for column in checked])
+    checked = np.linspace(0, len(asked) - 1, min(len(asked), _CHECKED)).round().astype(int).tolist()
+    with watch_states(model, torch.tensor(asked), len(ids)) as found:
+        own = own_logits(model, inputs, [asked[column] for column in checked])
     device = head.weight.device
     states = torch.stack([state.to(device) for state in found])
-    lookup = embedding(model)(inputs["input_ids"][0, where[checked]]).to(states)
+    lookup = embedded(model, inputs)[[asked[column] for column in checked]].to(states)
     numbers, lookup_logits = _distributions(model, states, norm(lookup.float()), top_k)
     exact = plain_head(head) or states.dtype == torch.float32
     proof = Proof(tuple(checked), own, lookup_logits, _slack(own.dtype), 1e-5 if exact else _slack(states.dtype))
-    reading = _reading(loaded, numbers, rows, ids, own.shape[-1])
+    reading = _reading(loaded, numbers, asked, ids, own.shape[-1])
     checks, allowed = check_reading(reading, proof)
-    reading = replace(reading, checks=checks, allowed=allowed)
-    return reading.pick(range(len(asked))) if rows != asked else reading
-
-
-def _with_checked(asked: list[int], ids: list[int], media: set[int]) -> tuple[list[int], list[int]]:
-    """Positions to read and up to 8 of their columns to prove, evenly spread.
-
-    The embedding of a picture is in no table, so only text is proved; if none was asked for, one is read besides.
-    """
-    columns = [column for column, position in enumerate(asked) if ids[position] not in media]
-    if not columns:
-        text = [position for position, token in enumerate(ids) if token not in media]
-        if not text:
-            raise LensError("the prompt holds nothing but image placeholders: no reading of it can be checked")
-        asked, columns = [*asked, text[-1]], [len(asked)]
-    chosen = np.linspace(0, len(columns) - 1, min(len(columns), _CHECKED)).round().astype(int)
-    return asked, [columns[i] for i in chosen]
+    return replace(reading, checks=checks, allowed=allowed)
 
 
 def _slack(dtype: torch.dtype) -> float:
@@ -154,7 +126,7 @@ class Proof:
 
     columns: tuple[int, ...]
     own: Tensor  # (C, V) logits of the model's own forward pass, in its own type
-    lookup: Tensor  # (C, V) float32 logits of head(norm(embedding(id)))
+    lookup: Tensor  # (C, V) float32 logits of head(norm(what enters the first layer))
     own_slack: float  # relative: rounding that two right computations of a logit may differ by
     lookup_slack: float
 
@@ -162,9 +134,9 @@ class Proof:
 def check_reading(reading: LayerReading, proof: Proof) -> tuple[dict[str, float], dict[str, float]]:
     """The largest gaps found and those allowed, if the reading is right at both ends; LensError if it is not.
 
-    The last row has to be the model's own next-token distribution and the embedding row that of
-    head(norm(embedding lookup)). Either alone lets mistakes through (a norm missed on hidden states, one scale for
-    all rows, layers shifted by one); together they catch every one that is known.
+    The last row has to be the model's own next-token distribution and the embedding row that of head(norm(what
+    enters the first layer)). Either alone lets mistakes through (a norm missed on hidden states, one scale for all
+    rows, layers shifted by one); together they catch every one that is known.
     """
     if not np.isfinite(reading.entropy).all():
         raise LensError("the reading has entropies that are not finite: the model puts out NaN or infinity")
@@ -175,7 +147,7 @@ def check_reading(reading: LayerReading, proof: Proof) -> tuple[dict[str, float]
         )
     ends = (
         ("last", -1, proof.own, proof.own_slack, "the model's own next-token distribution"),
-        ("embedding", 0, proof.lookup, proof.lookup_slack, "head(norm(embedding lookup))"),
+        ("embedding", 0, proof.lookup, proof.lookup_slack, "head(norm(what enters the first layer))"),
     )
     gaps: dict[str, float] = {}
     limits: dict[str, float] = {}
