@@ -145,7 +145,7 @@ def evidence_command(options: argparse.Namespace) -> int:
         return 2
     from ironlogic.data.chats import ChatError
     from ironlogic.evidence.items import load_items
-    from ironlogic.evidence.study import open_study, run_full_study, run_study
+    from ironlogic.evidence.study import open_study, run_full_study, run_study, shown_base
     from ironlogic.models import ModelError
     from ironlogic.training.runs import RunError
 
@@ -156,7 +156,7 @@ def evidence_command(options: argparse.Namespace) -> int:
         study = open_study(preset, runs, data=options.data, items=items, **sizes)
         print(f"{len(study.twins() if options.short else study.full())} arms in {study.folder}", flush=True)
         if options.short:
-            arms, sizes = run_study(study, study.twins(), report=partial(print, flush=True)), ()
+            arms, sizes = run_study(study, study.twins(), report=partial(print, flush=True)) | shown_base(study), ()
         else:
             study, arms, sizes = run_full_study(study, report=partial(print, flush=True))
     except (ChatError, ModelError, RunError) as error:

@@ -74,6 +74,7 @@ class Preset:
     rows: int = 3000  # conversations an arm is trained on, at most
     evaluation_seeds: int = 1  # repetitions of each arm in notebook 02
     questions: int = 200  # held-out problems that every model is asked
+    shots: int = 0  # solved examples that the base is shown, in an arm of its own: it was not taught the form
     ratios: tuple[float, ...] = ()  # of the scrambles that are asked; (): 0, 0.3, 0.5, 0.7 and 1
     sweep: tuple[float, ...] = ()  # learning rates to choose from, for each arm by itself
     note: str = ""  # shown by notebook 00
@@ -202,6 +203,7 @@ PRESETS = {
             rows=640,
             evaluation_seeds=3,
             questions=120,
+            shots=5,
             ratios=(0.0, 0.7, 1.0),  # what the claims need
             sweep=(5e-4, 1e-3, 2e-3),
             note="a real language model of 135 M parameters, from a Python package; any laptop",

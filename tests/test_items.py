@@ -85,6 +85,8 @@ def test_a_question_is_put_with_its_system_prompt_and_the_form_of_its_answer(tmp
     items, _ = load_items(path, system="Be brief.", form="Say a number.")
     assert [message["content"] for message in items.ask("3? + 3")] == ["Be brief.", "3? + 3\n\nSay a number."]
     assert load_items(path)[0].ask("x") == [{"role": "user", "content": "x"}]
+    solved = ({"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "Answer: 2"})
+    assert replace(items, shots=solved).ask("x")[1:3] == list(solved)
 
 
 def test_intervals_are_over_kinds_where_there_are_enough():

@@ -17,6 +17,7 @@ from ironlogic.evidence.study import (
     measure_adapters,
     open_study,
     run_study,
+    shown_base,
     time_twins,
 )
 from ironlogic.evidence.twins import Recipe, make_recipes, train_twins
@@ -81,6 +82,15 @@ def test_twins_differ_in_what_their_name_says_and_in_nothing_else(tmp_path):
     path.write_text(json.dumps({"messages": chats[0]}) + "\n")
     with pytest.raises(ChatError, match="too few to hold some out"):
         open_study(NANO, tmp_path, data=str(path))
+
+
+@pytest.mark.slow
+def test_the_base_is_shown_examples_where_the_preset_says_so(tmp_path):
+    study = open_study(replace(NANO, shots=2), tmp_path, rows=24, seeds=1, questions=10)
+    (name, shown), *_ = shown_base(study).items()
+    assert name == "base, 2 examples"
+    assert set(shown[0]) >= {"correct@0", "correct@0.7", "loss@0"}
+    assert shown_base(open_study(NANO, tmp_path, rows=24, seeds=1, questions=10)) == {}
 
 
 def test_every_claim_has_its_runs_in_the_full_plan(tmp_path):

@@ -75,6 +75,7 @@ class Items:
     system: str = ""  # said before every question
     form: str = ""  # said after every question: how to write the answer
     ratios: tuple[float, ...] = RATIOS  # of the scrambles that are asked; 0, WORST and 1 among them
+    shots: tuple[dict[str, Any], ...] = ()  # solved examples, as turns, before every question
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -96,9 +97,10 @@ class Items:
         return kinds if len(set(kinds)) >= FEWEST_KINDS else None
 
     def ask(self, question: str) -> list[dict[str, str]]:
-        """The messages that put a question, scrambled or not: the system prompt and the form stay whole."""
+        """The messages that put a question, scrambled or not: all that stands round it stays whole."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
         user = {"role": "user", "content": f"{question}\n\n{self.form}" if self.form else question}
-        return [{"role": "system", "content": self.system}, user] if self.system else [user]
+        return [*system, *self.shots, user]
 
 
 def made_items(n: int, *, seed: int, split: Split = "test", world: str = "problems") -> Items:

@@ -35,6 +35,7 @@ __all__ = [
     "open_study",
     "run_full_study",
     "run_study",
+    "shown_base",
     "time_twins",
 ]
 
@@ -311,6 +312,17 @@ def run_study(study: Study, recipes: Recipes, **options: Any) -> dict[str, Measu
     return {name: arm.measure(study.items) for name, arm in arms.items()}
 
 
+def shown_base(study: Study) -> dict[str, Measurement]:
+    """The base with `preset.shots` solved examples before every question, as an arm; {} where there are none."""
+    count = study.preset.shots
+    if not count:
+        return {}
+    solved = make_tasks(20 * count, seed=study.seed, world=study.preset.world)[:count]
+    shots = tuple(turn for task in solved for turn in task_chat(task)[-2:])
+    base = Arm("base", study.preset, {0: study.folder / "base"}, study.seed, study.max_new_tokens, brief=True)
+    return {f"base, {count} examples": base.measure(replace(study.items, shots=shots))}
+
+
 def run_full_study(study: Study, **options: Any) -> tuple[Study, dict[str, Measurement], tuple[int, ...]]:
     """(study at the learning rates it chose, what was measured of every arm, sizes of its learning curves).
 
@@ -318,7 +330,7 @@ def run_full_study(study: Study, **options: Any) -> tuple[Study, dict[str, Measu
     """
     if study.can_sweep and not study.rates:
         study = study.sweep_rates(**options)
-    measured = run_study(study, study.full(), **options)
+    measured = run_study(study, study.full(), **options) | shown_base(study)
     curves, sizes = study.curves()
     measured |= run_study(study, curves, chats=study.curve_rows(), **options)
     time_twins(study, measured)

@@ -114,12 +114,11 @@ class Arm:
 
     def measured(self, seed: int, test: Items | Chats) -> Path:
         """The file of that training's measurements on that test."""
-        items = isinstance(test, Items)
-        asked = (
-            [[asdict(task) for task in test.tasks], test.chats, test.system, test.form, test.ratios]
-            if items
-            else [list(test)]
-        )
+        if isinstance(test, Items):
+            asked = [[asdict(task) for task in test.tasks], test.chats, test.system, test.form, test.ratios]
+            asked += [test.shots] if test.shots else []
+        else:
+            asked = [list(test)]
         asked += [self.seed, self.max_new_tokens, self.brief, _VERSION]
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
         return self.folders[seed] / f"evidence-{name}.json"
