@@ -294,10 +294,9 @@ def split_adapter(source: str) -> tuple[str, str | None]:
     if not base:
         raise ModelError(f"{settings}: names no base model (base_model_name_or_path)")
     of_hub = base.count("/") == 1 and not base.startswith("/")  # "someone/nano" is not our nano
-    if not of_hub and not Path(base).exists() and (DATA / Path(base).name / "config.json").is_file():
-        base = Path(base).name  # trained where this repository lay elsewhere
-    if not of_hub and Path(base).name == SMOLLM2:
-        base = SMOLLM2
+    ours = (DATA / Path(base).name / "config.json").is_file() or Path(base).name == SMOLLM2
+    if not of_hub and not Path(base).exists() and ours:
+        base = Path(base).name  # trained where this repository or its results lay elsewhere
     return resolve(base), source
 
 
