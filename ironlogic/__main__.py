@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from ironlogic import session
+    from ironlogic import IronLogicError, session
 except ModuleNotFoundError as error:  # the wrong one of two Pythons, most often
     sys.exit(f"error: {error.name} is missing from {sys.executable}. Use .venv/bin/python as README.md shows")
 
 __all__ = ["build_parser", "main"]
+
+OUT = "results go there (else IRONLOGIC_RUNS, else runs/)"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,13 +39,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("NAME", "VALUE"),
         help="set a name of the cell tagged `parameters`; an existing file is found from here",
     )
-    run.add_argument("--out", metavar="DIR", help="results and copies go there (else IRONLOGIC_RUNS, else runs/)")
-    run.set_defaults(work=run_command)
+    run.add_argument("--out", metavar="DIR", help=OUT)
+    run.set_defaults(work=run_notebooks)
 
     form = commands.add_parser("format", help="strip outputs, refresh the set-up cell, make ids stable")
     form.add_argument("notebooks", nargs="*", metavar="notebook")
     form.add_argument("--check", action="store_true", help="change nothing; exit code 1 if something would change")
-    form.set_defaults(work=format_command)
+    form.set_defaults(work=format_notebooks)
 
     table = commands.add_parser("evidence", help="every claim of the seeds against its control, as a page of HTML")
     table.add_argument("--preset", default="nano")
@@ -51,19 +53,16 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--items", default="", help="your items with checkable answers, JSONL")
     table.add_argument("--rows", type=int, default=0, help="conversations an arm is trained on, at most")
     table.add_argument(
-        "--seeds",
-        type=int,
-        default=0,
-        help="trainings an arm; of these three, none is the preset's number",
+        "--seeds", type=int, default=0, help="trainings an arm; of these three, none is the preset's number"
     )
     table.add_argument("--questions", type=int, default=0, help="held-out problems that every model is asked")
     table.add_argument("--short", action="store_true", help="base, SFT and FT alone, at the preset's learning rate")
-    table.add_argument("--out", metavar="DIR", help="results go there (else IRONLOGIC_RUNS, else runs/)")
-    table.set_defaults(work=evidence_command)
+    table.add_argument("--out", metavar="DIR", help=OUT)
+    table.set_defaults(work=gather_evidence)
 
     look = commands.add_parser("session", help="what the first cell of a notebook sees; installs what is missing")
     look.add_argument("--all", action="store_true", help="install Unsloth without a card too")
-    look.set_defaults(work=session_command)
+    look.set_defaults(work=look_around)
     return parser
 
 
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return options.work(options)
-    except session.SessionError as error:
+    except IronLogicError as error:
         print(f"error: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("nbclient", "nbformat", "jupyter_client", "traitlets"):
@@ -88,19 +87,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def session_command(options: argparse.Namespace) -> int:
+def look_around(options: argparse.Namespace) -> int:
     session.start(everything=options.all)
     return 0
 
 
-def format_command(options: argparse.Namespace) -> int:
+def results_folder(options: argparse.Namespace) -> Path:
+    environ = {**os.environ, **({"IRONLOGIC_RUNS": options.out} if options.out else {})}
+    return session.results_folder(session.see_place(environ), environ=environ)
+
+
+# -- format
+
+
+def format_notebooks(options: argparse.Namespace) -> int:
     from ironlogic import notebooks
 
-    try:
-        texts = {path: notebooks.normal_form(path) for path in notebooks.find_notebooks(options.notebooks)}
-    except notebooks.NotebookError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    texts = {path: notebooks.normal_form(path) for path in notebooks.find_notebooks(options.notebooks)}
     changed = [path for path, text in texts.items() if path.read_bytes() != text.encode()]
     for path in changed:
         print(f"{'would change' if options.check else 'changed'}: {path.name}")
@@ -110,22 +113,17 @@ def format_command(options: argparse.Namespace) -> int:
     return 1 if changed and options.check else 0
 
 
-def run_command(options: argparse.Namespace) -> int:
-    from ironlogic import notebooks
+# -- run
 
-    try:
-        paths = notebooks.find_notebooks(options.notebooks)
-        values = {name: read_value(value) for name, value in options.parameter}
-        chosen = share_parameters(paths, values)
-    except notebooks.NotebookError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    environ = {**os.environ, **({"IRONLOGIC_RUNS": options.out} if options.out else {})}
-    runs = session.results_folder(session.see_place(environ), environ=environ)
+
+def run_notebooks(options: argparse.Namespace) -> int:
+    from ironlogic.notebooks import find_notebooks
+
+    paths = find_notebooks(options.notebooks)
+    chosen = share_parameters(paths, {name: read_value(value) for name, value in options.parameter})
+    runs = results_folder(options)
     print(f"{len(paths)} notebooks · results in {runs}", flush=True)
-    rows = []
-    for path in paths:
-        rows.append((path.stem, *run_one(path, chosen[path], runs)))
+    rows = [(path.stem, *run_notebook(path, chosen[path], runs)) for path in paths]
     print(f"\n{'notebook':<40}{'result':<10}minutes")
     for name, good, seconds in rows:
         print(f"{name:<40}{'passed' if good else 'FAILED':<10}{seconds / 60:7.1f}")
@@ -133,39 +131,79 @@ def run_command(options: argparse.Namespace) -> int:
     return 0 if all(good for _, good, _ in rows) else 1
 
 
-def evidence_command(options: argparse.Namespace) -> int:
-    environ = {**os.environ, **({"IRONLOGIC_RUNS": options.out} if options.out else {})}
-    runs, began = session.results_folder(session.see_place(environ), environ=environ), time.monotonic()
-    from ironlogic.presets import PresetError, find_preset
-
+def read_value(text: str) -> Any:
+    """A Python literal, else the text. A path that exists from here gets its whole path: kernels run elsewhere."""
     try:
-        preset = find_preset(options.preset)
-    except PresetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from ironlogic.data.chats import ChatError
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return str(Path(text).resolve()) if Path(text).exists() else text
+
+
+def share_parameters(paths: Sequence[Path], values: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
+    """For each notebook the values it knows. Raises NotebookError on a name that none of them knows."""
+    from ironlogic.notebooks import NotebookError, read_notebook, read_parameters
+
+    known = {path: read_parameters(read_notebook(path)) for path in paths}
+    names = sorted(set().union(*known.values()))
+    if unknown := [name for name in values if name not in names]:
+        raise NotebookError(f"unknown parameter {', '.join(unknown)}; there are {', '.join(names) or 'none'}")
+    return {path: {name: value for name, value in values.items() if name in known[path]} for path in paths}
+
+
+def run_notebook(path: Path, parameters: Mapping[str, Any], runs: Path) -> tuple[bool, float]:
+    """Execute one notebook and save its copy, whole or as far as it came. Returns (passed, seconds)."""
+    from ironlogic.notebooks import NotebookFailure, execute, read_notebook, save_notebook, set_parameters
+
+    import nbformat
+
+    began = time.monotonic()
+    print(f"\n{path.stem}", flush=True)
+    notebook = read_notebook(path)
+    set_parameters(notebook, parameters)
+    failure = None
+    try:
+        execute(notebook, path, env={"IRONLOGIC_RUNS": str(runs)}, report=show_progress)
+    except NotebookFailure as error:
+        failure = error
+    finally:
+        if sys.stdout.isatty():
+            print()  # below the line that is written over
+        save_notebook(nbformat.writes(notebook) + "\n", runs / "notebooks" / path.name)
+    if failure is not None:
+        print(f"FAILED {failure}", flush=True)
+    return failure is None, time.monotonic() - began
+
+
+def show_progress(text: str, done: bool) -> None:
+    """One line that is written over on a terminal, one line per finished cell in a log."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{f'  {text}'[:width]:<{width}}", end="", flush=True)
+    elif done:
+        print(f"  {text}"[:110], flush=True)
+
+
+# -- evidence
+
+
+def gather_evidence(options: argparse.Namespace) -> int:
+    began, runs = time.monotonic(), results_folder(options)
+    from ironlogic.presets import find_preset
+
+    preset = find_preset(options.preset)  # before what takes long to import
+    from ironlogic.evidence import compare_recipes, describe, judge_claims, open_study, run_full_study, run_study
     from ironlogic.evidence.items import load_items
-    from ironlogic.evidence.study import open_study, run_full_study, run_study, shown_base
-    from ironlogic.models import ModelError
-    from ironlogic.training.runs import RunError
-
-    try:
-        items, rejected = load_items(options.items) if options.items else (None, [])
-        print(*rejected, sep="\n", end="\n" if rejected else "")
-        sizes = {"rows": options.rows, "seeds": options.seeds, "questions": options.questions}
-        study = open_study(preset, runs, data=options.data, items=items, **sizes)
-        print(f"{len(study.twins() if options.short else study.full())} arms in {study.folder}", flush=True)
-        if options.short:
-            arms, sizes = run_study(study, study.twins(), report=partial(print, flush=True)) | shown_base(study), ()
-        else:
-            study, arms, sizes = run_full_study(study, report=partial(print, flush=True))
-    except (ChatError, ModelError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from ironlogic.evidence.claims import compare_recipes, judge_claims
-    from ironlogic.evidence.measures import describe
     from ironlogic.show.report import write_report
 
+    items, rejected = load_items(options.items) if options.items else (None, [])
+    print(*rejected, sep="\n", end="\n" if rejected else "")
+    sizes = {"rows": options.rows, "seeds": options.seeds, "questions": options.questions}
+    study = open_study(preset, runs, data=options.data, items=items, **sizes)
+    print(f"{len(study.twins() if options.short else study.full())} arms in {study.folder}", flush=True)
+    if options.short:
+        arms, sizes = run_study(study, study.twins(), report=partial(print, flush=True)), ()
+    else:
+        study, arms, sizes = run_full_study(study, report=partial(print, flush=True))
     findings = judge_claims(arms, study.items, sizes=sizes)
     for finding in findings:
         print(f"{finding.verdict:20}{finding.claim.said}: {finding.claim.measure} {finding.effect or finding.note}")
@@ -180,72 +218,6 @@ def evidence_command(options: argparse.Namespace) -> int:
     )
     print(f"{page} · {(time.monotonic() - began) / 60:.1f} minutes")
     return 0
-
-
-def read_value(text: str) -> Any:
-    """A Python literal, else the text. A path that exists from here gets its whole path: kernels run elsewhere."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return str(Path(text).resolve()) if Path(text).exists() else text
-
-
-def share_parameters(paths: Sequence[Path], values: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
-    """For each notebook the values it knows. Raises NotebookError on a name that none of them knows."""
-    from ironlogic import notebooks
-
-    known = {path: notebooks.read_parameters(notebooks.read_notebook(path)) for path in paths}
-    names = sorted({name for some in known.values() for name in some})
-    if unknown := [name for name in values if name not in names]:
-        raise notebooks.NotebookError(
-            f"unknown parameter {', '.join(unknown)}; there are {', '.join(names) or 'none'}"
-        )
-    return {path: {name: value for name, value in values.items() if name in known[path]} for path in paths}
-
-
-def run_one(path: Path, parameters: Mapping[str, Any], runs: Path) -> tuple[bool, float]:
-    """Execute one notebook and save its copy, whole or as far as it came. Returns (passed, seconds)."""
-    from ironlogic import notebooks
-
-    import nbformat
-
-    began = time.monotonic()
-    print(f"\n{path.stem}", flush=True)
-    line = Line()
-    work = notebooks.NotebookSession(
-        path, parameters=parameters, env={"IRONLOGIC_RUNS": str(runs)}, report=line.show
-    )
-    failure = None
-    try:
-        with work:
-            pass
-    except notebooks.NotebookFailure as error:
-        failure = error
-    finally:
-        line.end()
-        notebooks.save_notebook(nbformat.writes(work.notebook) + "\n", runs / "notebooks" / path.name)
-    if failure is not None:
-        print(f"FAILED {failure}", flush=True)
-    return failure is None, time.monotonic() - began
-
-
-class Line:
-    """Progress: one line that is written over on a terminal, one line per finished cell in a log."""
-
-    def __init__(self) -> None:
-        self._moving = sys.stdout.isatty()
-
-    def show(self, progress: Any) -> None:
-        text = f"  [{progress.number}/{progress.of}] {progress.seconds:6.1f} s  {progress.line}"
-        if self._moving:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r{text[:width]:<{width}}", end="", flush=True)
-        elif progress.done:
-            print(text[:110], flush=True)
-
-    def end(self) -> None:
-        if self._moving:
-            print()
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ public notebooks print and against 15 simulated steps (15 %).
 """
 
 import copy
-import itertools
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +72,16 @@ LOGIT_BYTES = {"chunked": 16, "all": 12, "vision": 6}
 # On a card the CUDA context, 0.6, and small tensors; on a CPU Python and torch themselves
 CONTEXT_GIB = {"card": 0.7, "cpu": 1.0}
 FRAGMENTATION = 0.04  # of everything but the weights
+CHECKPOINTS = {
+    "offload": "checkpoints in RAM (Unsloth)",
+    "card": "checkpoints on the card",
+    "none": "no checkpoints",
+}
+LOSSES = {
+    "all": "all logits at once",
+    "chunked": "chunked loss",
+    "vision": "Unsloth's loss (all logits at once)",
+}
 USABLE = 0.98  # a "24 GB" card offers its programs 23.5 GiB
 
 
@@ -277,11 +286,12 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage of training with what it trains: a splice trains its projector first, then that and LoRA."""
+    """What stands for a model, taken apart: one stage of its training."""
 
-    settings: TrainSettings
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    four_bit: bool = True
     lora: bool = True
-    projector: bool = False
+    projector: bool = False  # of a splice
 
 
 @dataclass(frozen=True)
@@ -325,8 +335,7 @@ def plan_memory(
     A splice (`VISION_PRESETS`) is planned for its larger stage, a picture in every row, checkpoints on the card.
     `length` in tokens, `batch_size` in rows per forward pass.
     `checkpointing`: "offload" (or True) keeps the layers' inputs in RAM, as Unsloth does; "card" on the card, as
-    transformers does; False keeps all activations.
-    A mixture whose experts Unsloth quantises keeps all activations whatever is asked.
+    transformers does; False keeps all activations, as Unsloth does for a mixture whose experts are in 4 bit.
     `fused_loss`: True is the loss as it runs: on a card Unsloth's, which holds the logits of all tokens for
     vision-language models; of 256 tokens elsewhere. "chunked": of 256 tokens everywhere. False: of all tokens, by
     transformers.
@@ -339,27 +348,27 @@ def plan_memory(
     checkpointing, no 8-bit optimizer), against `ram_gib` or else all of this machine's RAM.
     Raises `PlanError` for a model or a setting that can't be planned.
     """
-    name, config, stages, quantised = _resolve(preset_or_config)
+    name, config, stages = _resolve(preset_or_config)
     model = replace(count_model(name, config), dynamic=name.endswith(DYNAMIC))
-    cpu, splice = not card_gib, any(stage.projector for stage in stages)
+    cpu = not card_gib
     room = card_gib or ram_gib or psutil.virtual_memory().total / GIB
-    kept = {True: "card" if splice else "offload", False: "none"}.get(checkpointing, checkpointing)
     plans = []
     for stage in stages:
         settings = stage.settings
+        kept = {True: "card" if stage.projector else "offload", False: "none"}.get(checkpointing, checkpointing)
         asked = optimizer or settings.optimizer
         setup = _Setup(
             length=settings.max_length if length is None else length,
             batch_size=settings.batch_size if batch_size is None else batch_size,
-            four_bit=quantised if four_bit is None else four_bit,
+            four_bit=stage.four_bit if four_bit is None else four_bit,
             lora=(lora or settings.lora) if stage.lora else None,
             projector=stage.projector,
             optimizer="adamw_torch" if cpu and "8bit" in asked else asked,
             checkpointing="none" if cpu and kept == "offload" else kept,
-            loss=_loss_kind(fused_loss, model, whole=cpu or splice),
+            loss=_loss_kind(fused_loss, model, whole=cpu or stage.projector),
             experts_too=(fused_experts_quantized and not cpu) or not model.experts,  # packed on a card only
             samples=samples,
-            pictures=pictures or int(splice),
+            pictures=pictures or int(stage.projector),
             width=4 if cpu else 2,
         )
         _check(name, model, setup, room)
@@ -370,22 +379,22 @@ def plan_memory(
     return replace(largest, advice="; ".join(f"stage {n}: {plan.advice}" for n, plan in enumerate(plans, 1)))
 
 
-def _resolve(what: Any) -> tuple[str, Any, list[_Stage], bool]:
-    """(name, configuration, stages, 4 bit) of whatever stands for a model."""
+def _resolve(what: Any) -> tuple[str, Any, list[_Stage]]:
+    """(name, configuration, stages) of whatever stands for a model."""
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     if isinstance(what, str):
         what = (PRESETS | VISION_PRESETS).get(what, what)
-    stages, four_bit = [_Stage(TrainSettings())], True
+    stages = [_Stage()]
     if isinstance(what, Preset):
-        stages, four_bit, what = [_Stage(what.train)], what.four_bit, what.model
+        stages, what = [_Stage(what.train, what.four_bit)], what.model
     elif isinstance(what, VisionPreset):
-        stages = [_Stage(what.projector_stage, lora=False, projector=True)]
+        stages = [_Stage(what.projector_stage, what.four_bit, lora=False, projector=True)]
         if what.instruct_stage:
-            stages.append(_Stage(what.instruct_stage, projector=True))
-        four_bit, what = what.four_bit, what.name
+            stages.append(_Stage(what.instruct_stage, what.four_bit, projector=True))
+        what = what.name
     if isinstance(what, PreTrainedConfig):
-        return what.model_type, what, stages, four_bit
+        return what.model_type, what, stages
     model = str(what)
     for folder in (Path(model).expanduser(), DATA / model):
         if (folder / "config.json").is_file():
@@ -393,13 +402,12 @@ def _resolve(what: Any) -> tuple[str, Any, list[_Stage], bool]:
                 config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             except Exception as error:
                 raise PlanError(f"{folder / 'config.json'}: transformers can't read it: {error!r:.300}") from error
-            return folder.name, config, stages, four_bit
+            return folder.name, config, stages
     for name, known in ARCHITECTURES.items():
         if Path(model).name.lower().startswith(name.lower()):
             arguments = copy.deepcopy(known)
             config = CONFIG_MAPPING[arguments.pop("model_type")](**arguments)
-            title = f"{name}-{DYNAMIC}" if model.lower().endswith(DYNAMIC) else name
-            return title, config, stages, four_bit
+            return f"{name}-{DYNAMIC}" if model.lower().endswith(DYNAMIC) else name, config, stages
     names = f"a preset ({', '.join(PRESETS)}) or a model known here ({', '.join(ARCHITECTURES)})"
     raise PlanError(f"{model}: not a folder with a config.json, nor a transformers configuration, nor {names}")
 
@@ -408,9 +416,7 @@ def _loss_kind(fused: bool | str, model: ModelCount, *, whole: bool) -> str:
     """The key of LOGIT_BYTES. `whole`: a CPU run or a splice, whose loss is chunked whatever the model."""
     if not fused:
         return "all"
-    if fused == "chunked" or whole:
-        return "chunked"
-    return "vision" if model.eyes else "chunked"
+    return "vision" if model.eyes and not whole and fused != "chunked" else "chunked"
 
 
 def _check(name: str, model: ModelCount, setup: _Setup, room: float) -> None:
@@ -427,17 +433,17 @@ def _check(name: str, model: ModelCount, setup: _Setup, room: float) -> None:
         raise PlanError(f"{name}: the pictures take {tokens}; expected a length beyond that, not {setup.length}")
     if setup.optimizer not in OPTIMIZER_BYTES:
         raise PlanError(f"unknown optimizer {setup.optimizer!r}; expected one of {', '.join(OPTIMIZER_BYTES)}")
-    if setup.checkpointing not in ("offload", "card", "none"):
+    if setup.checkpointing not in CHECKPOINTS:
         raise PlanError(f"checkpointing is {setup.checkpointing!r}; expected True, False, 'offload' or 'card'")
 
 
 def _plan(name: str, model: ModelCount, setup: _Setup, room: float) -> MemoryPlan:
     parts = _parts(model, setup)
     peak = sum(parts.values())
-    described = _describe(setup)
+    settings = _describe(setup)
     if not (model.experts and setup.four_bit):
-        del described["experts_too"]
-    title = f"{name}, {model.total / 1e6:,.1f} M parameters: {', '.join(described.values())}"
+        del settings["experts_too"]
+    title = f"{name}, {model.total / 1e6:,.1f} M parameters: {', '.join(settings.values())}"
     return MemoryPlan(peak <= USABLE * room, peak, parts, room, _advise(model, setup, room), title)
 
 
@@ -448,27 +454,29 @@ def _parts(model: ModelCount, setup: _Setup) -> dict[str, float]:
     if setup.four_bit:
         quantised = model.linear + model.experts * setup.experts_too
         buffer = max(model.largest, model.largest_stack * setup.experts_too)
-    trained = model.projector * setup.projector
-    trained += lora.rank * sum(rows for where, rows in model.adapted.items() if getattr(lora, where))
     weights = {
         "quantised weights": quantised * (NF4_BYTES + DYNAMIC_BYTES * model.dynamic),
         "other weights": (model.total - quantised) * width,
     }
+    trained = model.projector * setup.projector
+    trained += lora.rank * sum(rows for where, rows in model.adapted.items() if getattr(lora, where))
     tokens = setup.batch_size * setup.length
     layer, layer_input = model.layer.saved(width, lora), model.layer.hidden * width
     kept = {"offload": layer_input, "card": model.layers * layer_input, "none": (model.layers - 1) * layer}
+    held = kept[setup.checkpointing] + layer
     if model.experts and setup.four_bit and setup.experts_too and width == 2:  # through Unsloth
-        kept, layer = dict.fromkeys(kept, model.layers * model.layer.compiled()), 0
-    logits, chunk = tokens * LOGIT_BYTES[setup.loss], min(CHUNK, tokens) * LOGIT_BYTES["chunked"]
-    if setup.loss == "chunked":
-        logits = chunk
-    elif setup.loss == "all":
-        logits = max(logits, chunk)  # so that a chunked loss is never advised for nothing
+        held = model.layers * model.layer.compiled()
+    chunk = min(CHUNK, tokens) * LOGIT_BYTES["chunked"]
+    logits = {
+        "chunked": chunk,
+        "vision": tokens * LOGIT_BYTES["vision"],
+        "all": max(tokens * LOGIT_BYTES["all"], chunk),  # so that a chunked loss is never advised for nothing
+    }
     work = {
         "LoRA and optimizer": trained * (4 + 4 + OPTIMIZER_BYTES[setup.optimizer]),
-        "activations": tokens * (kept[setup.checkpointing] + layer + model.layer.in_flight(width)),
+        "activations": tokens * (held + model.layer.in_flight(width)),
         "dequantisation buffer": buffer * width,
-        "logits": logits * model.vocabulary,
+        "logits": logits[setup.loss] * model.vocabulary,
     }
     if setup.samples:
         remembered = (model.layers - model.sliding) * setup.length
@@ -481,10 +489,27 @@ def _parts(model: ModelCount, setup: _Setup) -> dict[str, float]:
     return {name: size / GIB for name, size in (weights | work | {"margin": margin}).items()}
 
 
+def _describe(setup: _Setup) -> dict[str, str]:
+    """Settings in words."""
+    words = {
+        "four_bit": "4 bit" if setup.four_bit else f"{8 * setup.width} bit",
+        "experts_too": "experts quantised by Unsloth" if setup.experts_too else "experts not quantised",
+        "lora": "the projector alone",
+        "batch_size": f"batch size {setup.batch_size}",
+        "length": f"length {setup.length}",
+        "optimizer": setup.optimizer,
+        "checkpointing": CHECKPOINTS[setup.checkpointing],
+        "loss": LOSSES[setup.loss],
+    }
+    if setup.lora:
+        where = ", ".join(name for name in ("attention", "mlp", "experts") if getattr(setup.lora, name))
+        words["lora"] = f"LoRA rank {setup.lora.rank} ({where})"
+    if setup.samples:
+        words["samples"] = f"{setup.samples} samples at a time"
+    return words
+
+
 # --- advice -------------------------------------------------------------------------------------------------------
-LEARNT = ("four_bit", "length", "lora")  # suggestions that change what is learnt, the nearest first
-
-
 def _advise(model: ModelCount, setup: _Setup, room: float) -> str:
     """How much is to spare, or which term to cut and the nearest setting that fits, or that nothing does."""
     parts, where = _parts(model, setup), f"{room:.4g} GiB"
@@ -498,11 +523,10 @@ def _advise(model: ModelCount, setup: _Setup, room: float) -> str:
         tight = ", so close what else draws on it" if spare < 0.05 * room else ""
         return f"fits on {where} with {spare:.1f} GiB to spare{tight}{note}"
     suggestions = _suggestions(model, setup)
-    smallest = replace(setup, **{field: values[-1] for field, values in suggestions.items()})
-    nearest = _nearest(model, setup, suggestions, room)
+    smallest = replace(setup, **{name: values[-1] for name, values in suggestions.items()})
+    least, nearest = _parts(model, smallest), _nearest(model, setup, suggestions, room)
     old, new = _describe(setup), _describe(nearest or smallest)
-    settings = ", ".join(new[field] for field in new if new[field] != old[field]) or "these settings"
-    least = _parts(model, smallest)
+    settings = ", ".join(new[name] for name in new if new[name] != old[name]) or "these settings"
     if nearest is None:
         general = setup.width == 2 and not setup.projector
         other = f"; the preset for that is {pick_preset(room).name}" if general else ""
@@ -512,81 +536,42 @@ def _advise(model: ModelCount, setup: _Setup, room: float) -> str:
 
 
 def _suggestions(model: ModelCount, setup: _Setup) -> dict[str, list[Any]]:
-    """Other values of a setting, the nearest first; settings that change nothing learnt come first."""
-    on_card = setup.width == 2
-    options: dict[str, list[Any]] = {}
-    if setup.loss == "all":
-        options["loss"] = [_loss_kind(True, model, whole=not on_card or setup.projector)]
-    if on_card and not setup.projector:
-        options["checkpointing"] = ["offload"]
-    if on_card and not setup.experts_too:
-        options["experts_too"] = [True]
-    options["batch_size"] = _halves(setup.batch_size)
-    if on_card and OPTIMIZER_BYTES[setup.optimizer] > 2:
-        options["optimizer"] = ["paged_adamw_8bit"]
-    options["samples"] = _halves(setup.samples)
-    options["four_bit"] = [True]
-    least = max(256, 2 * setup.pictures * model.eyes.tokens) if setup.pictures else 256
-    lengths = [*range(setup.length, least, -max(setup.length // 16, 256)), least]
-    options["length"] = [length for length in lengths if length < setup.length]
+    """Other values of a setting, the nearest first; what changes nothing that is learnt comes first."""
+    on_card, splice = setup.width == 2, setup.projector
+    shortest = max(256, 2 * setup.pictures * model.eyes.tokens) if setup.pictures else 256
+    lengths = [*range(setup.length, shortest, -max(setup.length // 16, 256)), shortest]
+    values: dict[str, list[Any]] = {
+        "loss": [_loss_kind(True, model, whole=not on_card or splice)] if setup.loss == "all" else [],
+        "checkpointing": ["offload"] if on_card and not splice else [],
+        "experts_too": [True] if on_card else [],
+        "batch_size": [setup.batch_size >> n for n in range(1, setup.batch_size.bit_length())],
+        "optimizer": ["paged_adamw_8bit"] if on_card and OPTIMIZER_BYTES[setup.optimizer] > 2 else [],
+        "samples": [setup.samples >> n for n in range(1, setup.samples.bit_length())],
+        "four_bit": [True],
+        "length": [length for length in lengths if length < setup.length],
+        "lora": [],
+    }
     if setup.lora:
         narrow = replace(setup.lora, experts=setup.lora.experts and not model.experts)
-        options["lora"] = [narrow, replace(narrow, rank=min(narrow.rank, 8))]
-    changed = {
-        field: [value for value in values if value != getattr(setup, field)] for field, values in options.items()
-    }
-    return {field: values for field, values in changed.items() if values}
-
-
-def _halves(count: int) -> list[int]:
-    """count / 2, count / 4, ... 1."""
-    return [count >> n for n in range(1, count.bit_length())]
+        values["lora"] = [narrow, replace(narrow, rank=min(narrow.rank, 8))]
+    others = {name: [v for v in some if v != getattr(setup, name)] for name, some in values.items()}
+    return {name: some for name, some in others.items() if some}
 
 
 def _nearest(model: ModelCount, setup: _Setup, suggestions: dict[str, list[Any]], room: float) -> _Setup | None:
-    """The setting that fits with the fewest changes of what is learnt, and none that it could do without."""
+    """Suggestion after suggestion until it fits; then each is taken back as far as possible, the dearest first."""
 
     def fits(changes: dict[str, Any]) -> bool:
         return sum(_parts(model, replace(setup, **changes)).values()) <= USABLE * room
 
-    strongest = {field: values[-1] for field, values in suggestions.items()}
-    harmless = {field: value for field, value in strongest.items() if field not in LEARNT}
-    learnt = [field for field in LEARNT if field in strongest]
-    for number in range(len(learnt) + 1):
-        for fields in itertools.combinations(learnt, number):
-            changes = harmless | {field: strongest[field] for field in fields}
-            if not fits(changes):
-                continue
-            for field in reversed(list(changes)):  # take back what is not needed, the dearest first
-                values = [getattr(setup, field), *suggestions[field]]
-                changes[field] = next(value for value in values if fits(changes | {field: value}))
-            return replace(setup, **changes)
-    return None
-
-
-def _describe(setup: _Setup) -> dict[str, str]:
-    """Settings in words."""
-    words = {
-        "four_bit": "4 bit" if setup.four_bit else f"{8 * setup.width} bit",
-        "experts_too": "experts quantised by Unsloth" if setup.experts_too else "experts not quantised",
-        "lora": "the projector alone",
-        "batch_size": f"batch size {setup.batch_size}",
-        "length": f"length {setup.length}",
-        "optimizer": setup.optimizer,
-        "checkpointing": {
-            "offload": "checkpoints in RAM (Unsloth)",
-            "card": "checkpoints on the card",
-            "none": "no checkpoints",
-        }[setup.checkpointing],
-        "loss": {
-            "all": "all logits at once",
-            "chunked": "chunked loss",
-            "vision": "Unsloth's loss (all logits at once)",
-        }[setup.loss],
-    }
-    if setup.lora:
-        where = ", ".join(name for name in ("attention", "mlp", "experts") if getattr(setup.lora, name))
-        words["lora"] = f"LoRA rank {setup.lora.rank} ({where})"
-    if setup.samples:
-        words["samples"] = f"{setup.samples} samples at a time"
-    return words
+    changes: dict[str, Any] = {}
+    for name, values in suggestions.items():
+        changes[name] = values[-1]
+        if fits(changes):
+            break
+    else:
+        return None
+    for name in reversed(list(changes)):
+        values = [getattr(setup, name), *suggestions[name]]
+        changes[name] = next(value for value in values if fits(changes | {name: value}))
+    return replace(setup, **changes)

@@ -47,6 +47,7 @@ __all__ = [
     "in_plain_process",
     "inference",
     "load_model",
+    "load_processor",
     "load_tokenizer",
     "lora_places",
     "model_inputs",
@@ -185,12 +186,11 @@ def load_model(
     free_memory()  # a model that nobody holds any more goes before this one comes
     for folder in (base, adapter or base):
         refuse_pickles(folder)
-    local_only = Path(base).is_dir()
-    try:  # told not to trust: else it asks on the keyboard whether to run a stranger's code
-        config = transformers.AutoConfig.from_pretrained(base, local_files_only=local_only, trust_remote_code=False)
-        model, processor, backend = _load_weights(
-            base, config, backend=backend, four_bit=four_bit, max_length=max_length, seed=seed
-        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, **_only_safe(base))
+        max_length = min(max_length, config.get_text_config().max_position_embeddings)
+        options = {"four_bit": four_bit, "max_length": max_length, "seed": seed}
+        model, processor, backend = _load_weights(base, config, backend=backend, **options)
         if adapter:
             model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except ModelError:
@@ -209,12 +209,18 @@ def load_model(
         backend=backend,
         source=str(name_or_path),
         base=base,
-        max_length=min(max_length, config.get_text_config().max_position_embeddings),
+        max_length=max_length,
         four_bit_share=four_bit_share(model),
     )
     if four_bit and not loaded.four_bit_share:
         raise ModelError(f"{source}: 4 bit was asked for, but no weight came out in 4 bit")
     return _made_safe(loaded)
+
+
+def _only_safe(base: str) -> dict[str, Any]:
+    """Arguments of every `from_pretrained`: no network for a folder; told not to trust, else it asks on the
+    keyboard whether to run a stranger's code."""
+    return {"local_files_only": Path(base).is_dir(), "trust_remote_code": False}
 
 
 def _made_safe(loaded: LoadedModel) -> LoadedModel:
@@ -248,9 +254,7 @@ def _reason(error: Exception) -> str:
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """The tokenizer alone, of what `load_model` takes."""
     base, _ = split_adapter(resolve(name_or_path))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        base, local_files_only=Path(base).is_dir(), trust_remote_code=False
-    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base, **_only_safe(base))
     _mend_processor(tokenizer)
     return tokenizer
 
@@ -331,40 +335,34 @@ def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedMod
     names = sorted({name for kind, name, matrix in parts if matrix and kind in asked})
     target = rf"(?!.*(?:{'|'.join(_SENSES)})).*\.\d+\.(?:{'|'.join(map(re.escape, names))})"
     stacks = sorted({name for _, name, matrix in parts if not matrix})
-    # named even if none is asked for: PEFT would put an adapter on stacked experts by itself
-    experts = {"target_parameters": stacks if lora.experts else []} if stacks else {}
+    settings = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "target_modules": target,
+    }
+    if stacks:  # named even if none is asked for: PEFT would put an adapter on stacked experts by itself
+        settings["target_parameters"] = stacks if lora.experts else []
     transformers.set_seed(seed)
+    on_card = loaded.device.type == "cuda"
     if loaded.backend == "unsloth":
         import unsloth
 
         with contextlib.redirect_stdout(io.StringIO()):
             model = unsloth.FastLanguageModel.get_peft_model(
                 loaded.model,
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                bias="none",
-                target_modules=target,
                 random_state=seed,
-                use_gradient_checkpointing="unsloth" if loaded.device.type == "cuda" else False,
-                **experts,
+                use_gradient_checkpointing="unsloth" if on_card else False,
+                **settings,
             )
     else:
         loaded.model.requires_grad_(False)
-        if loaded.device.type == "cuda":
+        if on_card:
             loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
             loaded.model.enable_input_require_grads()
-        settings = peft.LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            bias="none",
-            target_modules=target,
-            task_type="CAUSAL_LM",
-            **experts,
-        )
         try:
-            model = peft.get_peft_model(loaded.model, settings)
+            model = peft.get_peft_model(loaded.model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
         except ValueError as error:
             raise ModelError(
                 f"{type(loaded.model).__name__} can't carry such an adapter: {_reason(error)}"
@@ -547,30 +545,30 @@ def _load_weights(
     transformers and Unsloth raise comes through.
     """
     cuda = torch.cuda.is_available()
-    if hasattr(config, "vision_config") and not cuda:
-        backend = "transformers"  # Unsloth trains vision on a GPU only
     if cuda and "LOCAL_RANK" in os.environ:  # torchrun: a card for each process
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    mixture = four_bit and hasattr(config.get_text_config(), "num_experts")
+    if hasattr(config, "vision_config") and not (cuda and _has_pictures(config)):
+        backend = "transformers"  # Unsloth trains vision on a GPU only, and finds no image processor without that
     _refuse_too_large(base, config, four_bit=four_bit, packs_experts=backend == "unsloth" and cuda)
-    if config.model_type == "qwen3_vl" and not transformers.utils.is_torchvision_available():
-        backend = "transformers"  # Unsloth finds no image processor for it then
-    max_length = min(max_length, config.get_text_config().max_position_embeddings)  # Unsloth would stretch RoPE
-    load = _load_with_unsloth if backend == "unsloth" else _load_with_transformers
     try:
-        model, processor = load(base, config, four_bit, max_length, seed, Path(base).is_dir())
+        if backend == "unsloth":
+            model, processor = _load_with_unsloth(base, config, four_bit, max_length, seed)
+        else:
+            model, processor = _load_with_transformers(base, config, four_bit)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"{base}: the card was full before all weights were loaded; memory.plan_memory says what fits"
         ) from error
-    if mixture and any(_is_expert(name, p) and p.is_floating_point() for name, p in model.named_parameters()):
+    experts = [p for name, p in model.named_parameters() if p.ndim == 3 and "experts" in name]
+    if four_bit and any(p.is_floating_point() for p in experts):
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         _refuse_too_large(base, config, four_bit=True, packs_experts=False, held_gib=weights / GIB)
     return model, processor, backend
 
 
-def _is_expert(name: str, parameter: torch.nn.Parameter) -> bool:
-    return parameter.ndim == 3 and "experts" in name
+def _has_pictures(config: Any) -> bool:
+    """Whether transformers finds an image processor: Qwen3-VL's own comes with one for films, by torchvision."""
+    return config.model_type != "qwen3_vl" or transformers.utils.is_torchvision_available()
 
 
 def _refuse_too_large(
@@ -603,7 +601,7 @@ def _refuse_too_large(
     )
 
 
-def _load_with_unsloth(base, config, four_bit, max_length, seed, local_only):
+def _load_with_unsloth(base: str, config: Any, four_bit: bool, max_length: int, seed: int) -> tuple[Any, Any]:
     import unsloth
 
     plain = not hasattr(config, "vision_config") and not hasattr(config, "num_experts")
@@ -612,24 +610,22 @@ def _load_with_unsloth(base, config, four_bit, max_length, seed, local_only):
     with contextlib.redirect_stdout(io.StringIO()):
         model, processor = fast.from_pretrained(
             model_name=base,
-            max_seq_length=max_length,
+            max_seq_length=max_length,  # no more than the context, or it stretches RoPE
             dtype=None if cuda else torch.float32,
             load_in_4bit=four_bit,
             use_gradient_checkpointing="unsloth" if cuda else False,
             random_state=seed,
             use_exact_model_name=True,  # not its own upload of that model, which keeps other layers in 16 bit
-            local_files_only=local_only,
-            trust_remote_code=False,
             use_safetensors=True,  # never a pickle
+            **_only_safe(base),
         )
     # Unsloth writes the context's length there, and transformers then warns of it beside every max_new_tokens
     model.generation_config.max_length = None
     return model, processor
 
 
-def _load_with_transformers(base, config, four_bit, max_length, seed, local_only):
-    cuda = torch.cuda.is_available()
-    dtype = torch.float32
+def _load_with_transformers(base: str, config: Any, four_bit: bool) -> tuple[Any, Any]:
+    cuda, dtype = torch.cuda.is_available(), torch.float32
     if cuda:
         dtype = torch.bfloat16 if card_has_bfloat16() else torch.float16
     nf4 = transformers.BitsAndBytesConfig(
@@ -646,11 +642,10 @@ def _load_with_transformers(base, config, four_bit, max_length, seed, local_only
         dtype=dtype,
         device_map={"": torch.cuda.current_device() if cuda else "cpu"},
         quantization_config=nf4 if four_bit else None,
-        local_files_only=local_only,
-        trust_remote_code=False,
         use_safetensors=True,  # never a pickle
+        **_only_safe(base),
     )
-    return model, _load_processor(base, config, local_only)
+    return model, load_processor(base, config)
 
 
 class _StillQwen3VLProcessor(transformers.Qwen3VLProcessor):
@@ -668,13 +663,14 @@ class _StillQwen3VLProcessor(transformers.Qwen3VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
-def _load_processor(base: str, config: Any, local_only: bool) -> Any:
-    safe = {"local_files_only": local_only, "trust_remote_code": False}  # else it asks on the keyboard
+def load_processor(base: str, config: Any) -> Any:
+    """The tokenizer of a model folder or hub name; of a vision-language model its processor."""
+    safe = _only_safe(base)
     if not hasattr(config, "vision_config"):
         processor = transformers.AutoTokenizer.from_pretrained(base, **safe)
-    elif config.model_type == "qwen3_vl" and not transformers.utils.is_torchvision_available():
-        # AutoProcessor would return the tokenizer alone, without a word
-        pictures = transformers.Qwen2VLImageProcessorPil.from_pretrained(base, local_files_only=local_only)
+    elif not _has_pictures(config):  # AutoProcessor would return the tokenizer alone, without a word
+        local = {"local_files_only": safe["local_files_only"]}
+        pictures = transformers.Qwen2VLImageProcessorPil.from_pretrained(base, **local)
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, **safe)
         processor = _StillQwen3VLProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
     else:

@@ -1,6 +1,8 @@
-"""Notebooks as files and as programs: find, normalise, set parameters, execute headless, question the kernel.
+"""Notebooks as files and as programs: find, normalise, set parameters, execute headless.
 
-Does not know what the notebooks are about, and prints nothing: progress goes to a callable.
+Does not know what the notebooks are about, and prints nothing: progress goes to a callable. Cells are executed by
+nbclient; ours is a kernel of this interpreter whatever is registered, a clock while a cell runs, Ctrl-C that keeps
+the outputs, and failures told in a few lines.
 """
 
 import ast
@@ -8,14 +10,13 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -36,12 +37,13 @@ from traitlets import Type
 __all__ = [
     "NotebookError",
     "NotebookFailure",
-    "NotebookSession",
-    "Progress",
+    "execute",
     "find_notebooks",
     "normal_form",
+    "read_notebook",
     "read_parameters",
     "save_notebook",
+    "set_parameters",
 ]
 
 _SILENT = logging.getLogger(f"{__name__}.nbclient")  # it logs what it also raises
@@ -64,17 +66,6 @@ class NotebookError(IronLogicError, ValueError):
 
 class NotebookFailure(IronLogicError, RuntimeError):
     """A cell that did not end well; the message names notebook, cell, line and the end of the traceback."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where an execution is. `number` counts code cells from 1; `seconds` are the cell's own."""
-
-    number: int
-    of: int
-    line: str  # the cell's first line of code
-    seconds: float
-    done: bool
 
 
 # -- files
@@ -127,8 +118,7 @@ def _stable_id(cell: Mapping[str, Any], seen: set[str]) -> str:
     """The cell's own id, or one made from its text: the same whenever it is asked for."""
     proposal, text = cell.get("id"), "".join(cell.get("source", ""))
     while not proposal or proposal in seen:
-        proposal = hashlib.sha256(text.encode()).hexdigest()[:8]
-        text = proposal
+        text = proposal = hashlib.sha256(text.encode()).hexdigest()[:8]
     return proposal
 
 
@@ -190,23 +180,118 @@ def set_parameters(notebook: nbformat.NotebookNode, values: Mapping[str, Any]) -
 # -- execution
 
 
+def execute(
+    notebook: nbformat.NotebookNode,
+    path: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    report: Callable[[str, bool], None] = lambda progress, done: None,
+) -> None:
+    """Run the code cells in a kernel of this interpreter, in the folder of `path`; outputs go into the notebook.
+
+    `env` is added to the kernel's environment; `timeout` in seconds a cell; `report` gets (where the execution is,
+    whether this cell is done) about once a second.
+    Raises NotebookFailure when a cell fails; the notebook then holds the outputs up to there.
+    """
+    cells = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
+    with tempfile.TemporaryDirectory(prefix="il-", ignore_cleanup_errors=True) as folder:
+        client = NotebookClient(
+            notebook,
+            km=_kernel_manager(folder),
+            timeout=timeout,
+            startup_timeout=180,
+            log=_SILENT,
+            resources={"metadata": {"path": str(Path(path).resolve().parent)}},
+        )
+        environ = {
+            **os.environ,
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # not what the shell has for windows
+            "IPYTHONDIR": folder,  # nobody's start-up files, no shared history
+            "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else a debugger that nobody started writes a warning
+            **(env or {}),
+        }
+        # selector: zmq cannot wait on Windows' own loop. A Runner turns Ctrl-C into a cancelled task.
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            runner.run(_execute(client, Path(path).stem, cells, environ, report))
+
+
+async def _execute(
+    client: NotebookClient, name: str, cells: Sequence[int], environ: Mapping[str, str], report: Callable
+) -> None:
+    manager, finished = client.km, False
+    try:
+        await client.async_start_new_kernel(env=environ)
+        await client.async_start_new_kernel_client()
+        for number, index in enumerate(cells, 1):
+            try:
+                await _execute_cell(client, index, f"[{number}/{len(cells)}]", report)
+            except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+                where = f"{name}, code cell {number} of {len(cells)}"
+                raise NotebookFailure(_describe(error, where, client.nb.cells[index], client.timeout)) from None
+        client.set_widgets_metadata()
+        finished = True
+    finally:
+        if client.kc is not None:
+            client.kc.stop_channels()
+        if manager.has_kernel:
+            await manager.shutdown_kernel(now=not finished)
+
+
+async def _execute_cell(client: NotebookClient, index: int, place: str, report: Callable) -> None:
+    cell, began = client.nb.cells[index], time.monotonic()
+    code = [line for line in cell.source.splitlines() if line and not line.startswith("# ")]
+    task = asyncio.ensure_future(client.async_execute_cell(cell, index))
+
+    def tell(done: bool) -> None:
+        report(f"{place} {time.monotonic() - began:6.1f} s  {code[0] if code else ''}", done)
+
+    try:
+        while not task.done():
+            tell(False)
+            await asyncio.wait({task}, timeout=1)
+    except asyncio.CancelledError:  # Ctrl-C: stop the cell, so that its output is kept
+        await client.km.interrupt_kernel()
+        await asyncio.wait({task}, timeout=5)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+    await task
+    tell(True)
+
+
+def _describe(error: Exception, where: str, cell: nbformat.NotebookNode, timeout: float | None) -> str:
+    """The faulty line and the end of the traceback."""
+    if isinstance(error, DeadKernelError):
+        return f"{where}: the kernel died (out of memory?)"
+    if isinstance(error, CellTimeoutError):
+        return f"{where}: no end after {timeout:g} s"
+    outputs = [output for output in cell.outputs if output.output_type == "error"]
+    trace = ANSI.sub("", "\n".join(outputs[-1].traceback if outputs else [str(error)]))
+    found = FAULTY_LINE.search(trace)
+    line = int(found[1] or found[2]) if found else 1
+    source = [f"    {text.strip()}" for text in cell.source.splitlines()[line - 1 : line]]
+    end = [text for text in trace.splitlines() if text.strip()][-12:]
+    return "\n".join([f"{where}, line {line}:", *source, *end])
+
+
+# -- the kernel
+
+
 class _PatientChannel(AsyncZMQSocketChannel):
     """Waits in steps of a second: one long wait now and then misses a message (nbclient issue 312)."""
 
+    step = 1.0
+
     async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
-        return await in_steps(super().get_msg, timeout)
-
-
-async def in_steps(get: Callable[[float], Awaitable[Any]], timeout: float | None, *, step: float = 1.0) -> Any:
-    """`await get(timeout)`, asked again every `step` seconds; Empty after `timeout` seconds (None: never)."""
-    end = None if timeout is None else time.monotonic() + timeout
-    while True:
-        left = step if end is None else max(0.0, min(step, end - time.monotonic()))
-        try:
-            return await get(left)
-        except Empty:
-            if end is not None and time.monotonic() >= end:
-                raise
+        """As its parent: a message, or Empty after `timeout` seconds (None: never)."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                return await super().get_msg(max(0.0, min(self.step, end - time.monotonic())))
+            except Empty:
+                if time.monotonic() >= end:
+                    raise
 
 
 class _PatientClient(AsyncKernelClient):
@@ -222,150 +307,10 @@ class _ThisInterpreter(KernelSpecManager):
         return KernelSpec(argv=argv, display_name=kernel_name, language="python")
 
 
-class NotebookSession:
-    """A notebook executed headless, its kernel kept up for questions and for moving widgets:
-
-        with NotebookSession(path, parameters={"RATIO": 0.3}) as session:
-            session.move("slider", value=0.2)
-            assert session("slider.value") == 0.2
-
-    The kernel is this interpreter, in the notebook's folder. `env` is added to its environment; `timeout` is in
-    seconds per cell. Entering raises NotebookFailure when a cell fails; `notebook` holds the outputs up to there.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        parameters: Mapping[str, Any] | None = None,
-        env: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-        report: Callable[[Progress], None] = lambda progress: None,
-    ) -> None:
-        self.path = Path(path)
-        self.notebook = read_notebook(self.path)
-        set_parameters(self.notebook, parameters or {})
-        self._env, self._timeout, self._report = dict(env or {}), timeout, report
-
-    def __enter__(self) -> "NotebookSession":
-        self._folder = Path(tempfile.mkdtemp(prefix="il-"))
-        self._manager = _kernel_manager(self._folder)
-        self._client = NotebookClient(
-            self.notebook,
-            km=self._manager,
-            timeout=self._timeout,
-            startup_timeout=180,
-            log=_SILENT,
-            resources={"metadata": {"path": str(self.path.resolve().parent)}},
-        )
-        # selector: zmq cannot wait on Windows' own loop. A Runner turns Ctrl-C into a cancelled task.
-        self._runner = asyncio.Runner(loop_factory=asyncio.SelectorEventLoop)
-        try:
-            self._runner.run(self._start())
-            self._execute()
-        except BaseException:
-            self._close(now=True)
-            raise
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        self._close(now=kind is not None)
-
-    def __call__(self, expression: str) -> Any:
-        """The value, a literal, of an expression in the kernel."""
-        cell = nbformat.v4.new_code_cell(f"print('\\x1e', repr(({expression})), sep='')")
-        index = len(self.notebook.cells)
-        self.notebook.cells.append(cell)  # nbclient looks its cell up by the index
-        try:
-            self._runner.run(self._client.async_execute_cell(cell, index, store_history=False))
-        except CellExecutionError as error:
-            raise NotebookFailure(f"{self.path.stem}: {expression}: {error.ename}: {error.evalue}") from None
-        finally:
-            self.notebook.cells.pop()
-        text = "".join(output.get("text", "") for output in cell.outputs).partition("\x1e")[2]
-        try:
-            return ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            raise NotebookFailure(f"{self.path.stem}: {expression} is {text[:80]!r}, not a literal") from None
-
-    def move(self, widget: str, **state: Any) -> None:
-        """Send what a browser sends when its user moves a control, and wait until the kernel has dealt with it."""
-        data = {"method": "update", "state": state, "buffer_paths": []}
-        client, comm = self._client.kc, self(f"{widget}.model_id")
-        client.shell_channel.send(client.session.msg("comm_msg", {"comm_id": comm, "data": data}))
-        self("None")  # the same queue: answered after the message
-
-    async def _start(self) -> None:
-        env = {
-            **os.environ,
-            "MPLBACKEND": "module://matplotlib_inline.backend_inline",  # not what the shell has for windows
-            "IPYTHONDIR": str(self._folder),  # nobody's start-up files, no shared history
-            "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else a debugger that nobody started writes a warning
-            **self._env,
-        }
-        await self._client.async_start_new_kernel(env=env)
-        await self._client.async_start_new_kernel_client()
-
-    def _execute(self) -> None:
-        cells = self.notebook.cells
-        code = [i for i, cell in enumerate(cells) if cell.cell_type == "code" and cell.source.strip()]
-        for number, index in enumerate(code, 1):
-            lines = [line for line in cells[index].source.splitlines() if line and not line.startswith("# ")]
-            place = (number, len(code), (lines or [""])[0])
-            try:
-                self._runner.run(self._run_cell(index, place))
-            except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-                raise NotebookFailure(self._describe(error, number, len(code), cells[index])) from None
-        self._client.set_widgets_metadata()
-
-    async def _run_cell(self, index: int, place: tuple[int, int, str]) -> None:
-        began = time.monotonic()
-        task = asyncio.ensure_future(self._client.async_execute_cell(self.notebook.cells[index], index))
-        try:
-            while not task.done():
-                self._report(Progress(*place, time.monotonic() - began, False))
-                await asyncio.wait({task}, timeout=1)
-        except asyncio.CancelledError:  # Ctrl-C: stop the cell, so that its output is kept
-            await self._manager.interrupt_kernel()
-            await asyncio.wait({task}, timeout=5)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            raise
-        await task
-        self._report(Progress(*place, time.monotonic() - began, True))
-
-    def _describe(self, error: Exception, number: int, of: int, cell: nbformat.NotebookNode) -> str:
-        where = f"{self.path.stem}, code cell {number} of {of}"
-        if isinstance(error, DeadKernelError):
-            return f"{where}: the kernel died (out of memory?)"
-        if isinstance(error, CellTimeoutError):
-            return f"{where}: no end after {self._timeout:g} s"
-        outputs = [output for output in cell.outputs if output.output_type == "error"]
-        trace = ANSI.sub("", "\n".join(outputs[-1].traceback if outputs else [str(error)])).splitlines()
-        found = FAULTY_LINE.search("\n".join(trace))
-        line = int(found[1] or found[2]) if found else 1
-        source = cell.source.splitlines()[line - 1 : line]
-        shown = [text for text in trace if text.strip()][-12:]
-        return "\n".join([f"{where}, line {line}:", *[f"    {text.strip()}" for text in source], *shown])
-
-    def _close(self, *, now: bool) -> None:
-        try:
-            self._runner.run(self._stop(now))
-        finally:
-            self._runner.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    async def _stop(self, now: bool) -> None:
-        if self._client.kc is not None:
-            self._client.kc.stop_channels()
-        if self._manager.has_kernel:
-            await self._manager.shutdown_kernel(now=now)
-
-
-def _kernel_manager(folder: Path) -> AsyncKernelManager:
+def _kernel_manager(folder: str) -> AsyncKernelManager:
     """A kernel of this interpreter. Sockets are files where there are such: no ports, no races, no warning."""
     manager = AsyncKernelManager(kernel_spec_manager=_ThisInterpreter(), client_factory=_PatientClient)
-    manager.connection_file = str(folder / "kernel.json")
-    if os.name == "posix" and len(str(folder)) < 80:  # a socket's path has room for about 100 characters
-        manager.transport, manager.ip = "ipc", str(folder / "socket")
+    manager.connection_file = os.path.join(folder, "kernel.json")
+    if os.name == "posix" and len(folder) < 80:  # a socket's path has room for about 100 characters
+        manager.transport, manager.ip = "ipc", os.path.join(folder, "socket")
     return manager

@@ -5,7 +5,6 @@ from ironlogic import models as backends
 from ironlogic.models import DATA, ModelError, load_model
 
 import pytest
-import torch
 import transformers
 
 
@@ -59,13 +58,14 @@ def test_weights_that_no_setting_makes_fit_are_refused_before_loading(tmp_path, 
 
 def test_unsloth_is_never_asked_for_more_than_the_context(monkeypatch):
     """It would stretch RoPE, and nano's answers with it."""
+    monkeypatch.setattr(backends, "BACKEND", "unsloth")
     asked = []
 
-    def load(base, config, four_bit, max_length, seed, local_only):
+    def load(base, config, four_bit, max_length, seed):
         asked.append(max_length)
-        return torch.nn.Linear(1, 1), None
+        raise ModelError("enough")
 
     monkeypatch.setattr(backends, "_load_with_unsloth", load)
-    config = transformers.AutoConfig.from_pretrained(DATA / "nano")
-    backends._load_weights(str(DATA / "nano"), config, backend="unsloth", four_bit=False, max_length=2048, seed=1)
+    with pytest.raises(ModelError, match="enough"):
+        load_model("nano", max_length=2048, backend="unsloth")
     assert asked == [512]

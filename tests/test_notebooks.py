@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ironlogic.notebooks import NOTEBOOKS, NotebookSession, find_notebooks, read_notebook, set_parameters
+from ironlogic.notebooks import NOTEBOOKS, execute, find_notebooks, read_notebook, set_parameters
 from ironlogic.session import ROOT
 
 import nbformat
@@ -84,10 +84,11 @@ def test_notebook_top_to_bottom(path, shared_runs, monkeypatch, network_attempts
     monkeypatch.setenv("IRONLOGIC_RUNS", str(shared_runs))
     monkeypatch.delenv("OMP_NUM_THREADS")  # as a person has it
     before = checkout()
-    with NotebookSession(path, timeout=1200) as work:
-        outputs = [output for cell in work.notebook.cells for output in cell.get("outputs", [])]
-        assert [output for output in outputs if output.output_type == "error"] == []
-        assert [output for output in outputs if output.get("name") == "stderr"] == []
+    notebook = read_notebook(path)
+    execute(notebook, path, timeout=1200)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert [output for output in outputs if output.output_type == "error"] == []
+    assert [output for output in outputs if output.get("name") == "stderr"] == []
     assert checkout() == before
     assert network_attempts.read_text() == ""
 

@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 from queue import Empty
 
-from ironlogic.__main__ import Line, main, read_value
+from ironlogic.__main__ import main, read_value, show_progress
 from ironlogic.notebooks import (
+    AsyncZMQSocketChannel,
     NotebookError,
     NotebookFailure,
-    NotebookSession,
-    Progress,
+    _PatientChannel,
+    execute,
     find_notebooks,
-    in_steps,
+    read_notebook,
+    set_parameters,
 )
 from ironlogic.session import ROOT
 from ironlogic.setup_cell import SETUP_CELL
@@ -27,18 +29,20 @@ from ironlogic.setup_cell import SETUP_CELL
 import nbformat
 import pytest
 
-WIDGET = """
-import ipywidgets as W
-slider, text, seen = W.FloatSlider(value=0.7, max=1.0), W.HTML("start"), []
-slider.observe(lambda change: seen.append(change.new) or text.set_trait("value", f"<b>{change.new}</b>"), "value")
-W.VBox([slider, text])
-""".strip()
+WIDGET = 'import ipywidgets as W\ntext = W.HTML("start")\nW.VBox([W.FloatSlider(), text])'
 
 
 def outputs(notebook: nbformat.NotebookNode, kind: str, name: str = "") -> list[str]:
     """Texts of the outputs of that type (stream: of that name)."""
     found = [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == kind]
     return [output.get("text") or output.get("evalue") for output in found if output.get("name", "") == name]
+
+
+def printed(path: Path, **options) -> list[str]:
+    """What the cells of a notebook print, the first line of each."""
+    notebook = read_notebook(path)
+    execute(notebook, path, **options)
+    return [text.splitlines()[0] for text in outputs(notebook, "stream", "stdout")]
 
 
 @pytest.mark.slow
@@ -56,8 +60,8 @@ def test_run_good_and_bad(tmp_path, make_notebook, capsys):
     runs = tmp_path / "results"
     chosen = ["-p", "B", "two words", "-p", "A", "[1, 2]", "--out", str(runs)]
     assert main(["run", str(good), str(bad), str(last), *chosen]) == 1
-    printed = capsys.readouterr()
-    assert printed.err == ""
+    said = capsys.readouterr()
+    assert said.err == ""
 
     copy = nbformat.read(runs / "notebooks/01_good.ipynb", as_version=4)
     nbformat.validate(copy)
@@ -67,23 +71,16 @@ def test_run_good_and_bad(tmp_path, make_notebook, capsys):
 
     copy = nbformat.read(runs / "notebooks/02_bad.ipynb", as_version=4)
     assert [cell.execution_count for cell in copy.cells if cell.cell_type == "code"] == [1, 2, 3, 4, None]
-    lines = printed.out.splitlines()
+    lines = said.out.splitlines()
     at = lines.index("FAILED 02_bad, code cell 4 of 5, line 3:")  # its own three and the parameters set
     assert lines[at + 1] == "    json.loads('{' * x)"
     end = lines.index("", at)
     assert lines[end - 1].startswith("JSONDecodeError: Expecting property name")
     assert end - at <= 15
     assert "FAILED 03_last, code cell 3 of 3, line 1:" in lines
-    assert "nbclient" not in printed.out
 
-    table = [
-        line.split() for line in lines[lines.index("notebook                                result    minutes") :]
-    ]
-    assert [row[:2] for row in table[1:4]] == [["01_good", "passed"], ["02_bad", "FAILED"], ["03_last", "FAILED"]]
-    assert all(0 <= float(row[2]) < 5 for row in table[1:4])
-    assert sorted(path.name for path in runs.rglob("*")) == sorted(
-        ["notebooks", "01_good.ipynb", "02_bad.ipynb", "03_last.ipynb"]
-    )
+    table = [line.split()[:2] for line in lines[-4:-1]]
+    assert table == [["01_good", "passed"], ["02_bad", "FAILED"], ["03_last", "FAILED"]]
 
 
 @pytest.mark.slow
@@ -100,56 +97,37 @@ def test_the_kernel_is_this_python_whatever_is_registered(tmp_path, make_noteboo
     startup.mkdir(parents=True)
     (startup / "mine.py").write_text("MINE = 1\n")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    path = make_notebook(tmp_path / "01_x.ipynb", "import os, sys", "A + 1")
-    with NotebookSession(path) as work:
-        assert work("sys.executable") == sys.executable
-        assert work("os.environ['MPLBACKEND']") == "module://matplotlib_inline.backend_inline"
-        assert work("'MINE' in globals()") is False
-        assert work("A") == 1
-        folder = Path(work("os.environ['IPYTHONDIR']"))
-        kernel = work("os.getpid()")
-    assert not folder.exists()
+    questions = (
+        "sys.executable, os.environ['MPLBACKEND'], 'MINE' in globals(), os.environ['IPYTHONDIR'], os.getpid()"
+    )
+    path = make_notebook(tmp_path / "01_x.ipynb", f"import os, sys\nprint({questions}, sep='|')")
+    python, figures, mine, folder, kernel = printed(path)[0].split("|")
+    assert (python, mine) == (sys.executable, "False")
+    assert figures == "module://matplotlib_inline.backend_inline"
+    assert not Path(folder).exists()
     with pytest.raises(ProcessLookupError):
-        os.kill(kernel, 0)
+        os.kill(int(kernel), 0)
 
 
 @pytest.mark.slow
 def test_setup_cell_in_a_kernel(tmp_path, make_notebook, tmp_runs):
     (tmp_path / "checkout").symlink_to(ROOT, target_is_directory=True)
-    path = make_notebook(tmp_path / "01_x.ipynb", SETUP_CELL, "S.runs")
-    with NotebookSession(path, timeout=120) as work:
-        assert outputs(work.notebook, "stream", "stderr") == []
-        assert work("str(S.root), str(S.runs), S.preset, S.installed") == (str(ROOT), str(tmp_runs), "nano", ())
-        assert work("os.environ['HF_HUB_OFFLINE']") == "1"
-        assert str(tmp_runs) in outputs(work.notebook, "stream", "stdout")[0]
-
-
-@pytest.mark.slow
-def test_questions_and_widgets(tmp_path, make_notebook):
-    path = make_notebook(tmp_path / "01_x.ipynb", WIDGET)
-    with NotebookSession(path, parameters={"A": {"k": [1, None]}}, timeout=60) as work:
-        assert work("A") == {"k": [1, None]}
-        assert (work("slider.value"), work("text.value"), work("seen")) == (0.7, "start", [])
-        work.move("slider", value=0.2)
-        assert (work("slider.value"), work("text.value"), work("seen")) == (0.2, "<b>0.2</b>", [0.2])
-        work.move("slider", value=7)  # a browser cannot leave the range either
-        assert work("seen") == [0.2, 1.0]
-        with pytest.raises(NotebookFailure, match=r"01_x: nothing: NameError: name 'nothing' is not defined"):
-            work("nothing")
-        with pytest.raises(NotebookFailure, match=r"01_x: slider is .* not a literal"):
-            work("slider")
-        assert len(work.notebook.cells) == 4  # title, parameters, the one set, the widget: no question stays
+    path = make_notebook(tmp_path / "01_x.ipynb", SETUP_CELL, "print((str(S.root), str(S.runs), S.installed))")
+    notebook = read_notebook(path)
+    execute(notebook, path, timeout=120)
+    assert outputs(notebook, "stream", "stderr") == []
+    assert outputs(notebook, "stream", "stdout")[-1] == f"{(str(ROOT), str(tmp_runs), ())}\n"
 
 
 @pytest.mark.slow
 def test_a_kernel_that_dies_or_never_ends(tmp_path, make_notebook):
     path = make_notebook(tmp_path / "01_x.ipynb", "import os; os._exit(3)")
-    with pytest.raises(NotebookFailure, match=r"01_x, code cell 2 of 2: the kernel died"), NotebookSession(path):
-        pass
+    with pytest.raises(NotebookFailure, match=r"01_x, code cell 2 of 2: the kernel died"):
+        printed(path)
     path = make_notebook(tmp_path / "02_x.ipynb", "import time; time.sleep(60)")
     began = time.monotonic()
-    with pytest.raises(NotebookFailure, match="no end after 1 s"), NotebookSession(path, timeout=1):
-        pass
+    with pytest.raises(NotebookFailure, match="no end after 1 s"):
+        printed(path, timeout=1)
     assert time.monotonic() - began < 30
 
 
@@ -163,9 +141,9 @@ def test_ctrl_c_ends_cleanly(tmp_path, make_notebook):
     while not (tmp_path / "begun").exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    printed, complained = process.communicate(timeout=30)
+    said, complained = process.communicate(timeout=30)
     assert (process.returncode, complained) == (130, "\ninterrupted\n")
-    assert "Traceback" not in printed
+    assert "Traceback" not in said
     copy = nbformat.read(runs / "notebooks/01_x.ipynb", as_version=4)
     assert outputs(copy, "error") == [""]  # the cell's own KeyboardInterrupt
     kernel = int(outputs(copy, "stream", "stdout")[0].split()[1])
@@ -179,23 +157,22 @@ def test_bad_arguments_are_said_and_nothing_runs(tmp_path, make_notebook, capsys
     broken = make_notebook(tmp_path / "03_x.ipynb")
     broken.write_text("{")
     (tmp_path / "file").write_text("")
+    unknown = "unknown parameter RATOI; there are DATA, RATIO, SEED"
     for argv, said in (
-        (
-            ["run", str(path), str(other), "-p", "RATOI", "0.5"],
-            "unknown parameter RATOI; there are DATA, RATIO, SEED",
-        ),
+        (["run", str(path), str(other), "-p", "RATOI", "0.5"], unknown),
         (["run", "no_such"], "no notebook 'no_such'; there are"),
         (["run", str(broken)], "cannot be read as a notebook"),
         (["run", str(path), "--out", str(tmp_path / "file")], "Set IRONLOGIC_RUNS to another folder"),
         (["format", str(broken)], "cannot be read as a notebook"),
+        (["evidence", "--preset", "huge", "--out", str(tmp_path)], "unknown preset 'huge'"),
     ):
         assert main(argv) == 2
-        printed = capsys.readouterr()
-        assert said in printed.err
-        assert printed.err.startswith("error: ")
-        assert "[1/" not in printed.out
+        answer = capsys.readouterr()
+        assert answer.err.startswith("error: ")
+        assert said in answer.err
+        assert "[1/" not in answer.out
     with pytest.raises(NotebookError, match="unknown parameter RATOI; there are RATIO, SEED"):
-        NotebookSession(path, parameters={"RATOI": 1})
+        set_parameters(read_notebook(path), {"RATOI": 1})
 
 
 @pytest.mark.parametrize(
@@ -215,22 +192,20 @@ def test_the_wrong_python_is_told_so(python, said):
 def test_values_of_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").write_text("{}")
-    read = {
-        text: read_value(text) for text in ("0.5", "None", "'x'", "[1]", "nano", "1 +", "mine.jsonl", "other.jsonl")
-    }
-    assert read == {
-        "0.5": 0.5,
-        "None": None,
-        "'x'": "x",
-        "[1]": [1],
-        "nano": "nano",
-        "1 +": "1 +",
-        "mine.jsonl": str(tmp_path / "mine.jsonl"),
-        "other.jsonl": "other.jsonl",
-    }
+    for text, value in (
+        ("0.5", 0.5),
+        ("None", None),
+        ("[1]", [1]),
+        ("'x'", "x"),
+        ("nano", "nano"),
+        ("1 +", "1 +"),
+        ("mine.jsonl", str(tmp_path / "mine.jsonl")),
+        ("other.jsonl", "other.jsonl"),
+    ):
+        assert read_value(text) == value
 
 
-def test_notebooks_are_found_by_number_name_and_path(tmp_path, make_notebook, monkeypatch):
+def test_notebooks_are_found_by_number_name_and_path(tmp_path, make_notebook):
     one, two = (make_notebook(tmp_path / f"{name}.ipynb") for name in ("00_one", "01_two"))
     assert find_notebooks(folder=tmp_path) == [one, two]
     assert find_notebooks(["1", "01", "01_two", "01_two.ipynb", str(two)], folder=tmp_path) == [two]
@@ -243,28 +218,26 @@ def test_notebooks_are_found_by_number_name_and_path(tmp_path, make_notebook, mo
 
 def test_format(tmp_path, make_notebook, capsys):
     path = make_notebook(tmp_path / "01_x.ipynb", "x = 1")
-    assert main(["format", "--check", str(path)]) == 0
     right = path.read_bytes()
-    path.write_bytes(right.replace(b'"execution_count": null', b'"execution_count": 4'))
-    wrong = path.read_bytes()
-    assert main(["format", "--check", str(path)]) == 1
-    assert path.read_bytes() == wrong
-    assert "would change: 01_x.ipynb" in capsys.readouterr().out
-    assert main(["format", str(path)]) == 0
-    assert path.read_bytes() == right
-    path.write_bytes(right.replace(b"\n", b"\r\n"))  # an editor on Windows
-    assert main(["format", "--check", str(path)]) == 1
-    assert main(["format", str(path)]) == 0
-    checked = subprocess.run(
-        [sys.executable, "-m", "ruff", "format", "--check", path], cwd=ROOT, capture_output=True
-    )
-    assert checked.returncode == 0, checked.stderr  # the two agree on what is normal
+    assert main(["format", "--check", str(path)]) == 0
+    for wrong in (
+        right.replace(b'"execution_count": null', b'"execution_count": 4'),
+        right.replace(b"\n", b"\r\n"),  # an editor on Windows
+    ):
+        path.write_bytes(wrong)
+        assert main(["format", "--check", str(path)]) == 1
+        assert path.read_bytes() == wrong
+        assert "would change: 01_x.ipynb" in capsys.readouterr().out
+        assert main(["format", str(path)]) == 0
+        assert path.read_bytes() == right
+    ruff = [sys.executable, "-m", "ruff", "format", "--check", path]
+    assert subprocess.run(ruff, cwd=ROOT, capture_output=True).returncode == 0  # the two agree on what is normal
 
 
 def test_without_a_command_help_is_printed(capsys):
     assert main([]) == 0
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in ("run", "format", "session"))
+    said = capsys.readouterr().out
+    assert all(command in said for command in ("run", "format", "evidence", "session"))
 
 
 @pytest.mark.slow
@@ -282,44 +255,36 @@ print("HEAVY", sys.modules.keys() & {{"torch", "transformers", "datasets", "unsl
 
 
 def test_progress_on_a_terminal_and_in_a_log(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setenv("COLUMNS", "32")
-    for stream, expected in (
-        (Terminal(), "\r  [2/9]    3.0 s  x = train(...\r  [2/9]    4.0 s  x = 1        \n"),
-        (io.StringIO(), "  [2/9]    4.0 s  x = 1\n"),
-    ):
+    terminal, log = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "24")
+    for stream in (terminal, log):
         monkeypatch.setattr(sys, "stdout", stream)
-        line = Line()
-        line.show(Progress(2, 9, "x = train(...)", 3.0, False))
-        line.show(Progress(2, 9, "x = 1", 4.0, True))
-        line.end()
-        assert stream.getvalue() == expected
+        show_progress("[2/9]  3.0 s  x = train(...)", False)
+        show_progress("[2/9]  4.0 s  x = 1", True)
+    assert terminal.getvalue() == "\r  [2/9]  3.0 s  x = tr\r  [2/9]  4.0 s  x = 1 "
+    assert log.getvalue() == "  [2/9]  4.0 s  x = 1\n"
 
 
-def test_waiting_in_steps_survives_a_missed_message():
-    asked = []
+def test_waiting_in_steps_survives_a_missed_message(monkeypatch):
+    """What hung with widgets: a wait that passes although the message is there."""
+    waits = []
 
-    async def get(timeout: float) -> str:
-        """A socket that lets the first two waits pass although its message is there."""
-        asked.append(timeout)
-        await asyncio.sleep(0)
-        if len(asked) < 3:
+    async def get_msg(channel, timeout):
+        waits.append(timeout)
+        await asyncio.sleep(0 if len(waits) < 3 else timeout)
+        if len(waits) != 3:
             raise Empty
         return "reply"
 
-    assert asyncio.run(asyncio.wait_for(in_steps(get, None, step=0.01), 5)) == "reply"
-    assert asked == [0.01] * 3
-
-    async def never(timeout: float) -> str:
-        await asyncio.sleep(timeout)
-        raise Empty
-
+    monkeypatch.setattr(AsyncZMQSocketChannel, "get_msg", get_msg)
+    monkeypatch.setattr(_PatientChannel, "step", 0.05)
+    channel = _PatientChannel.__new__(_PatientChannel)
+    assert asyncio.run(asyncio.wait_for(channel.get_msg(), 5)) == "reply"
+    assert waits == [0.05] * 3
     began = time.monotonic()
     with pytest.raises(Empty):
-        asyncio.run(in_steps(never, 0.2, step=0.05))
+        asyncio.run(channel.get_msg(0.2))
     assert 0.2 <= time.monotonic() - began < 2
 
 
@@ -327,7 +292,6 @@ def test_waiting_in_steps_survives_a_missed_message():
 def test_the_network_is_closed_in_kernels_and_below(tmp_path, make_notebook, network_attempts):
     code = """
 import socket, subprocess, sys, urllib.request
-said = []
 for attempt in (
     lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
     lambda: urllib.request.urlopen("http://example.invalid/x", timeout=1),
@@ -336,16 +300,15 @@ for attempt in (
     try:
         attempt()
     except OSError as error:
-        said.append(str(error))
+        assert "the tests have closed the network" in str(error)
+    else:
+        raise AssertionError
 below = [sys.executable, "-c", "import socket; socket.gethostbyname('example.org')"]
 subprocess.run(below, stderr=subprocess.DEVNULL)
 server = socket.create_server(("127.0.0.1", 0))
 socket.create_connection(server.getsockname()).close()
 socket.create_connection(("localhost", server.getsockname()[1])).close()
 """.strip()
-    with NotebookSession(make_notebook(tmp_path / "01_x.ipynb", code)) as work:
-        said = work("said")
-    assert len(said) == 3
-    assert all("the tests have closed the network" in one for one in said)
+    printed(make_notebook(tmp_path / "01_x.ipynb", code))
     assert network_attempts.read_text().split() == ["192.0.2.1", "example.invalid", "192.0.2.2", "example.org"]
     network_attempts.write_text("")  # these were meant

@@ -13,7 +13,7 @@ from typing import Any
 from ironlogic.export.gguf import ExportError
 from ironlogic.models import (
     ModelError,
-    _load_processor,
+    load_processor,
     model_inputs,
     need_template,
     refuse_pickles,
@@ -124,7 +124,7 @@ def load_fresh(place: str) -> tuple[Any, Any]:
         kind = torch.bfloat16 if packed else "auto"
         safe = {"local_files_only": local, "trust_remote_code": False}
         model = _auto(config).from_pretrained(place, dtype=kind, device_map="cpu", **safe)
-        processor = _load_processor(place, config, local)
+        processor = load_processor(place, config)
     except (OSError, ValueError, SafetensorError) as error:
         raise ExportError(f"{place} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     return (model.dequantize() if packed else model).eval(), processor
