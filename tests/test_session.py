@@ -3,8 +3,6 @@
 import ast
 import os
 import re
-import shutil
-import stat
 import subprocess
 import sys
 import venv
@@ -53,16 +51,12 @@ def test_start_on_this_machine(tmp_path, laptop, capsys, monkeypatch):
     found = start(environ=laptop, system=tmp_path)
     assert (found.place, found.root, found.runs) == ("local", ROOT, tmp_path / "runs")
     assert (found.card, found.card_gib, found.preset, found.installed) == (None, None, "nano", ())
-    assert found.versions["torch"].startswith("2.13.0")
-    assert found.python == ".".join(map(str, sys.version_info[:3]))
     assert 0 < found.ram_gib < 10_000
-    assert found.cores >= 1
     for name in ("UNSLOTH_DISABLE_STATISTICS", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         assert laptop[name] == "1"
-    assert laptop["TOKENIZERS_PARALLELISM"] == "false"
     printed = capsys.readouterr().out
     assert printed == f"{found}\n"
-    assert len(printed.splitlines()) <= 6
+    assert "torch 2.13.0" in printed
     again = start(environ=laptop, system=tmp_path)  # safe to run again
     assert replace(again, disk_free_gib=found.disk_free_gib) == found  # something else may have written meanwhile
 
@@ -130,21 +124,21 @@ def test_old_python_is_told(tmp_path):
         ("0", "Tesla T4"),
         ("1,0", "NVIDIA GeForce RTX 5090"),
         ("GPU-bb", "NVIDIA GeForce RTX 5090"),
+        ("", None),
+        ("-1", None),
+        ("7", None),
     ],
 )
 def test_card_is_the_first_visible(tmp_path, visible, name):
     environ = driver(tmp_path, T4, BIG) | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     notes = []
     card = see_card(environ, notes)
-    assert (card.name, card.of, notes) == (name, 2, [])
-    assert card.gib == pytest.approx(15 if name == "Tesla T4" else 31.84, abs=0.01)
-
-
-@pytest.mark.parametrize("visible", ["", "-1", "7"])
-def test_hidden_cards_are_no_card(tmp_path, visible):
-    notes = []
-    assert see_card(driver(tmp_path, T4) | {"CUDA_VISIBLE_DEVICES": visible}, notes) is None
-    assert "CUDA_VISIBLE_DEVICES" in notes[0]
+    if name is None:
+        assert card is None
+        assert "CUDA_VISIBLE_DEVICES" in notes[0]
+    else:
+        assert (card.name, card.of, notes) == (name, 2, [])
+        assert card.gib == pytest.approx(15 if name == "Tesla T4" else 31.84, abs=0.01)
 
 
 def test_two_cards_are_made_one(tmp_path):
@@ -159,25 +153,18 @@ def test_two_cards_are_made_one(tmp_path):
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("exec sleep 30", "gave no answer in 0.3 s"),
-        ("echo 'NVIDIA-SMI has failed because it cannot talk to the driver'; exit 9", "ends with code 9"),
-        ("exit 0", "names no card"),
-        ("echo 'No devices were found'; exit 6", "ends with code 6"),
+        ("#!/bin/sh\nexec sleep 30", "gave no answer in 0.3 s"),
+        ("#!/bin/sh\necho 'NVIDIA-SMI has failed, it cannot talk to the driver'; exit 9", "ends with code 9"),
+        ("#!/bin/sh\nexit 0", "names no card"),
+        ("\x7fELF broken", "does not start"),
     ],
 )
 def test_a_broken_driver_is_no_card(tmp_path, script, said):
     notes = []
-    environ = {"PATH": f"{program(tmp_path, 'nvidia-smi', script)}:/usr/bin:/bin"}
+    environ = {"PATH": f"{program(tmp_path, 'nvidia-smi', '')}:/usr/bin:/bin"}
+    (tmp_path / "nvidia-smi").write_text(script)
     assert see_card(environ, notes, timeout=0.3 if "sleep" in script else 30) is None
     assert said in notes[0]
-
-
-def test_a_driver_that_is_no_program(tmp_path):
-    notes = []
-    environ = {"PATH": program(tmp_path, "nvidia-smi", "")}
-    (tmp_path / "nvidia-smi").write_bytes(b"\x7fELF broken")
-    assert see_card(environ, notes) is None
-    assert "does not start" in notes[0]
 
 
 def test_unknown_memory_is_said(tmp_path):
@@ -203,42 +190,19 @@ def test_results_folder_below_a_file(tmp_path):
         results_folder("local", environ={"IRONLOGIC_RUNS": str(tmp_path / "file/runs")})
 
 
-def as_somebody_else(code: str, **environ: str) -> subprocess.CompletedProcess:
-    """Run code in a Python that owns nothing here (root may write anywhere)."""
-    drop = "import os\nif os.geteuid() == 0:\n    os.setgroups([]); os.setegid(65534); os.seteuid(65534)\n"
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code.replace('DROP', drop)}"]
-    return subprocess.run(command, env={**os.environ, **environ}, capture_output=True, text=True)
-
-
-CALL = """
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
+def test_results_folder_that_takes_no_more(tmp_path):
+    """Like a full disk or a folder of somebody else: it is there, the write itself fails."""
+    code = f"""
+import os, resource
 from ironlogic.session import SessionError, results_folder
-import os, resource, signal
-DROP
-PREPARE
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 try:
-    results_folder("local", environ=os.environ)
+    results_folder("local", environ={{"IRONLOGIC_RUNS": {str(tmp_path)!r}}})
 except SessionError as error:
     print(error)
 """
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
-def test_read_only_results_folder(tmp_path):
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.getuid() and not folder.stat().st_mode & stat.S_IXOTH:
-            folder.chmod(folder.stat().st_mode | stat.S_IXOTH)
-    runs = tmp_path / "runs"
-    runs.mkdir(mode=0o555)
-    done = as_somebody_else(CALL.replace("PREPARE", ""), IRONLOGIC_RUNS=str(runs))
-    assert done.stdout == (
-        f"results folder {runs}: Permission denied. Set IRONLOGIC_RUNS to another folder and run this again.\n"
-    )
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
-def test_results_folder_that_takes_no_more(tmp_path):
-    prepare = "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))"  # like a full disk, the write itself fails
-    done = as_somebody_else(CALL.replace("DROP", "").replace("PREPARE", prepare), IRONLOGIC_RUNS=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith(f"results folder {tmp_path}: File too large. Set IRONLOGIC_RUNS")
 
 
@@ -346,18 +310,6 @@ def test_published_images_get_what_they_lack_and_keep_their_torch(place, image, 
     assert len(calls) == 2
 
 
-def test_a_new_machine_after_a_disconnect_finds_the_runs_on_drive(tmp_path):
-    drive = tmp_path / "content/drive/MyDrive"
-    drive.mkdir(parents=True)
-    colab = {"COLAB_RELEASE_TAG": "x", "PATH": "/usr/bin", "IRONLOGIC_NO_INSTALL": "1"}
-    before = start(environ=dict(colab), system=tmp_path, root=copy_of_root(tmp_path))
-    (before.runs / "02").mkdir()
-    (before.runs / "02/run.json").write_text('{"finished": false}')
-    shutil.rmtree(before.root)  # the machine's own disk is gone
-    after = start(environ=dict(colab), system=tmp_path, root=copy_of_root(tmp_path))
-    assert (after.runs / "02/run.json").read_text() == '{"finished": false}'
-
-
 def test_a_build_suffix_is_no_other_version():
     here = session.version_of("pytest")
     assert session.unmet([Requirement(f"pytest=={here}")]) == []
@@ -371,12 +323,8 @@ def test_a_build_suffix_is_no_other_version():
 def wheel(folder: Path, name: str, version: str, *needs: str, code: str = "") -> Path:
     """A minimal wheel of one module."""
     info = f"{name}-{version}.dist-info"
-    lines = [
-        "Metadata-Version: 2.1",
-        f"Name: {name}",
-        f"Version: {version}",
-        *(f"Requires-Dist: {one}" for one in needs),
-    ]
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {one}" for one in needs]
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as packed:
         packed.writestr(f"{name}.py", code or f"VERSION = {version!r}\n")
         packed.writestr(f"{info}/METADATA", "\n".join(lines))
@@ -589,15 +537,8 @@ def test_setup_never_unpacks_outside(tmp_path, evil):
 def test_setup_clones_by_git_at_a_tag(tmp_path):
     origin = repository(tmp_path / "origin")
     git = ["git", "-C", str(origin), "-c", "user.name=t", "-c", "user.email=t@t"]
-    for command in (
-        ["init", "-q"],
-        ["add", "."],
-        ["commit", "-qm", "one"],
-        ["tag", "v1"],
-        ["rm", "-rq", "ironlogic"],
-    ):
-        subprocess.run([*git, *command], check=True)
-    subprocess.run([*git, "commit", "-qm", "moved away"], check=True)
+    for command in ("init -q", "add .", "commit -qm one", "tag v1", "rm -rq ironlogic", "commit -qm away"):
+        subprocess.run([*git, *command.split()], check=True)
     work = tmp_path / "work"
     assert "no Iron Logic near" in run_setup(work, IRONLOGIC_REPO=str(tmp_path / "nowhere")).stderr
     done = run_setup(work, IRONLOGIC_REPO=origin.as_uri(), IRONLOGIC_REF="v1")
