@@ -246,7 +246,7 @@ def test_logits_are_what_the_loss_holds(fused):
 
     def step():
         if fused:
-            loss, *_ = _chunked_cross_entropy_loss(hidden, head, _CHUNKED_LM_HEAD_CHUNK_SIZE, labels)
+            loss = _chunked_cross_entropy_loss(hidden, head, _CHUNKED_LM_HEAD_CHUNK_SIZE, labels)[0]
         else:
             loss = ForCausalLMLoss(hidden @ head.T, labels, vocabulary)
         loss.backward()
@@ -340,43 +340,6 @@ def test_pictures_have_so_many_patches_and_tokens(kind):
 
 
 # ---- whole plans ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "simulated"),
-    [  # GiB of a whole step simulated tensor by tensor (Gemma-3-27B's seed script: 21.4 to 22.0). Not of a mixture:
-        # the simulation checkpointed its layers, the card showed that Unsloth does not.
-        ("Qwen3-0.6B", {"length": 2048, "batch_size": 2, "lora": LoraSettings(rank=16)}, 3.0),
-        (
-            "Qwen3-0.6B",
-            {
-                "length": 2048,
-                "batch_size": 2,
-                "lora": LoraSettings(rank=16),
-                "four_bit": False,
-                "checkpointing": False,
-                "fused_loss": False,
-            },
-            18.6,
-        ),
-        ("Qwen3-4B", {}, 5.8),
-        ("Qwen3-4B", {"four_bit": False}, 11.0),
-        ("Qwen3-VL-4B", {}, 6.6),
-        ("Qwen3-VL-4B", {"four_bit": False}, 11.8),
-        ("Gemma-3-27B", {}, 21.7),
-        ("Gemma-3-27B", {"checkpointing": "card"}, 24.1),
-        ("Gemma-3-27B", {"checkpointing": "card", "fused_loss": False}, 32.8),
-        ("Qwen3-30B-A3B", {"fused_experts_quantized": False}, 61.5),
-        (replace(VISION_PRESETS["vqwen3-4b-as-seed"], instruct_stage=None), {"length": 640, "batch_size": 8}, 12.4),
-        ("vqwen3-4b-as-seed", {"length": 2048, "batch_size": 2}, 15.6),
-        ("qwen3-smvl-as-seed", {"length": 2048, "checkpointing": False, "fused_loss": False}, 9.5),
-    ],
-)
-def test_totals_agree_with_a_simulated_step(name, options, simulated):
-    common = {"length": 4096, "optimizer": EIGHT_BIT, "fused_loss": "chunked"}  # as the simulated loss was
-    planned = plan_memory(name, **(common | options)).peak_gib
-    context = 1.0 - memory.CONTEXT_GIB["card"]  # the simulation took 1 GiB for it
-    assert planned + context == pytest.approx(simulated, rel=0.15)
 
 
 def vision_8b():
