@@ -262,7 +262,7 @@ def test_progress_on_a_terminal_and_in_a_log(monkeypatch):
         monkeypatch.setattr(sys, "stdout", stream)
         show_progress("[2/9]  3.0 s  x = train(...)", False)
         show_progress("[2/9]  4.0 s  x = 1", True)
-    assert terminal.getvalue() == "\r  [2/9]  3.0 s  x = tr\r  [2/9]  4.0 s  x = 1 "
+    assert terminal.getvalue() == "\r  [2/9]  3.0 s  x = tra\r  [2/9]  4.0 s  x = 1  "
     assert log.getvalue() == "  [2/9]  4.0 s  x = 1\n"
 
 
