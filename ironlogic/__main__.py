@@ -197,8 +197,8 @@ def gather_evidence(options: argparse.Namespace) -> int:
 
     items, rejected = load_items(options.items) if options.items else (None, [])
     print(*rejected, sep="\n", end="\n" if rejected else "")
-    sizes = {"rows": options.rows, "seeds": options.seeds, "questions": options.questions}
-    study = open_study(preset, runs, data=options.data, items=items, **sizes)
+    asked = {"rows": options.rows, "seeds": options.seeds, "questions": options.questions}
+    study = open_study(preset, runs, data=options.data, items=items, **asked)
     print(f"{len(study.twins() if options.short else study.full())} arms in {study.folder}", flush=True)
     if options.short:
         arms, sizes = run_study(study, study.twins(), report=partial(print, flush=True)), ()
