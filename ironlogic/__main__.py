@@ -193,6 +193,7 @@ def gather_evidence(options: argparse.Namespace) -> int:
     preset = find_preset(options.preset)  # before what takes long to import
     from ironlogic.evidence import compare_recipes, describe, judge_claims, open_study, run_full_study, run_study
     from ironlogic.evidence.items import load_items
+    from ironlogic.evidence.study import shown_base
     from ironlogic.show.report import write_report
 
     items, rejected = load_items(options.items) if options.items else (None, [])
@@ -201,7 +202,7 @@ def gather_evidence(options: argparse.Namespace) -> int:
     study = open_study(preset, runs, data=options.data, items=items, **asked)
     print(f"{len(study.twins() if options.short else study.full())} arms in {study.folder}", flush=True)
     if options.short:
-        arms, sizes = run_study(study, study.twins(), report=partial(print, flush=True)), ()
+        arms, sizes = run_study(study, study.twins(), report=partial(print, flush=True)) | shown_base(study), ()
     else:
         study, arms, sizes = run_full_study(study, report=partial(print, flush=True))
     findings = judge_claims(arms, study.items, sizes=sizes)
