@@ -292,6 +292,7 @@ class _Stage:
     four_bit: bool = True
     lora: bool = True
     projector: bool = False  # of a splice
+    views: int = 1  # of a picture: its tiles and the whole
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ class _Setup:
     loss: str  # a key of LOGIT_BYTES
     experts_too: bool  # whether 4 bit reaches fused experts
     samples: int  # answers that GRPO writes at a time; 0: no GRPO
-    pictures: int  # in a row
+    pictures: int  # in a row, all their views
     width: int  # bytes of a value that is not in 4 bit: 2 on a card, 4 on a CPU
 
 
@@ -368,7 +369,7 @@ def plan_memory(
             loss=_loss_kind(fused_loss, model, whole=cpu or stage.projector),
             experts_too=(fused_experts_quantized and not cpu) or not model.experts,  # packed on a card only
             samples=samples,
-            pictures=pictures or int(stage.projector),
+            pictures=(pictures or int(stage.projector)) * stage.views,
             width=4 if cpu else 2,
         )
         _check(name, model, setup, room)
@@ -389,9 +390,10 @@ def _resolve(what: Any) -> tuple[str, Any, list[_Stage]]:
     if isinstance(what, Preset):
         stages, what = [_Stage(what.train, what.four_bit)], what.model
     elif isinstance(what, VisionPreset):
-        stages = [_Stage(what.projector_stage, what.four_bit, lora=False, projector=True)]
+        shared = {"four_bit": what.four_bit, "projector": True, "views": 1 + what.tiles}
+        stages = [_Stage(what.projector_stage, lora=False, **shared)]
         if what.instruct_stage:
-            stages.append(_Stage(what.instruct_stage, what.four_bit, projector=True))
+            stages.append(_Stage(what.instruct_stage, **shared))
         what = what.name
     if isinstance(what, PreTrainedConfig):
         return what.model_type, what, stages

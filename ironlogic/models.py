@@ -100,6 +100,8 @@ from ironlogic.data.masking import turn_end  # noqa: E402
 import peft  # noqa: E402
 import transformers  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # noqa: E402
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil  # noqa: E402
 from transformers.processing_utils import ProcessorMixin  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
@@ -646,6 +648,10 @@ def _load_with_transformers(base: str, config: Any, four_bit: bool) -> tuple[Any
         **_only_safe(base),
     )
     return model, load_processor(base, config)
+
+
+# That these need no torchvision, AutoProcessor doesn't see (transformers 5.17, huggingface/transformers#48607)
+AutoImageProcessor.register("ironlogic-tiles", image_processor_classes={"pil": SmolVLMImageProcessorPil})
 
 
 class _StillQwen3VLProcessor(transformers.Qwen3VLProcessor):

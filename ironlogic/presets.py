@@ -56,6 +56,7 @@ class TrainSettings:
     seed: int = 3407
     lora: LoraSettings = field(default_factory=LoraSettings)
     projector_learning_rate: float | None = None  # of a splice's projector beside LoRA; None: the same
+    pictures: int = 0  # in one conversation, at most: rows with more are left out; 0: any number
     padding_free: bool = False  # text stages: the rows of a forward pass one behind the other, without padding
     report_to: str = "none"  # a tracker that is installed, by transformers' name: trackio, tensorboard, wandb, ...
 
@@ -263,6 +264,7 @@ class VisionPreset:
     projector_stage: TrainSettings
     instruct_stage: TrainSettings | None  # None: the seed has no second stage
     four_bit: bool = False  # the language model
+    tiles: int = 0  # parts that a picture is cut into at most; 0: one view
     data: tuple[str, ...] = ()  # hub data sets, one a stage
     rows: int = 0  # of the first stage's data; 0: all
     note: str = ""
@@ -280,6 +282,7 @@ _LLAVA = TrainSettings(
     max_length=2048,
     save_steps=200,
     seed=42,
+    pictures=1,
 )
 _LLAVA_INSTRUCT = replace(  # stage 2
     _LLAVA,
@@ -288,8 +291,7 @@ _LLAVA_INSTRUCT = replace(  # stage 2
     batch_size=16,
     lora=LoraSettings(rank=128, alpha=256, dropout=0.05),
 )
-# Seed 004: 1 row x 4 passes on each of 8 cards. One difference: `splice` gives a picture 64 tokens, as one tile;
-# the seed adds up to 16 tiles of parts of it (800 to 1,300 tokens).
+# Seed 004: 1 row x 4 passes on each of 8 cards.
 _SMVL = TrainSettings(
     learning_rate=1e-4,
     batch_size=1,
@@ -298,6 +300,7 @@ _SMVL = TrainSettings(
     max_length=2048,
     loss="all",  # only padding and image tokens are masked
     seed=42,
+    pictures=1,  # the seed takes the first of several
 )
 _NANO_VISION = TrainSettings(
     learning_rate=1e-2,
@@ -335,8 +338,8 @@ VISION_PRESETS = {
             projector="mlp2x_gelu",
             card_gib=14,
             # a caption with its picture is far below 1024 tokens; a plan for 2048 would halve the batch again
-            projector_stage=replace(_LLAVA, batch_size=8, accumulation=32, max_length=1024),
-            instruct_stage=replace(_LLAVA_INSTRUCT, batch_size=4, accumulation=32),
+            projector_stage=replace(_LLAVA, batch_size=8, accumulation=32, max_length=1024, pictures=0),
+            instruct_stage=replace(_LLAVA_INSTRUCT, batch_size=4, accumulation=32, pictures=0),
             four_bit=True,  # 5 GiB less; the seed had 141 GB
             data=_LLAVA_DATA,
             note="seed 003's model, in 4 bit",
@@ -360,7 +363,7 @@ VISION_PRESETS = {
             projector="pixel_shuffle",
             card_gib=14,
             # the same 32 rows a step; loss on the answer, which the seed too says generalises better
-            projector_stage=replace(_SMVL, batch_size=8, accumulation=4, loss="assistant"),
+            projector_stage=replace(_SMVL, batch_size=8, accumulation=4, loss="assistant", pictures=0),
             # the seed stops at the projector, so its language model never learns to answer about pictures
             instruct_stage=replace(
                 _SMVL,
@@ -369,6 +372,7 @@ VISION_PRESETS = {
                 batch_size=8,
                 accumulation=4,
                 loss="assistant",
+                pictures=0,
                 lora=LoraSettings(rank=16, alpha=32),
             ),
             data=("HuggingFaceM4/the_cauldron",),
@@ -384,6 +388,7 @@ VISION_PRESETS = {
             card_gib=14,
             projector_stage=_SMVL,
             instruct_stage=None,
+            tiles=16,  # with the view of the whole 0.8 to 1.3 thousand tokens a picture
             data=("HuggingFaceM4/the_cauldron",),
             rows=60_000,
             note="seed 004: 1.5 h on 8 cards of 64 GB",

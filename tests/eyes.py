@@ -63,9 +63,9 @@ def language_model(kind="Qwen3", **sizes):
 
 
 def on_nano(kind="clip", *, seed=0, max_length=256):
-    """A random tower on nano; of kind "shuffle" in the SmolVLM class, four features a picture."""
-    if kind == "shuffle":
-        options = {"projector": "pixel_shuffle", "shuffle_factor": 2}
+    """A random tower on nano; "shuffle" and "tiles" (2 x 2) in the SmolVLM class, four features a view."""
+    if kind in ("shuffle", "tiles"):
+        options = {"projector": "pixel_shuffle", "shuffle_factor": 2, "tiles": 4 * (kind == "tiles")}
         return splice(tower("siglip", seed=seed), "nano", max_length=max_length, **options)
     return splice(tower(kind, seed=seed), "nano", max_length=max_length)
 

@@ -1,8 +1,10 @@
 """Splicing: towers, language models, templates and sources that work, and those that are refused with a reason."""
 
 import json
+import re
 
 from ironlogic.models import LoadedModel, load_model
+from ironlogic.training.picture_rows import PictureReader
 from ironlogic.vision.check import check_splice
 from ironlogic.vision.splice import SpliceError, image_template, projector_of, splice, tower_of
 
@@ -13,6 +15,7 @@ from eyes import image_processor, language_model, tokenizer, tower
 from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 # In the manner of Qwen3's: content that is no text becomes empty, old thoughts are dropped, tools have a turn.
@@ -134,18 +137,54 @@ def test_seed_003_at_its_own_size():
     assert written_places(loaded) == 576
 
 
-def test_seed_004_at_its_own_size():
+def seed_004(**options):
     sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     with torch.device("meta"):
         eye = SmolVLMVisionTransformer(SmolVLMVisionConfig(**sizes, image_size=512, patch_size=16))
-    maker = image_processor("siglip", 512)
-    loaded = splice((eye, maker), qwen3(1024, 28, 3072, 16), projector="pixel_shuffle")
+    parts = (eye, image_processor("siglip", 512)), qwen3(1024, 28, 3072, 16)
+    return splice(*parts, projector="pixel_shuffle", **options)
+
+
+@pytest.mark.parametrize("tiles", [0, 16])
+def test_seed_004_at_its_own_size(tiles):
+    loaded = seed_004(tiles=tiles)
     report = check_splice(loaded)
     assert report.passed, str(report)
     trainable, every = sizes_of(loaded.model)
     assert trainable == 768 * 16 * 1024 == 12 * 2**20
     assert round(every / 2**20, 2) == 662.87
-    assert written_places(loaded) == 64
+    assert written_places(loaded) == 64 * (4 * 3 + 1 if tiles else 1)
+
+
+def test_pictures_of_seed_004_take_its_0_8_to_1_3_thousand_tokens():
+    """nano's tokenizer takes ten tokens for a row and column, Qwen3's eight; an extreme picture takes fewer."""
+    reader = PictureReader(seed_004(tiles=16))
+    sizes = [(640, 480), (480, 640), (500, 375), (512, 512), (1, 1), (2000, 1600), (5000, 100)]
+    tokens = [len(reader.block(reader.add(Image.new("RGB", size)))) for size in sizes]
+    words = [(count - 64 * views) / views for count, views in zip(tokens, (13, 13, 13, 17, 17, 17, 5), strict=True)]
+    assert all(11 <= count < 14 for count in words), "a border, a row and a column before each view"
+    assert all(800 <= count <= 1300 for count in tokens[:-1]), tokens
+    assert tokens[-1] < 400
+
+
+def test_tiles_keep_the_embedding_and_are_read_back_by_transformers_own_classes(tmp_path):
+    loaded = splice(tower("siglip"), language_model(), projector="pixel_shuffle", shuffle_factor=2, tiles=4)
+    assert loaded.model.config.image_token_id == tokenizer().convert_tokens_to_ids("<|image_pad|>")
+    assert len(loaded.model.get_input_embeddings().weight) == len(loaded.tokenizer) == 1024
+    loaded.processor.save_pretrained(tmp_path)
+    pictures = SmolVLMImageProcessorPil.from_pretrained(tmp_path)
+    words = tf.AutoTokenizer.from_pretrained(tmp_path)
+    plain = tf.Idefics3Processor(pictures, words, image_seq_len=4, chat_template=words.chat_template)
+    for size in ((64, 64), (90, 20), (1, 1)):
+        image = Image.effect_noise(size, 80).convert("RGB")
+        text = plain.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+        ours, theirs = (
+            one(text=[text], images=[[image]], return_tensors="pt") for one in (loaded.processor, plain)
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in ("input_ids", "pixel_values"))
+    written = plain.tokenizer.decode(ours["input_ids"][0])
+    places = re.findall(r"<fake_token_around_image>(<row_._col_.>|<global-img>)(?:<image>){4}(?=\W)", written)
+    assert places == [*(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)), "<global-img>"]
 
 
 def written_places(loaded):
@@ -324,6 +363,11 @@ def test_towers_that_do_not_fit(tmp_path):
         splice((image_processor("vit"), eye), words)
     with pytest.raises(SpliceError, match="SmolVLM, Idefics3 or SigLIP"):
         splice((eye, maker), words, projector="pixel_shuffle")
+    for options in ({"tiles": 4}, {"tiles": 5, "projector": "pixel_shuffle"}):
+        with pytest.raises(SpliceError, match="expected 0, or with pixel_shuffle 4, 9"):
+            splice((eye, maker), words, **options)
+    with pytest.raises(SpliceError, match="6 x 6 tiles .* but a row has at most 256; choose fewer tiles"):
+        splice(tower("siglip"), words, projector="pixel_shuffle", shuffle_factor=2, tiles=36)
     with pytest.raises(SpliceError, match="divides 4"):
         splice(tower("siglip"), words, projector="pixel_shuffle", shuffle_factor=3)
     with pytest.raises(SpliceError, match="expected 'mlp2x_gelu'"):

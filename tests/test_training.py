@@ -249,7 +249,7 @@ def test_bad_rows_claim_no_folder_and_are_named(tmp_path):
     picture = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what is it"}]
     answer = [{"type": "text", "text": "a cat"}]
     seen = [{"role": "user", "content": picture}, {"role": "assistant", "content": answer}]
-    with pytest.raises(RunError, match=r"row 2: messages holds a picture, which this stage would not see"):
+    with pytest.raises(RunError, match=r"row 2: messages holds a picture, but \S+ takes none"):
         train_ft(folder, chats=make_chats([CHATS[0], seen]))
     with pytest.raises(RunError, match=r"the chats are a list; expected what load_chats or make_chats returns"):
         train_ft(folder, chats=[CHATS[0]])

@@ -10,17 +10,15 @@ from pathlib import Path
 from ironlogic.data.chats import ChatError, make_chats
 from ironlogic.data.masking import IGNORED
 from ironlogic.data.scenes import KINDS, make_scenes, question_chat, save_scenes
+from ironlogic.models import ModelError, load_model
 from ironlogic.show.picture_widget import picture_explorer
+from ironlogic.training.picture_rows import PictureBatches, PictureReader, encode_pictures
 from ironlogic.training.runs import RunError
 from ironlogic.vision.answers import answer_pictures, control_rows, last_question, load_questions
-from ironlogic.vision.batches import (
+from ironlogic.vision.shortcuts import (
     Features,
-    Pictures,
-    batches_for,
     cached_tower,
     compute_features,
-    encode_pictures,
-    image_length,
     label_loss,
     open_head,
     order_by_length,
@@ -34,11 +32,23 @@ import torch
 from eyes import chat, on_nano, picture
 from PIL import Image
 from safetensors import SafetensorError
+from test_systems import gemma3, qwen3_vl
 
 
 @pytest.fixture(scope="module")
 def loaded():
     return on_nano()
+
+
+@pytest.fixture(scope="module", params=["clip", "shuffle", "tiles", gemma3, qwen3_vl])
+def seeing(request, tmp_path_factory):
+    """A model of each kind that takes pictures, as `load_model` or `splice` gives it."""
+    if isinstance(request.param, str):
+        return on_nano(request.param)
+    folder = tmp_path_factory.mktemp("seeing")
+    for part in request.param():
+        part.save_pretrained(folder)
+    return load_model(folder, four_bit=False, max_length=256)
 
 
 def own(messages):
@@ -47,45 +57,56 @@ def own(messages):
 
 CHATS = [
     chat("What is it?", "a red 3", picture()),
-    chat("Are these two pictures alike in any way?", "no", picture(), picture()),
+    chat("\nAre these alike in any way?\n", "no", picture(), picture().resize((96, 40))),
     chat("What is two plus two?", "4"),
 ]
 
 
-def test_ids_are_those_of_the_processor_and_labels_those_of_the_answer(loaded):
-    rows, pictures, rejected = encode_pictures(loaded, make_chats(CHATS), max_length=256)
+def encode(loaded, chats=CHATS, **options):
+    return encode_pictures(loaded, make_chats(chats), **{"max_length": 256} | options)
+
+
+def test_rows_are_what_the_processor_makes_and_only_answers_are_trained(seeing):
+    rows, reader, rejected = encode(seeing)
     assert not rejected
-    processor, block = loaded.processor, image_length(loaded.processor)
-    assert block == 16
     for row, messages in zip(rows, CHATS, strict=True):
-        text = processor.apply_chat_template(messages, tokenize=False)
-        images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
-        wanted = processor(text=text, images=images or None, return_tensors="pt", add_special_tokens=False)
-        batch = batches_for(loaded, pictures, None)([row])
-        assert torch.equal(batch["input_ids"], wanted["input_ids"])
-        assert row.length == batch["input_ids"].shape[1]
-        if images:
-            assert torch.equal(batch["pixel_values"], wanted["pixel_values"])
+        text, images = seeing.processor.apply_chat_template(messages, tokenize=False), own(messages)
+        if reader.kind == "smolvlm" and not reader.tiled:
+            images = [[image] for image in images]
+        elif reader.tiled:
+            images = [images] * bool(images)
+        options = {"add_special_tokens": False, "return_tensors": "pt"}
+        wanted = seeing.processor(text=[text], images=images or None, **options)
+        batch = PictureBatches(reader)([row])
+        wanted.pop("pixel_attention_mask", None)  # all ones
+        assert wanted.keys() == batch.keys() - {"labels"}
+        for name, value in wanted.items():
+            assert torch.equal(batch[name].flatten(), value.flatten()), name
+        assert row["length"] == batch["input_ids"].shape[1]
         trained = batch["input_ids"][batch["labels"] != IGNORED]
-        assert loaded.tokenizer.decode(trained) == messages[1]["content"] + "<|im_end|>"
+        assert seeing.tokenizer.decode(trained) == messages[1]["content"] + "<|im_end|>"
 
 
-def test_loss_on_every_token_leaves_out_pictures_and_padding(loaded):
-    rows, pictures, _ = encode_pictures(loaded, make_chats(CHATS), max_length=256, loss="all")
-    batch = batches_for(loaded, pictures, None)(rows)
-    ids, labels = batch["input_ids"], batch["labels"]
-    real = (batch["attention_mask"] == 1) & (ids != loaded.processor.image_token_id)
-    real[:, 0] = False  # nothing predicts it
-    assert torch.equal(labels != IGNORED, real)
-    assert torch.equal(labels[real], ids[real])
+def test_loss_on_every_token_leaves_out_pictures_and_padding(seeing):
+    rows, reader, _ = encode(seeing, loss="all")
+    batch = PictureBatches(reader)(rows)
+    trained = batch["input_ids"][batch["labels"] != IGNORED]
+    assert torch.equal(batch["labels"][batch["labels"] != IGNORED], trained)
+    assert reader.image_id not in trained
+    blocks = [sum(len(reader.block(key)) for key in row["picture_keys"]) for row in rows]
+    read = [
+        row["length"] - block - 1 for row, block in zip(rows, blocks, strict=True)
+    ]  # nothing predicts the first
+    assert (batch["labels"] != IGNORED).sum(1).tolist() == read
 
 
 def test_both_sides_of_padding_hold_the_same_rows(loaded):
-    rows, pictures, _ = encode_pictures(loaded, make_chats(CHATS), max_length=256)
-    right, left = (batches_for(loaded, pictures, None, side=side)(rows) for side in ("right", "left"))
+    rows, reader, _ = encode(loaded)
+    right, left = (PictureBatches(reader, side=side)(rows) for side in ("right", "left"))
     for index, row in enumerate(rows):
-        assert torch.equal(right["input_ids"][index, : row.length], left["input_ids"][index, -row.length :])
-        assert right["attention_mask"][index].sum() == left["attention_mask"][index].sum() == row.length
+        length = row["length"]
+        assert torch.equal(right["input_ids"][index, :length], left["input_ids"][index, -length:])
+        assert right["attention_mask"][index].sum() == left["attention_mask"][index].sum() == length
 
 
 UNUSABLE = [
@@ -93,35 +114,48 @@ UNUSABLE = [
     (chat("Say <|image_pad|>", "a"), "1 times '<|image_pad|>' for 0 pictures"),
     (chat("What is it?", "<|image_pad|>", picture()), "2 times"),
     (chat("What?", "a", "no/such.png"), "no such picture"),
+    (chat("What?", "a", b"no picture"), "is no picture of a kind"),
     (chat("What? " * 100, "a", picture()), "needs at least"),
-    (chat("What?", "a", *[picture()] * 16), "256 of them for 16 pictures, but max_length is 256"),
+    (chat("What?", "a", *[picture()] * 4), "holds 4 pictures; the most that are taken here is 3"),
 ]
 
 
-def test_rows_that_cant_be_used_are_left_out_and_say_why(loaded):
-    broken = [messages for messages, _ in UNUSABLE]
-    rows, _, rejected = encode_pictures(loaded, make_chats([CHATS[0], *broken, CHATS[2]]), max_length=256)
+def test_rows_that_cant_be_used_are_left_out_and_say_why(loaded, tmp_path):
+    narrow = Image.new("RGB", (9000, 20))
+    narrow.save(tmp_path / "narrow.png")
+    unusable = [*UNUSABLE, (chat("What?", "a", str(tmp_path / "narrow.png")), "has 9000 x 20 pixels")]
+    broken = [messages for messages, _ in unusable if b"no picture" not in own(messages)]
+    reasons = [reason for messages, reason in unusable if messages in broken]
+    rows, _, rejected = encode(loaded, [CHATS[0], *broken, CHATS[2]], most=3)
     assert len(rows) == 2
-    assert [row.line for row in rejected] == list(range(2, 2 + len(UNUSABLE)))
-    for row, (_, reason) in zip(rejected, UNUSABLE, strict=True):
+    assert [row.line for row in rejected] == list(range(2, 2 + len(broken)))
+    for row, reason in zip(rejected, reasons, strict=True):
         assert reason in str(row)
     with pytest.raises(ChatError, match="no row is left"):
-        encode_pictures(loaded, make_chats(broken), max_length=256)
+        encode(loaded, broken, most=3)
+    with pytest.raises(ChatError, match="is no picture"):
+        make_chats([messages for messages, _ in UNUSABLE if b"no picture" in own(messages)])
 
 
-def test_the_length_that_a_refused_row_asks_for_is_enough_and_one_less_is_not(loaded):
-    messages = chat("What?", "yes", *[picture()] * 3)
-    _, _, (one,) = encode_pictures(loaded, make_chats([CHATS[2], messages]), max_length=50)
+@pytest.mark.parametrize("kind", ["clip", "tiles"])
+def test_the_length_that_a_refused_row_asks_for_is_enough_and_one_less_is_not(kind):
+    loaded, messages = on_nano(kind), chat("What?", "yes", *[picture()] * 2)
+    _, _, (one,) = encode(loaded, [CHATS[2], messages], max_length=40)
     needed = int(re.search(r"at least (\d+)", one.reason)[1])
-    assert len(encode_pictures(loaded, make_chats([CHATS[2], messages]), max_length=needed)[0]) == 2
-    assert len(encode_pictures(loaded, make_chats([CHATS[2], messages]), max_length=needed - 1)[0]) == 1
+    assert [len(encode(loaded, [CHATS[2], messages], max_length=length)[0]) for length in (needed, needed - 1)] == [
+        2,
+        1,
+    ]
+    (row,), reader, _ = encode(loaded, [chat("What?", "so " * 99, *own(messages))], max_length=needed + 20)
+    batch = PictureBatches(reader)([row])  # a long answer is cut, and no picture
+    assert row["length"] == batch["input_ids"].shape[1] == needed + 20
+    views = 5 * 4 if kind == "tiles" else 16
+    assert batch["input_ids"].eq(reader.image_id).sum() == 2 * views
 
 
-def test_a_long_answer_is_cut_but_no_picture(loaded):
-    (row,), pictures, _ = encode_pictures(loaded, make_chats([chat("Why?", "so " * 300, picture())]), max_length=60)
-    batch = batches_for(loaded, pictures, None)([row])
-    assert row.length == batch["input_ids"].shape[1] == 60
-    assert batch["input_ids"].eq(loaded.processor.image_token_id).sum() == 16
+def test_models_without_eyes_or_of_unknown_kinds_are_refused(loaded):
+    with pytest.raises(ModelError, match="takes no pictures here; known are llava, smolvlm, qwen3_vl, gemma3"):
+        encode(load_model("nano", four_bit=False))
 
 
 def test_order_by_length_is_a_draw_of_all_rows_every_epoch_with_little_padding():
@@ -137,13 +171,13 @@ def test_order_by_length_is_a_draw_of_all_rows_every_epoch_with_little_padding()
 # --- features
 
 
-@pytest.mark.parametrize("kind", ["clip", "shuffle"])
-def test_cached_features_give_the_same_logits(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["clip", "shuffle", "tiles"])
+def test_features_are_computed_once_of_each_picture_alone_and_give_the_same_logits(tmp_path, kind, monkeypatch):
     loaded = on_nano(kind)
-    rows, pictures, _ = encode_pictures(loaded, make_chats(CHATS), max_length=256)
-    keys = [key for row in rows for key in row.pictures]
-    seen = compute_features(loaded, pictures, keys, tmp_path, batch_size=len(keys))
-    pixels, features = (batches_for(loaded, pictures, one)(rows) for one in (None, seen))
+    rows, reader, _ = encode(loaded)
+    keys = [key for row in rows for key in row["picture_keys"]]
+    seen = compute_features(loaded, reader, keys, tmp_path / "a", batch_size=len(keys))
+    pixels, features = (PictureBatches(reader, one)(rows) for one in (None, seen))
     del pixels["labels"], features["labels"]
     with torch.no_grad():
         wanted = loaded.model(**pixels).logits
@@ -151,17 +185,12 @@ def test_cached_features_give_the_same_logits(tmp_path, kind):
             got = loaded.model(**features).logits
         assert torch.equal(loaded.model(**pixels).logits, wanted)  # the tower is back
     assert torch.equal(got, wanted)
-
-
-def test_features_depend_on_their_picture_alone_and_are_computed_once(loaded, tmp_path, monkeypatch):
-    pictures = Pictures()
-    keys = [pictures.add(picture()) for _ in range(11)]
-    alone = compute_features(loaded, pictures, keys[5:6], tmp_path / "a", batch_size=4)
-    together = compute_features(loaded, pictures, keys, tmp_path / "b", batch_size=4)
-    assert torch.equal(alone[keys[5]], together[keys[5]])
-    monkeypatch.setattr(Pictures, "open", None)  # whoever opens a picture now fails
-    again = compute_features(loaded, pictures, keys * 2, tmp_path / "b", batch_size=4)
-    assert torch.equal(again[keys[3]], together[keys[3]])
+    together = compute_features(loaded, reader, keys, tmp_path / "b", batch_size=2)
+    alone = compute_features(loaded, reader, keys[1:2], tmp_path / "c", batch_size=2)
+    assert torch.equal(together[keys[1]], alone[keys[1]])
+    monkeypatch.setattr(PictureReader, "open", None)  # whoever opens a picture now fails
+    again = compute_features(loaded, reader, keys * 2, tmp_path / "b", batch_size=2)
+    assert torch.equal(again[keys[1]], alone[keys[1]])
 
 
 def test_the_key_follows_weights_layer_and_preparation(loaded):
@@ -188,13 +217,13 @@ def test_files_of_features_that_are_not_whole_are_never_read(tmp_path):
 
 
 def test_no_room_for_features_is_told(loaded, tmp_path, monkeypatch, capsys):
-    pictures = Pictures()
-    keys = [pictures.add(picture()) for _ in range(4)]
+    reader = PictureReader(loaded)
+    keys = [reader.add(picture()) for _ in range(4)]
     needed = 4 * 17 * 64 * 4  # bytes: 4 pictures, 16 patches and CLS, width 64, float32
     for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
         usage = type("Usage", (), {"free": free})
-        monkeypatch.setattr("ironlogic.vision.batches.shutil.disk_usage", lambda path, usage=usage: usage)
-        features = compute_features(loaded, pictures, keys, tmp_path / str(free))
+        monkeypatch.setattr("ironlogic.vision.shortcuts.shutil.disk_usage", lambda path, usage=usage: usage)
+        features = compute_features(loaded, reader, keys, tmp_path / str(free))
         assert (features is not None) == fits
         assert ("the tower runs at every step" in capsys.readouterr().out) == (not fits)
 
@@ -204,7 +233,7 @@ def test_a_disk_that_is_full_while_features_are_written(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("ironlogic.vision.batches.save_file", full)
+    monkeypatch.setattr("ironlogic.vision.shortcuts.save_file", full)
     with pytest.raises(RunError, match="No space left on device"):
         Features(tmp_path / "features").add({"a": torch.ones(2, 3)})
     assert not list((tmp_path / "features").iterdir())
@@ -224,7 +253,7 @@ def test_label_loss_is_cross_entropy_and_so_is_its_gradient(monkeypatch):
     )
     (gradient,) = torch.autograd.grad(wanted, hidden)
     for size in (2**24, 500 * 7):  # all at once, and seven rows at a time
-        monkeypatch.setattr("ironlogic.vision.batches._LOGITS", size)
+        monkeypatch.setattr("ironlogic.vision.shortcuts._LOGITS", size)
         got = label_loss(hidden, labels, head)
         torch.testing.assert_close(got, wanted)
         torch.testing.assert_close(torch.autograd.grad(got, hidden)[0], gradient)
@@ -235,8 +264,8 @@ def test_label_loss_is_cross_entropy_and_so_is_its_gradient(monkeypatch):
 
 
 def test_the_loss_over_an_open_head_is_the_models_own(loaded):
-    rows, pictures, _ = encode_pictures(loaded, make_chats(CHATS), max_length=256)
-    batch = batches_for(loaded, pictures, None)(rows)
+    rows, reader, _ = encode(loaded)
+    batch = PictureBatches(reader)(rows)
     wanted = loaded.model(**batch).loss
     labels = batch.pop("labels")
     with open_head(loaded.model) as head:

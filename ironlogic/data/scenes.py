@@ -47,7 +47,7 @@ _SPLITS = {"train": slice(0, 1200), "val": slice(1200, 1400), "test": slice(1400
 class Scene:
     """One picture and what it shows."""
 
-    image: np.ndarray  # (32, 32, 3), uint8
+    image: np.ndarray  # (32, 32, 3), or larger by `tiles`; uint8
     scan: int  # which of the 1,797
     number: int  # 0 to 9
     color: str
@@ -81,24 +81,27 @@ def _scans() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def make_scenes(
-    count: int, *, seed: int, split: Literal["train", "val", "test"] = "train", first: int = 0
+    count: int, *, seed: int, split: Literal["train", "val", "test"] = "train", first: int = 0, tiles: int = 1
 ) -> list[Scene]:
     """Scenes `first` to `first + count`; each depends on (seed, split, its index) alone.
 
-    Raises `ValueError` for another split.
+    `tiles`: the canvas is so many times as wide and as high, the scan as large as ever: seen at the size of one
+    canvas it can't be read. Raises `ValueError` for another split.
     """
     if split not in _SPLITS:
         raise ValueError(f"make_scenes: no split {split!r}; expected one of {', '.join(_SPLITS)}")
     key = list(_SPLITS).index(split)
-    return [_draw(np.random.default_rng([seed, key, index]), split) for index in range(first, first + count)]
+    numbers = range(first, first + count)
+    return [_draw(np.random.default_rng([seed, key, index]), split, tiles) for index in numbers]
 
 
-def _draw(rng: np.random.Generator, split: str) -> Scene:
+def _draw(rng: np.random.Generator, split: str, tiles: int) -> Scene:
     opacity, digit, order = _scans()
     scan, color, place = int(rng.choice(order[_SPLITS[split]])), rng.choice(list(COLORS)), int(rng.integers(4))
-    canvas = 18 + rng.normal(0, 6, (SIZE, SIZE, 3))
+    canvas = 18 + rng.normal(0, 6, (SIZE * tiles, SIZE * tiles, 3))
     half = SIZE // 2
-    top, left = ((half * part) + 1 + rng.integers(-1, 2) for part in divmod(place, 2))  # a pixel of jitter
+    corners = (tiles * part + (rng.integers(tiles) if tiles > 1 else 0) for part in divmod(place, 2))
+    top, left = (half * corner + 1 + rng.integers(-1, 2) for corner in corners)  # a pixel of jitter
     ink = opacity[scan][..., None]
     spot = canvas[top : top + _DIGIT, left : left + _DIGIT]
     spot[:] = spot * (1 - ink) + ink * np.array(COLORS[color])

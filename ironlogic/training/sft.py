@@ -8,6 +8,7 @@ not split; where the rows don't come out even, the last step repeats some). `pre
 without loading a model.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ironlogic.burden import Burden
-from ironlogic.data.chats import ChatError, Chats, load_chats
-from ironlogic.data.masking import IGNORED, EncodeReport, encode_chats
+from ironlogic.data.chats import ChatError, Chats, image_parts, load_chats
+from ironlogic.data.masking import IGNORED, encode_chats
+from ironlogic.data.pictures import PictureError, check_picture, picture_bytes
 from ironlogic.models import LoadedModel, as_loaded, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.training.picture_rows import PictureBatches, encode_pictures
 from ironlogic.training.runs import (
     Run,
     RunError,
@@ -66,9 +69,10 @@ def train_sft(
 ) -> Run:
     """Supervised fine-tuning of a LoRA adapter; Fragmented Training when a `burden` is given.
 
-    `chats` come from `load_chats` or `make_chats`. A model that carries an adapter goes on training it, any other
-    gets a fresh one from `settings.lora`. Every epoch of rows is written out before, each with its own draw of the
-    burden, so what the model sees can be looked at and resuming is exact.
+    `chats` come from `load_chats` or `make_chats`; with pictures where the model takes them (Qwen3-VL, Gemma 3, a
+    splice): its eyes stay as they are, and the burden moves words alone. A model that carries an adapter goes on
+    training it, any other gets a fresh one from `settings.lora`. Every epoch of rows is written out before, each
+    with its own draw of the burden, so what the model sees can be looked at and resuming is exact.
     `run` is a name in the results folder or a path; if it holds the same run, finished, that is returned, and
     if interrupted, training goes on from the newest whole checkpoint. `watch` is called with all metrics at
     every logged step. Under torchrun an optimizer step takes processes x batch_size x accumulation rows, and
@@ -77,27 +81,31 @@ def train_sft(
     Raises `RunError` when the folder holds another run, can't be written or the loss is no longer finite.
     """
     loaded, folder = as_loaded(loaded), run_folder(run)
-    _check_texts(chats)
+    pictured = _find_picture(chats)
+    if pictured is not None and loaded.processor is None:
+        error = ChatError(f"holds a picture, but {loaded.source} takes none", field="messages")
+        raise RunError(f"{chats.reject(pictured, error)}; load a model that sees, or leave such rows out")
     stage = "sft" if burden is None else "ft"
-    sha256 = content_hash(chats)
+    sha256 = _hash(chats)
     record = describe_stage(stage, loaded, len(chats), sha256, settings, burden=burden, processes=PROCESSES)
     previous = find_run(folder, record)
     if previous.get("finished"):
         return finished_run(folder, previous, watch)
     _check_processes(folder, previous)
-    rows, report = _prepare(loaded, chats, settings, burden)  # before anything is written: bad rows claim no folder
+    # before anything is written: bad rows claim no folder
+    rows, batches, report = _prepare(loaded, chats, settings, burden, pictured is not None)
     if PROCESS == 0:
         _write_chats(folder, chats)
         start_or_join(folder, record)
     transformers.set_seed(settings.seed)  # before any weight is drawn: TRL 1.14 doesn't
     loaded = with_trained_adapter(loaded, settings.lora, seed=settings.seed)
-    trainer = _trainer(loaded, rows, settings, folder, watch)
+    trainer = _trainer(loaded, rows, batches, settings, folder, watch)
     if settings.padding_free:
         _check_rows_are_apart(trainer, rows)
     seconds = fit(trainer, folder, may_halve=PROCESSES == 1)  # the others would wait for one that halves alone
     if PROCESS == 0:
         save_adapter(loaded, folder)
-    return finish_stage(folder, record, trainer, loaded, data=str(report), seconds=round(seconds, 3))
+    return finish_stage(folder, record, trainer, loaded, data=report, seconds=round(seconds, 3))
 
 
 def prepare_sft(
@@ -115,9 +123,9 @@ def prepare_sft(
     run or can't be written.
     """
     folder = run_folder(run)
-    _check_texts(chats)
+    _find_picture(chats)
     stage = "sft" if burden is None else "ft"
-    sha256 = content_hash(chats)
+    sha256 = _hash(chats)
     record = describe_inputs(stage, str(model), four_bit, len(chats), sha256, settings, burden)
     if not find_run(folder, record):
         _write_chats(folder, chats)
@@ -137,7 +145,7 @@ def train_prepared(run: str | Path, *, watch: Watch | None = None) -> Run:
         chats = load_chats(path)
         settings = TrainSettings(**record["settings"] | {"lora": LoraSettings(**record["settings"]["lora"])})
         burden = record["burden"] and Burden(**record["burden"])
-        unchanged = content_hash(chats) == record["data_sha256"]
+        unchanged = _hash(chats) == record["data_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{folder}: run.json or chats.jsonl is damaged ({error!r:.200}); prepare it again"
@@ -149,32 +157,52 @@ def train_prepared(run: str | Path, *, watch: Watch | None = None) -> Run:
 
 
 # --- the folder -------------------------------------------------------------------------------------------
-def _check_texts(chats: Chats) -> None:
+def _find_picture(chats: Chats) -> int | None:
+    """The first row that holds a picture. Raises `RunError` for what are no chats."""
     if not isinstance(chats, Chats):
         raise RunError(f"the chats are a {type(chats).__name__}; expected what load_chats or make_chats returns")
-    for row, messages in enumerate(chats):
-        if not all(isinstance(turn["content"], str) for turn in messages):
-            error = ChatError(
-                "holds a picture, which this stage would not see; train_projector and train_instruct train a model "
-                "that sees",
-                field="messages",
-            )
-            raise RunError(str(chats.reject(row, error)))
+    return next((row for row, messages in enumerate(chats) if image_parts(messages)), None)
+
+
+def _hash(chats: Chats) -> str:
+    """sha256 of the conversations; a picture counts by what it shows, not by where it lies."""
+
+    def named(messages: list[dict]) -> list[dict]:
+        for part in image_parts(messages):
+            with contextlib.suppress(PictureError):  # one that can't be read is told when its row is encoded
+                part["image"] = check_picture(part.get("image"))
+        return messages
+
+    return content_hash(map(named, chats))
 
 
 def _write_chats(folder: Path, chats: Chats) -> None:
-    """chats.jsonl, unless it is there: run.json, written after it, says whether it is whole and the same."""
+    """chats.jsonl with its pictures, unless it is there: run.json, written after it, says whether it is whole."""
     if (folder / "run.json").exists():
         return
-    columns = [name for name in ("messages", "row") if name in chats.rows.column_names]  # `row` keys the burden
+    keys = chats.rows["row"][:] if "row" in chats.rows.column_names else None  # they key the burden
     beside = folder / "chats.part"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with beside.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(
-                json.dumps(row, ensure_ascii=False) + "\n" for row in chats.rows.select_columns(columns)
-            )
+            for index, messages in enumerate(chats):
+                for part in image_parts(messages):
+                    part["image"] = _carry(part.get("image"), folder)
+                row = {"messages": messages} | ({"row": keys[index]} if keys else {})
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         beside.replace(folder / "chats.jsonl")
+
+
+def _carry(picture: Any, folder: Path) -> str | None:
+    """Its name inside the folder, where a copy lies; of one that can't be read, what came."""
+    try:
+        content = picture_bytes(picture)
+        file = folder / "pictures" / check_picture(content)
+    except PictureError:
+        return picture if isinstance(picture, str) else None
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    return f"pictures/{file.name}"
 
 
 def _check_processes(folder: Path, previous: dict[str, Any]) -> None:
@@ -188,16 +216,24 @@ def _check_processes(folder: Path, previous: dict[str, Any]) -> None:
 
 # --- data -------------------------------------------------------------------------------------------------
 def _prepare(
-    loaded: LoadedModel, chats: Chats, settings: TrainSettings, burden: Burden | None
-) -> tuple[datasets.Dataset, EncodeReport]:
-    """All epochs one after the other, tokenised, in the order of training."""
+    loaded: LoadedModel, chats: Chats, settings: TrainSettings, burden: Burden | None, pictures: bool
+) -> tuple[datasets.Dataset, PictureBatches | None, str]:
+    """All epochs one after the other, tokenised, in the order of training; what adds the pictures; a report."""
     burden = burden or Burden(ratio=0.0)
     burdened = burden.apply(chats, epochs=settings.epochs, seed=settings.seed, tokenizer=loaded.tokenizer)
-    max_length = min(settings.max_length, loaded.max_length)
-    encoded, report = encode_chats(burdened, loaded.tokenizer, loss=settings.loss, max_length=max_length)
+    options = {"loss": settings.loss, "max_length": min(settings.max_length, loaded.max_length)}
+    columns, batches = ["input_ids", "labels"], None
+    if pictures:
+        if settings.padding_free:
+            raise RunError("padding_free: not with pictures; leave it off")
+        rows, reader, rejected = encode_pictures(loaded, burdened, most=settings.pictures, **options)
+        encoded, report = datasets.Dataset.from_list(rows), f"{len(rows)} rows, {rejected}"
+        columns, batches = [*columns, "picture_keys"], PictureBatches(reader)
+    else:
+        encoded, report = encode_chats(burdened, loaded.tokenizer, **options)
     places = {key: i for i, key in enumerate(zip(encoded["epoch"], encoded["row"], strict=True))}
     order = [places[key] for key in _training_order(burdened.rows, settings) if key in places]
-    return encoded.select(order).select_columns(["input_ids", "labels"]), report
+    return encoded.select(order).select_columns(columns), batches, str(report)
 
 
 def _training_order(rows: datasets.Dataset, settings: TrainSettings) -> list[tuple[int, Any]]:
@@ -225,7 +261,9 @@ def _training_order(rows: datasets.Dataset, settings: TrainSettings) -> list[tup
 
 
 # --- training ---------------------------------------------------------------------------------------------
-def _trainer(loaded, rows, settings: TrainSettings, folder: Path, watch: Watch | None) -> trl.SFTTrainer:
+def _trainer(
+    loaded, rows, batches: PictureBatches | None, settings: TrainSettings, folder: Path, watch: Watch | None
+) -> trl.SFTTrainer:
     steps = math.ceil(len(rows) / (settings.batch_size * settings.accumulation * PROCESSES))
     arguments = trl.SFTConfig(
         **trainer_arguments(settings, folder, steps=steps),
@@ -236,6 +274,7 @@ def _trainer(loaded, rows, settings: TrainSettings, folder: Path, watch: Watch |
         packing=False,
         padding_free=settings.padding_free,
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=batches is None,
     )
     # Unsloth gives padding-free batches to rows that are known to be cut already; it looks here
     rows._unsloth_truncated_to = min(settings.max_length, loaded.max_length)
@@ -244,6 +283,7 @@ def _trainer(loaded, rows, settings: TrainSettings, folder: Path, watch: Watch |
         args=arguments,
         train_dataset=rows,
         processing_class=loaded.tokenizer,
+        data_collator=batches,
         callbacks=stage_callbacks(folder, watch)[0 if PROCESS == 0 else 1 :],  # the recorder comes first
     )
 

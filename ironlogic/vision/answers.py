@@ -11,18 +11,9 @@ from typing import Any, Literal
 from ironlogic.data.chats import ChatError, Chats, load_chats
 from ironlogic.data.masking import IGNORED
 from ironlogic.models import LoadedModel, inference
+from ironlogic.training.picture_rows import PictureBatches, PictureReader
 from ironlogic.training.runs import run_folder
-from ironlogic.vision.batches import (
-    PictureRow,
-    Pictures,
-    batches_for,
-    cached_tower,
-    chat_tokenizer,
-    check_image_tokens,
-    compute_features,
-    image_length,
-    take_pictures,
-)
+from ironlogic.vision.shortcuts import cached_tower, compute_features
 
 from PIL import Image
 
@@ -45,19 +36,18 @@ def answer_pictures(
     path.
     Raises `ChatError` naming the row whose picture or text can't be used.
     """
-    pictures, asked = Pictures(), []
-    tokenizer, block = chat_tokenizer(loaded), image_length(loaded.processor)
+    reader, asked = PictureReader(loaded), []
     for number, messages in enumerate(rows, 1):
         try:
-            asked.append(_prompt(messages, loaded, tokenizer, pictures, block))
+            asked.append(_prompt(messages, reader, loaded.max_length))
         except ChatError as error:
             raise ChatError(f"row {number}: {error}") from error
     features = None
     if cache is not None:
-        keys = [key for row in asked for key in row.pictures]
-        features = compute_features(loaded, pictures, keys, run_folder(cache))
-    batches, answers = batches_for(loaded, pictures, features, side="left"), [""] * len(asked)
-    order = sorted(range(len(asked)), key=lambda row: asked[row].length)
+        keys = [key for row in asked for key in row["picture_keys"]]
+        features = compute_features(loaded, reader, keys, run_folder(cache))
+    batches, answers = PictureBatches(reader, features, side="left"), [""] * len(asked)
+    order = sorted(range(len(asked)), key=lambda row: asked[row]["length"])
     with inference(loaded) as model, cached_tower(model) if features else contextlib.nullcontext():
         for begin in range(0, len(order), batch_size):
             numbers = order[begin : begin + batch_size]
@@ -73,10 +63,12 @@ def answer_pictures(
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=reader.tokenizer.pad_token_id,
             )
             new = out[:, batch["input_ids"].shape[1] :]
-            for row, text in zip(numbers, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            for row, text in zip(
+                numbers, reader.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+            ):
                 answers[row] = _EMPTY_THOUGHT.sub("", text).strip()
     return answers
 
@@ -105,16 +97,18 @@ def last_question(row: Sequence[dict[str, Any]]) -> tuple[Any, str, str]:
     return images[-1] if images else None, _text(row[last]), reply
 
 
-def _prompt(messages, loaded: LoadedModel, tokenizer, pictures: Pictures, block: int) -> PictureRow:
+def _prompt(messages: Sequence[dict[str, Any]], reader: PictureReader, max_length: int) -> dict[str, Any]:
+    """A row of `PictureBatches` that ends where the answer begins."""
     if messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    plain, keys = take_pictures(messages, pictures)
-    ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
-    check_image_tokens(ids, keys, loaded.processor)
-    length = len(ids) + len(keys) * (block - 1)
-    if length >= loaded.max_length:
-        raise ChatError(f"needs {length} tokens and room to answer; max_length is {loaded.max_length}")
-    return PictureRow(ids, [IGNORED] * len(ids), tuple(keys), length)
+    keys = reader.take(messages)
+    parts = [dict(turn, content=_parts(turn["content"])) for turn in messages]
+    ids = reader.tokenizer.apply_chat_template(parts, add_generation_prompt=True, return_dict=False)
+    reader.check(ids, keys)
+    length = len(ids) + sum(len(reader.block(key)) - 1 for key in keys)
+    if length >= max_length:
+        raise ChatError(f"needs {length} tokens and room to answer; max_length is {max_length}")
+    return {"input_ids": ids, "labels": [IGNORED] * len(ids), "picture_keys": keys, "length": length}
 
 
 def control_rows(
@@ -156,6 +150,10 @@ def _copy(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(turn["content"], str):
             turn["content"] = [dict(part) for part in turn["content"]]
     return copies
+
+
+def _parts(content: str | list[dict]) -> list[dict]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _text(turn: dict) -> str:

@@ -9,7 +9,8 @@ import html
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from itertools import groupby
 from typing import Any
 
 from ironlogic.models import LoadedModel
@@ -18,6 +19,7 @@ from ironlogic.vision.splice import (
     bare,
     feature_fields,
     image_token_ids,
+    is_tiled,
     keeps_image,
     projector_name,
     projector_of,
@@ -110,10 +112,13 @@ def check_splice(
     if model.device.type != "meta":
         checks |= {
             "placeholders": partial(_placeholders, loaded, images),
+            "tiles": partial(_tiles, loaded, images),
             "image reaches logits": partial(_image_reaches_logits, loaded, images),
             "batch equals single": partial(_batch_equals_single, loaded, images),
             "projector gradient": partial(_projector_gradient, loaded, images),
         }
+        if not is_tiled(loaded):
+            del checks["tiles"]
         if reference is not None:
             checks["text alone"] = partial(_text_alone, loaded, reference)
         if isinstance(loaded.model, peft.PeftModel):
@@ -255,9 +260,9 @@ def _trainable_parts(loaded: LoadedModel, training: bool) -> Verdict:
 def _image_features(loaded: LoadedModel) -> Verdict:
     """One feature for each patch, none cut off and no CLS among them, and as many places for them."""
     model, wrong = bare(loaded.model), []
-    for field, expected in feature_fields(model).items():
-        holder, _, name = field.partition(".")
-        value = getattr(model.config if holder == "config" else loaded.processor, name)
+    for field, expected in feature_fields(loaded).items():
+        holder, *path = field.split(".")
+        value = reduce(getattr, path, model.config if holder == "config" else loaded.processor)
         if value != expected:
             wrong.append(f"{field} is {value!r}, not {expected!r}")
     return not wrong, "; ".join(wrong) or f"a place for each patch of {type(tower_of(model)).__name__}"
@@ -288,10 +293,11 @@ def _prompt(loaded: LoadedModel, *questions: str) -> str:
     return loaded.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
-def _batch(loaded: LoadedModel, texts: Sequence[str], images: Sequence[Any]) -> dict[str, torch.Tensor]:
-    # one picture a list: what the SmolVLM class needs, and LLaVA's takes
-    nested = [[image] for image in images]
-    batch = loaded.processor(text=list(texts), images=nested, padding=True, return_tensors="pt")
+def _batch(loaded: LoadedModel, texts: Sequence[str], pictures: Sequence[Sequence[Any]]) -> dict[str, torch.Tensor]:
+    """Texts with the pictures of each."""
+    if not is_tiled(loaded):  # one picture a list: what the SmolVLM class needs, and LLaVA's takes
+        pictures = [[picture] for row in pictures for picture in row]
+    batch = loaded.processor(text=list(texts), images=pictures, padding=True, return_tensors="pt")
     batch = {name: value.to(loaded.device) for name, value in batch.items()}
     batch["pixel_values"] = batch["pixel_values"].to(next(tower_of(loaded.model).parameters()).dtype)
     return batch
@@ -299,7 +305,8 @@ def _batch(loaded: LoadedModel, texts: Sequence[str], images: Sequence[Any]) -> 
 
 def _twin_batch(loaded: LoadedModel, images: Images) -> dict[str, torch.Tensor]:
     """The same question about each of the two pictures."""
-    return _batch(loaded, [_prompt(loaded, "zxq")] * 2, _two_pictures(loaded, images))
+    first, second = _two_pictures(loaded, images)
+    return _batch(loaded, [_prompt(loaded, "zxq")] * 2, [[first], [second]])
 
 
 def _next_token_logits(loaded: LoadedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -312,26 +319,46 @@ def _placeholders(loaded: LoadedModel, images: Images) -> Verdict:
     """In a batch, each text has as many places as its own pictures have features; the sum is no proof."""
     model = bare(loaded.model)
     first, second = _two_pictures(loaded, images)
-    texts = [_prompt(loaded, "zxq"), _prompt(loaded, "zxq", "qxz")]
-    batch = _batch(loaded, texts, [first, second, first])
-    places = (batch["input_ids"] == model.config.image_token_id).sum(1).tolist()
-    sent = [
-        len(features) for features in model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
-    ]
-    features = [sent[0], sent[1] + sent[2]]
+    texts, pictures = [_prompt(loaded, "zxq"), _prompt(loaded, "zxq", "qxz")], [[first], [second, first]]
+    places = (_batch(loaded, texts, pictures)["input_ids"] == model.config.image_token_id).sum(1).tolist()
+    features = []
+    for text, own in zip(texts, pictures, strict=True):
+        pixels = _batch(loaded, [text], [own])["pixel_values"]
+        features.append(sum(map(len, model.get_image_features(pixel_values=pixels).pooler_output)))
     detail = f"{places} in texts of one and two pictures, {features} features"
     return _verdict(places == features, detail, "the processor writes the wrong number")
 
 
 @torch.no_grad()
+def _tiles(loaded: LoadedModel, images: Images) -> Verdict:
+    """Each view of a picture has its own places, and tiles in another order are another picture."""
+    model, (picture, _) = bare(loaded.model), _two_pictures(loaded, images)
+    batch = _batch(loaded, [_prompt(loaded, "zxq")], [[picture]])
+    is_place = (batch["input_ids"][0] == model.config.image_token_id).tolist()
+    places = [len(list(run)) for place, run in groupby(is_place) if place]
+    views, features = batch["pixel_values"].shape[1], model.model.image_seq_len
+    if places != [features] * views:
+        return False, f"{views} views of {features} features have {places} places: one view runs into the next"
+    order = [1, 0, *range(2, views)]
+    change = _change(loaded, batch, batch["pixel_values"][:, order])
+    detail = (
+        f"{views} views of {features} features; exchanging two changes the next token's logits by {change[0]:.2g}"
+    )
+    return _verdict(change[0] > 1e-6 * change[1], detail, "the order of the tiles is lost")
+
+
+def _change(loaded: LoadedModel, batch: dict[str, torch.Tensor], pixels: torch.Tensor) -> tuple[float, float]:
+    """By how much other pixels change the next token's logits, and the largest of these."""
+    own, other = _next_token_logits(loaded, batch), _next_token_logits(loaded, batch | {"pixel_values": pixels})
+    return (own - other).abs().max().item(), own.abs().max().item()
+
+
+@torch.no_grad()
 def _image_reaches_logits(loaded: LoadedModel, images: Images) -> Verdict:
     batch = _twin_batch(loaded, images)
-    own = _next_token_logits(loaded, batch)
-    exchanged = _next_token_logits(loaded, batch | {"pixel_values": batch["pixel_values"].flip(0)})
-    change = (own - exchanged).abs().max().item()
-    passed = change > 1e-6 * own.abs().max().item()
+    change, largest = _change(loaded, batch, batch["pixel_values"].flip(0))
     detail = f"exchanging two pictures changes the next token's logits by {change:.2g}"
-    return _verdict(passed, detail, "the pictures never reach the language model")
+    return _verdict(change > 1e-6 * largest, detail, "the pictures never reach the language model")
 
 
 @torch.no_grad()
@@ -339,10 +366,10 @@ def _batch_equals_single(loaded: LoadedModel, images: Images) -> Verdict:
     if loaded.processor.tokenizer.padding_side != "left":
         return False, "tokenizer.padding_side is 'right': answers of a batch begin behind padding; set 'left'"
     texts = [_prompt(loaded, "zxq"), _prompt(loaded, "zxq and more of it")]
-    pictures = _two_pictures(loaded, images)
+    pictures = [[picture] for picture in _two_pictures(loaded, images)]
     together = _next_token_logits(loaded, _batch(loaded, texts, pictures))
     rows = zip(texts, pictures, strict=True)
-    alone = torch.cat([_next_token_logits(loaded, _batch(loaded, [text], [picture])) for text, picture in rows])
+    alone = torch.cat([_next_token_logits(loaded, _batch(loaded, [text], [own])) for text, own in rows])
     spread = alone.std().item()
     apart = (together - alone).abs().max().item() / spread
     between_rows = (alone[0] - alone[1]).abs().max().item() / spread

@@ -11,13 +11,14 @@ from typing import Any
 from ironlogic.data.chats import Chats
 from ironlogic.models import LoadedModel, free_memory
 from ironlogic.presets import TrainSettings
+from ironlogic.training.picture_rows import PictureBatches, encode_pictures
 from ironlogic.vision.answers import answer_pictures
-from ironlogic.vision.batches import batches_for, encode_pictures
+from ironlogic.vision.splice import is_tiled
 
 import peft
 import torch
 
-__all__ = ["FAULTS", "break_splice", "train_fault", "train_unchecked"]
+__all__ = ["FAULTS", "TILE_FAULTS", "break_splice", "train_fault", "train_unchecked"]
 
 _TEXT_ONLY = "{% for m in messages %}{{ m.content if m.content is string else '' }}{{ '<|im_end|>' }}{% endfor %}"
 _EVERYWHERE = peft.LoraConfig(target_modules=["q_proj", "v_proj"])
@@ -29,7 +30,19 @@ def _nowhere(input_ids, inputs_embeds, image_features):
     return torch.zeros_like(inputs_embeds, dtype=torch.bool)
 
 
-# Each changes a LLaVA splice in place, or gives the adapted model.
+def _shift_a_tile(loaded: LoadedModel) -> None:
+    """One place more for a picture's first view and one less for its last: the sum fits."""
+    processor, write = loaded.processor, loaded.processor.replace_image_token
+
+    def shifted(*inputs: Any, **options: Any) -> str:
+        token, view = processor.image_token, processor.image_token * processor.image_seq_len
+        head, _, tail = write(*inputs, **options).rpartition(view)
+        return head.replace(view, view + token, 1) + view.removesuffix(token) + tail
+
+    processor.replace_image_token = shifted
+
+
+# Each changes a LLaVA splice in place, or gives the adapted model; of the last ones, a splice that cuts tiles.
 FAULTS: dict[str, Callable[[LoadedModel], Any]] = {
     "pictures go nowhere (seed 004)": lambda x: setattr(x.model.model, "get_placeholder_mask", _nowhere),
     "a wrong image token id": lambda x: setattr(x.model.config, "image_token_index", 7),
@@ -41,13 +54,20 @@ FAULTS: dict[str, Callable[[LoadedModel], Any]] = {
     "LoRA inside the tower": lambda x: peft.get_peft_model(x.model, copy.deepcopy(_EVERYWHERE)),
     "LoRA without the projector": lambda x: peft.get_peft_model(x.model, copy.deepcopy(_NOT_THE_PROJECTOR)),
 }
+TILE_FAULTS: dict[str, Callable[[LoadedModel], Any]] = {
+    "a tile's tokens off by one": _shift_a_tile,
+}
 
 
 def break_splice(loaded: LoadedModel, fault: str) -> LoadedModel:
-    """The splice with that fault; a LLaVA one, which is spoiled by it. Raises `ValueError` for an unknown fault."""
-    if fault not in FAULTS:
-        raise ValueError(f"break_splice: no fault {fault!r}; expected one of {', '.join(FAULTS)}")
-    adapted = FAULTS[fault](loaded)
+    """The splice with that fault, which is spoiled by it: a LLaVA one, for `TILE_FAULTS` one that cuts tiles.
+
+    Raises `ValueError` for an unknown fault, or one that such a splice can't have.
+    """
+    known = TILE_FAULTS if is_tiled(loaded) else FAULTS
+    if fault not in known:
+        raise ValueError(f"break_splice: no fault {fault!r}; expected one of {', '.join(known)}")
+    adapted = known[fault](loaded)
     return loaded if adapted is None else replace(loaded, model=adapted)
 
 
@@ -58,8 +78,8 @@ def train_unchecked(
 
     Metrics as of a run: step and loss, in nats per trained token.
     """
-    rows, pictures, _ = encode_pictures(loaded, chats, max_length=settings.max_length)
-    batches, model = batches_for(loaded, pictures, None), loaded.model.train()
+    rows, reader, _ = encode_pictures(loaded, chats, max_length=settings.max_length)
+    batches, model = PictureBatches(reader), loaded.model.train()
     model.model.language_model.requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, lines = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0), []

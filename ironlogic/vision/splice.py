@@ -8,6 +8,7 @@ without custom code. Whether it sees is for `check_splice` to say; whether it le
 import contextlib
 import copy
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ironlogic import models
 from ironlogic.models import LoadedModel, as_loaded, four_bit_share, load_model
 
 import peft
+import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -24,6 +26,7 @@ from PIL import Image
 # transformers.AutoImageProcessor asks for torchvision, the class itself doesn't
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
 
 __all__ = [
@@ -36,6 +39,7 @@ __all__ = [
     "feature_fields",
     "image_template",
     "image_token_ids",
+    "is_tiled",
     "keeps_image",
     "open_tower",
     "projector_name",
@@ -164,7 +168,7 @@ def _load_image_processor(source: str, size: int, kind: str, local: dict) -> Any
 
 
 def _without_tiles(settings: dict, size: int) -> Any:
-    """What SmolVLM's and Idefics3's do to a picture that they don't cut into tiles; theirs need torchvision."""
+    """What SmolVLM's and Idefics3's do to a picture that they don't cut into tiles."""
     names = ("image_mean", "image_std", "resample", "rescale_factor")
     kept = {name: settings[name] for name in names if name in settings}
     return transformers.SiglipImageProcessorPil(size={"height": size, "width": size}, **kept)
@@ -268,12 +272,18 @@ def keeps_image(tokenizer: Any, token: str, template: str | None = None) -> str:
     return text if text.count(token) == 1 and text.count(_PROBE) == 1 else ""
 
 
-def feature_fields(model: Any) -> dict[str, Any]:
+def feature_fields(loaded: LoadedModel) -> dict[str, Any]:
     """What configuration and processor have to say, so that each patch of the tower, and no CLS, gets a place."""
+    model = bare(loaded.model)
     config, vision = model.config, model.config.vision_config
     shuffled = config.model_type == "smolvlm"
     layer = -1 if shuffled else config.vision_feature_layer
     patches = (vision.image_size // vision.patch_size) ** 2
+    if is_tiled(loaded):
+        return {
+            "processor.image_seq_len": patches // config.scale_factor**2,
+            "processor.image_processor.max_image_size": {"longest_edge": vision.image_size},
+        }
     extra = count_features(tower_of(model), layer, vision.image_size) - patches
     strategy = _select_strategy(extra)
     fields = {
@@ -284,6 +294,11 @@ def feature_fields(model: Any) -> dict[str, Any]:
     if not shuffled:
         fields["config.vision_feature_select_strategy"] = strategy
     return fields
+
+
+def is_tiled(loaded: LoadedModel) -> bool:
+    """Whether pictures may be cut into several views."""
+    return bool(getattr(loaded.processor.image_processor, "do_image_splitting", False))
 
 
 def _select_strategy(extra: int) -> str:
@@ -344,6 +359,7 @@ def splice(
     image_token: str = "<|image_pad|>",
     vision_feature_layer: int = -2,
     shuffle_factor: int = 4,
+    tiles: int = 0,
     four_bit: bool = False,
     max_length: int = 2048,
     seed: int = 3407,
@@ -358,9 +374,15 @@ def splice(
     `mlp2x_gelu` (LLaVA-1.5, seed 003): LlavaForConditionalGeneration, an image token for each patch, features of
     `vision_feature_layer`. `pixel_shuffle` (SmolVLM, seed 004): SmolVLMForConditionalGeneration, as the one stock
     class whose projector is a single linear map of `shuffle_factor` ** 2 neighbouring patches of the last layer.
+    `tiles`, with `pixel_shuffle`: 0, or 4, 9, ... 36, the most parts that a picture is cut into (seed 004: 16). Its
+    long side then spans their square root of views; a view of the whole comes last.
     """
     if projector not in ("mlp2x_gelu", "pixel_shuffle"):
         raise SpliceError(f"projector is {projector!r}; expected 'mlp2x_gelu' or 'pixel_shuffle'")
+    if tiles and (projector != "pixel_shuffle" or tiles not in (4, 9, 16, 25, 36)):
+        raise SpliceError(
+            f"tiles is {tiles!r} with {projector}; expected 0, or with pixel_shuffle 4, 9, 16, 25 or 36"
+        )
     tower = open_tower(vision_tower, layer=vision_feature_layer)
     loaded = _open_language_model(language_model, four_bit, max_length, seed)
     lm, tokenizer = loaded.model, copy.deepcopy(loaded.tokenizer)
@@ -372,9 +394,12 @@ def splice(
         image_token=image_token,
         vision_feature_layer=vision_feature_layer,
         shuffle_factor=shuffle_factor,
+        tiles=tiles,
         max_length=max_length,
         seed=seed,
     )
+    if tiles:
+        tokenizer, image_token = _rename_for_tiles(tokenizer, image_token)
     image_id = add_image_token(tokenizer, image_token)
     tokenizer.chat_template = image_template(tokenizer, image_token)
     tokenizer.padding_side = "left"  # answers of a batch begin at one place
@@ -388,6 +413,9 @@ def splice(
         model, processor = _build_llava(tower, lm, tokenizer, image_token, image_id, vision_feature_layer)
     else:
         model, processor = _build_smolvlm(tower, lm, tokenizer, image_token, image_id, shuffle_factor)
+        if tiles:
+            processor = _tile_processor(tower, tokenizer, model.model.image_seq_len, tiles)
+            _check_room(processor, loaded.max_length)
     model.lm_head = lm.get_output_embeddings()
     _start_projector(model, seed)
     _complete(model, lm, tokenizer)
@@ -490,6 +518,61 @@ def _build_smolvlm(
         chat_template=tokenizer.chat_template,
     )
     return model, processor
+
+
+# What Idefics3's processor, the one of transformers that cuts tiles without torchvision, calls its tokens; and
+# the reserved ones of Qwen3 whose places they take. A new name needs no new row in the embedding.
+_TILE_TOKENS = {
+    "<image>": "<|image_pad|>",
+    "<fake_token_around_image>": "<|vision_start|>",
+    "<end_of_utterance>": "<|vision_end|>",
+}
+
+
+def _rename_for_tiles(tokenizer: Any, image_token: str) -> tuple[Any, str]:
+    """The tokenizer with the tokens that stand around tiles, and the image token's name; where none is reserved for
+    one of them, it is added. The row and column before a tile are words."""
+    content, template = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template
+    if template:
+        template = template.replace(f"<|vision_start|>{image_token}<|vision_end|>", "<image>")
+    for name, reserved in (_TILE_TOKENS | {"<image>": image_token}).items():
+        if reserved in tokenizer.get_added_vocab():
+            content = content.replace(json.dumps(reserved), json.dumps(name))
+    renamed = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(content),
+        model_max_length=tokenizer.model_max_length,
+        chat_template=template,
+        **tokenizer.special_tokens_map,
+    )
+    for name in _TILE_TOKENS:
+        add_image_token(renamed, name)
+    return renamed, "<image>"
+
+
+def _tile_processor(tower: Tower, tokenizer: Any, tokens: int, tiles: int) -> Any:
+    """Cuts a picture into at most `tiles` views of the tower's size, `tokens` each, and one of the whole."""
+    own = tower.image_processor
+    pictures = SmolVLMImageProcessorPil(
+        size={"longest_edge": tower.size * math.isqrt(tiles)},
+        max_image_size={"longest_edge": tower.size},
+        **{name: getattr(own, name) for name in ("resample", "rescale_factor", "image_mean", "image_std")},
+    )
+    return transformers.Idefics3Processor(
+        pictures, tokenizer, image_seq_len=tokens, chat_template=tokenizer.chat_template
+    )
+
+
+def _check_room(processor: Any, max_length: int) -> None:
+    """Raises `SpliceError` when a picture of the most tiles leaves no room for a word."""
+    longest, side = processor.image_processor.size["longest_edge"], processor.image_processor.max_image_size
+    rows = longest // side["longest_edge"]
+    text = processor.replace_image_token({"rows": [[rows]], "cols": [[rows]]}, 0)
+    tokens = len(processor.tokenizer.encode(text, add_special_tokens=False))
+    if tokens >= max_length:
+        raise SpliceError(
+            f"{rows} x {rows} tiles and the view of the whole take {tokens} tokens, but a row has at most "
+            f"{max_length}; choose fewer tiles or a larger max_length"
+        )
 
 
 def _build_empty(kind: type, config: Any) -> Any:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from ironlogic.data.chats import Chats
 from ironlogic.models import LoadedModel, ModelError, free_memory, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.training.picture_rows import PictureBatches, encode_pictures
 from ironlogic.training.runs import Run, RunError, no_room, run_folder, save_adapter, start_or_join, write_json
 from ironlogic.training.stages import (
     Watch,
@@ -32,20 +33,16 @@ from ironlogic.training.stages import (
     trainer_arguments,
 )
 from ironlogic.vision.answers import answer_pictures
-from ironlogic.vision.batches import (
+from ironlogic.vision.check import check_splice
+from ironlogic.vision.shortcuts import (
     Features,
-    PictureRow,
-    Pictures,
-    batches_for,
     cached_tower,
     compute_features,
-    encode_pictures,
     label_loss,
     open_head,
     order_by_length,
     tower_key,
 )
-from ironlogic.vision.check import check_splice
 from ironlogic.vision.splice import bare, projector_name, projector_of
 
 import peft
@@ -142,14 +139,15 @@ def _train(
     folder = run_folder(run)
     _must_be_bare(loaded)
     check_splice(loaded, reload=False).require()
-    rows, pictures, rejected = encode_pictures(
+    rows, reader, rejected = encode_pictures(
         loaded,
         chats,
         max_length=min(settings.max_length, loaded.max_length),
         loss=settings.loss,
         needs_picture=stage == "projector",
+        most=settings.pictures,
     )
-    content = [[row.input_ids, row.labels, row.pictures] for row in rows]
+    content = [[row["input_ids"], row["labels"], row["picture_keys"]] for row in rows]
     content += [tower_key(loaded), _fingerprint(projector_of(loaded.model))]  # another start is another run
     record = describe_stage(stage, loaded, len(rows), content_hash(content), settings)
     previous = start_or_join(folder, record)
@@ -158,14 +156,14 @@ def _train(
         return replace(finished, loaded=reopen(finished, loaded))
     features = None
     if cache is not None:
-        keys = [key for row in rows for key in row.pictures]
-        features = compute_features(loaded, pictures, keys, run_folder(cache))
+        keys = [key for row in rows for key in row["picture_keys"]]
+        features = compute_features(loaded, reader, keys, run_folder(cache))
     transformers.set_seed(settings.seed)
     before = {name: p.detach().clone() for name, p in projector_of(loaded.model).named_parameters()}
     trained = _with_trained(stage, loaded, settings.lora)
     try:
         with _shortcuts(trained, features) as head:
-            trainer = _trainer(trained, head, rows, pictures, features, settings, folder, watch)
+            trainer = _trainer(trained, head, rows, PictureBatches(reader, features), settings, folder, watch)
             seconds = fit(trainer, folder, may_halve=True)
     except BaseException:  # an interrupt too: the next call begins with the model as it was
         if stage == "instruct":
@@ -292,14 +290,13 @@ class _Trainer(transformers.Trainer):
 def _trainer(
     loaded: LoadedModel,
     head: torch.nn.Linear,
-    rows: list[PictureRow],
-    pictures: Pictures,
-    features: Features | None,
+    rows: list[dict[str, Any]],
+    batches: PictureBatches,
     settings: TrainSettings,
     folder: Path,
     watch: Watch | None,
 ) -> _Trainer:
-    lengths = [row.length for row in rows]
+    lengths = [row["length"] for row in rows]
     order = order_by_length(lengths, settings.batch_size, seed=settings.seed, epochs=settings.epochs)
     steps = math.ceil(len(order) / (settings.batch_size * settings.accumulation))
     arguments = trainer_arguments(settings, folder, steps=steps)
@@ -315,7 +312,7 @@ def _trainer(
             label_names=["labels"],
         ),
         train_dataset=[rows[row] for row in order],
-        data_collator=batches_for(loaded, pictures, features),
+        data_collator=batches,
         compute_loss_func=partial(_loss, head),
         callbacks=stage_callbacks(folder, watch),
     )
