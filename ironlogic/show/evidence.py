@@ -1,14 +1,15 @@
 """Arms beside their control as figures: curves over the scramble ratio, effects with intervals, recipes."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ironlogic.evidence.claims import Finding, Findings
 from ironlogic.evidence.items import RATIOS, WORST, Items
 from ironlogic.evidence.results import Arms, Columns
 from ironlogic.evidence.statistics import mean_interval, share_interval
-from ironlogic.show.explorer import Explorer, live_html, picture_html, progress
+from ironlogic.show.explorer import Explorer, live_html, picture_html, progress, wide
 from ironlogic.show.plots import COLORS, _axes, arm_color, draw_band, error_bars, plot_losses, png_bytes
 
 import ipywidgets
@@ -17,15 +18,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-if TYPE_CHECKING:  # nothing here needs torch
-    from ironlogic.evidence.claims import Finding, Findings
-
 __all__ = [
     "VERDICT_COLORS",
     "finding_pictures",
     "live_arms",
     "plot_curves",
-    "plot_finding",
     "plot_findings",
     "plot_frontier",
     "plot_learning",
@@ -142,12 +139,11 @@ def plot_learning(arms: Arms, items: Items, sizes: Sequence[int], *, column: str
     """A column over the number of rows trained on, FT beside SFT's learning curve, with 95 % intervals."""
     figure, (axes,) = _axes()
     kinds = items.kinds(items.among("all"))
-    for i, arm in enumerate(("SFT", "FT")):
+    for arm in ("SFT", "FT"):
         drawn = {size: arms[f"{arm} {size} rows"] for size in sizes if arms.get(f"{arm} {size} rows")}
         tables = [np.stack([columns[column] for columns in trainings.values()]) for trainings in drawn.values()]
         intervals = [share_interval(table, kinds) for table in tables]
-        means, errors = [interval.mean for interval in intervals], error_bars(*intervals)
-        axes.errorbar(list(drawn), means, errors, fmt="o-", ms=4, lw=1, color=arm_color(arm, i), label=arm)
+        draw_band(axes, list(drawn), intervals, color=COLORS[arm], label=arm)
     axes.set(xscale="log", xlabel="rows trained on", ylabel="accuracy (exact match)", title=label, ylim=(0, 1.04))
     axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
     axes.minorticks_off()
@@ -180,44 +176,25 @@ def plot_frontier(points: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 # --- effects ------------------------------------------------------------------------------------------------
-def plot_findings(findings: "Findings") -> Figure:
-    """Every effect that is a difference or a share, with its interval, and the mark from which the claim holds."""
+def plot_findings(findings: Iterable[Finding]) -> Figure:
+    """Every effect that is a difference or a share: its interval, its trainings, and from where the claim holds."""
     shown = [finding for finding in findings if finding.effect is not None and finding.claim.form != "worth"]
     figure, (axes,) = _axes(width=9, height=1.2 + 0.46 * len(shown))
     for row, finding in enumerate(shown):
         effect, color = finding.effect, VERDICT_COLORS[finding.verdict]
         axes.plot([effect.low, effect.high], [row, row], color=color, lw=2.4, solid_capstyle="butt")
         axes.plot(effect.mean, row, "o", color=color, ms=6)
+        axes.plot(finding.each, [row] * len(finding.each), "|", color=color, ms=11)
         axes.plot([finding.claim.size] * 2, [row - 0.32, row + 0.32], color="black", lw=1)
         axes.annotate(finding.verdict, (1.01, row), xycoords=("axes fraction", "data"), color=color, va="center")
     axes.axvline(0, color="gray", lw=0.8)
     axes.set_yticks(range(len(shown)), [f"{f.claim.said}\n{f.claim.measure}" for f in shown], fontsize=7.5)
     axes.invert_yaxis()
-    axes.set_xlabel("effect in the claimed direction · black mark: from here on the claim holds")
+    axes.set_xlabel("effect in the claimed direction · ticks: trainings · black mark: from here on the claim holds")
     return figure
 
 
-def plot_finding(finding: "Finding") -> Figure:
-    """One effect: every training a dot, the interval a bar, the zone in which the claim holds shaded."""
-    claim, effect, color = finding.claim, finding.effect, VERDICT_COLORS[finding.verdict]
-    figure, (axes,) = _axes(height=1.7)
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    spread = [effect.low, effect.high, *finding.each, claim.size, 0.0]
-    margin = 0.12 * (max(spread) - min(spread) or 1.0)
-    axes.set_xlim(min(spread) - margin, max(spread) + margin)
-    axes.axvspan(claim.size, max(spread) + margin, color=VERDICT_COLORS["holds"], alpha=0.10, lw=0)
-    axes.axvline(0, color="gray", lw=0.8)
-    axes.plot([effect.low, effect.high], [0, 0], color=color, lw=5, alpha=0.5, solid_capstyle="butt")
-    axes.plot(effect.mean, 0, "o", color=color, ms=8)
-    axes.plot(finding.each, np.full(len(finding.each), 0.5), "|", color="black", ms=12)
-    shown = "share saved, 1 - ours / control" if claim.form == "saved" else "ours minus control"
-    axes.set(ylim=(-0.6, 1), xlabel=f"{shown} · shaded: the claim holds")
-    axes.set_title(f"{claim.ours} against {claim.control}: {claim.measure}", fontsize=9)
-    return figure
-
-
-def plot_recipes(recipes: "Sequence[Finding]") -> Figure:
+def plot_recipes(recipes: Sequence[Finding]) -> Figure:
     """What a recipe buys on scrambled prompts, over what it costs on clean ones (`claims.compare_recipes`)."""
     figure, (axes,) = _axes(width=7.5, height=4.2)
     known = {finding.claim.key: finding for finding in recipes if finding.effect is not None}
@@ -237,7 +214,7 @@ def plot_recipes(recipes: "Sequence[Finding]") -> Figure:
     return figure
 
 
-def finding_pictures(findings: "Findings") -> dict[str, Figure]:
+def finding_pictures(findings: Findings) -> dict[str, Figure]:
     """A figure by its claim's key for every finding with an effect: the robustness or learning curve, if any."""
     pictures, arms, items = {}, findings.arms, findings.items
     for finding in findings:
@@ -250,7 +227,7 @@ def finding_pictures(findings: "Findings") -> dict[str, Figure]:
             shown = {arm: arms[arm] for arm in ("base", claim.control, claim.ours, "FT mixed") if arms.get(arm)}
             picture = plot_curves(shown, items, among=claim.among if items.among(claim.among).any() else "all")
         else:
-            picture = plot_finding(finding)
+            picture = plot_findings([finding])
         pictures[claim.key] = picture
     return pictures
 
@@ -284,8 +261,8 @@ def robustness_explorer(arms: Arms, items: Items, *, shown: tuple[str, ...] = ("
         "arms": ipywidgets.SelectMultiple(
             options=list(whole), value=chosen, description="arms", rows=min(9, len(whole))
         ),
-        "sort": ipywidgets.Dropdown(options=sorts, description="problems"),
-        "measure": ipywidgets.Dropdown(options=measures, description="measure"),
+        "sort": ipywidgets.Dropdown(options=sorts, description="problems", layout=wide()),
+        "measure": ipywidgets.Dropdown(options=measures, description="measure", layout=wide()),
     }
     return Explorer("robustness", controls, show)
 

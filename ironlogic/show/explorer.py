@@ -35,7 +35,10 @@ _TEXT = (
     "white-space:pre-wrap;font-family:monospace;line-height:1.4;border:1px solid #8888;border-radius:6px;"
     "padding:8px;max-height:16em;overflow:auto"
 )
-_CELL = "text-align:left;white-space:pre-wrap;vertical-align:top;line-height:1.4;unicode-bidi:plaintext"
+_CELL = (
+    "padding:3px 10px;text-align:left;vertical-align:top;line-height:1.4;white-space:pre-wrap;"
+    "unicode-bidi:plaintext"
+)
 
 
 class Explorer:

@@ -3,13 +3,13 @@
 The answer is greedy; the right one is shown where it is known.
 """
 
-import io
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ironlogic.data.pictures import read_picture
-from ironlogic.show.explorer import Explorer, picture_html, uploaded
+from ironlogic.show.explorer import Explorer, picture_html, uploaded, wide
+from ironlogic.show.plots import png_bytes
 
 import ipywidgets
 from PIL import Image
@@ -50,29 +50,19 @@ def picture_explorer(
         reply = f"<p>{escape(question)}<br><b>{escape(answer) or 'no answer'}</b>{verdict}</p>"
         return picture_html(_enlarged(image), "the picture") + reply, None
 
-    wide = ipywidgets.Layout(width="95%")
     numbers = [(f"held-out picture {i + 1}", i) for i in range(len(offered))]
     pick = ipywidgets.Dropdown(options=numbers, value=0, description="picture")
     upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="or your own")
     # before the explorer asks; set_trait, as ipywidgets 7 has it read-only
     pick.observe(lambda _: upload.set_trait("value", type(upload.value)()), names="value")
-    return Explorer(
-        "picture",
-        {
-            "picture": pick,
-            "upload": upload,
-            "question": ipywidgets.Combobox(
-                value=questions[0], options=questions, description="question", continuous_update=False, layout=wide
-            ),
-        },
-        show,
+    typed = ipywidgets.Combobox(
+        value=questions[0], options=questions, description="question", continuous_update=False, layout=wide()
     )
+    return Explorer("picture", {"picture": pick, "upload": upload, "question": typed}, show)
 
 
 def _enlarged(image: Image.Image) -> bytes:
     """PNG of the picture, its longer side at 192 pixels; small ones keep their pixels sharp."""
     scale = _SIDE / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC))

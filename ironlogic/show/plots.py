@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ironlogic.burden import Disorder, expected_disorder
+from ironlogic.evidence.statistics import Interval
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +16,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 if TYPE_CHECKING:  # nothing here needs torch
-    from ironlogic.evidence.statistics import Interval
     from ironlogic.export.artefacts import Comparison
     from ironlogic.memory import MemoryPlan
 
@@ -81,7 +81,7 @@ def arm_color(arm: str, position: int) -> str:
 
 
 def draw_band(
-    axes: Axes, x: Sequence[float], intervals: "Sequence[Interval]", *, color: str, label: str, style: str = "o-"
+    axes: Axes, x: Sequence[float], intervals: Sequence[Interval], *, color: str, label: str, style: str = "o-"
 ) -> None:
     """A line through the means, on the band of the intervals."""
     axes.plot(x, [interval.mean for interval in intervals], style, ms=4, color=color, label=label)
@@ -89,7 +89,7 @@ def draw_band(
     axes.fill_between(x, low, high, color=color, alpha=0.14, lw=0)
 
 
-def error_bars(*intervals: "Interval") -> np.ndarray:
+def error_bars(*intervals: Interval) -> np.ndarray:
     """How far each interval reaches below and above its mean, (2, interval), as matplotlib's `yerr` wants it."""
     return np.array([(i.mean - i.low, i.high - i.mean) for i in intervals]).T
 

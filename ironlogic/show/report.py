@@ -5,44 +5,41 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ironlogic.evidence.claims import Finding, Findings
+from ironlogic.evidence.statistics import Interval
 from ironlogic.show.evidence import VERDICT_COLORS, finding_pictures, plot_frontier, plot_recipes
 from ironlogic.show.explorer import picture_html
 from ironlogic.show.plots import png_bytes
 
 import jinja2
+import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
-
-if TYPE_CHECKING:  # nothing here needs torch
-    from ironlogic.evidence.claims import Finding, Findings
-    from ironlogic.evidence.statistics import Interval
-
-    import pandas as pd
 
 __all__ = ["findings_html", "measures_html", "write_report"]
 
 
-def findings_html(findings: "Findings") -> str:
+def findings_html(findings: Findings) -> str:
     """The table of claims; each row opens to its rule and its picture."""
     return _render("findings", findings=findings)
 
 
-def measures_html(table: "pd.DataFrame") -> str:
+def measures_html(table: pd.DataFrame) -> str:
     """Every measure of every arm (`evidence.measures.describe`), with its standard deviation over trainings."""
     return _render("measures", measures=table)
 
 
 def write_report(
     path: str | Path,
-    findings: "Findings",
+    findings: Findings,
     *,
     title: str,
     lines: Sequence[str] = (),
-    recipes: "Sequence[Finding]" = (),
+    recipes: Sequence[Finding] = (),
     sweep: Sequence[Mapping[str, Any]] = (),
-    measures: "pd.DataFrame",
+    measures: pd.DataFrame,
 ) -> Path:
     """Writes the page, and the findings beside it as JSON; returns its path.
 
@@ -73,7 +70,7 @@ def _write_whole(file: Path, text: str) -> None:
     beside.replace(file)
 
 
-def _render(part: str, *, findings: "Findings | None" = None, **values: Any) -> str:
+def _render(part: str, *, findings: Findings | None = None, **values: Any) -> str:
     """`report.html`: the whole page, or that part of it."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     filters = {"level": _level, "effect": _effect, "power": _power, "details": _details, "spread": _spread}
@@ -88,7 +85,7 @@ def _picture(figure: Figure, alt: str) -> Markup:
     return Markup(picture_html(png_bytes(figure), alt))
 
 
-def _level(interval: "Interval | None") -> str:
+def _level(interval: Interval | None) -> str:
     if interval is None:
         return "–"
     return f"{interval.mean:.2g}" if abs(interval.mean) >= 10 else f"{interval.mean:.3f}"
@@ -98,7 +95,7 @@ def _effect(value: float, form: str) -> str:
     return {"saved": f"{value:+.1%}", "worth": f"{value:.2g} x"}.get(form, f"{value:+.3f}")
 
 
-def _power(finding: "Finding") -> str:
+def _power(finding: Finding) -> str:
     """Beside what can't be told: the smallest effect that would have been, or the loss that is ruled out."""
     if finding.verdict != "can't be told here" or not math.isfinite(finding.detectable):
         return ""
@@ -117,7 +114,7 @@ def _spread(mean: float, deviation: float) -> str:
     return Markup("{} <small>±{}</small>").format(f"{mean:.{digits}f}", f"{deviation:.{digits}f}")
 
 
-def _details(finding: "Finding") -> list[str]:
+def _details(finding: Finding) -> list[str]:
     claim = finding.claim
     rules = {
         "worth": f"holds from {claim.size:g} x on, in part above 1 x",

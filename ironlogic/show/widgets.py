@@ -132,7 +132,7 @@ def memory_explorer(preset: str, *, card_gib: float = 24) -> Explorer:
 
     def show(preset: str, card_gib: float, length: int) -> tuple[str, Figure]:
         plan = plan_memory(preset, card_gib=card_gib, length=length)
-        return f"<pre>{escape(plan.table())}</pre>", plot_memory({preset: plan})
+        return f"<pre style='word-break:normal'>{escape(plan.table())}</pre>", plot_memory({preset: plan})
 
     systems = [name for name, preset in PRESETS.items() if preset.card_gib]
     lengths = [512, 1024, 2048, 4096, 8192]
