@@ -26,16 +26,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000  # 150 MB when decoded
 MAX_BYTES = 64 * 2**20
 MAX_RATIO = 100  # long side to short side
-_TURN = Image.Transpose
-_UPRIGHT = {  # what undoes how the camera was held, by EXIF's number
-    2: _TURN.FLIP_LEFT_RIGHT,
-    3: _TURN.ROTATE_180,
-    4: _TURN.FLIP_TOP_BOTTOM,
-    5: _TURN.TRANSPOSE,
-    6: _TURN.ROTATE_270,
-    7: _TURN.TRANSVERSE,
-    8: _TURN.ROTATE_90,
-}
+# What undoes how the camera was held, by EXIF's number from 2 on
+_UPRIGHT = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 
 
 class PictureError(IronLogicError, ValueError):
@@ -48,7 +40,12 @@ def read_picture(source: Any, *, folder: str | os.PathLike | None = None) -> Ima
     `source`: a path (inside `folder` where one is given), bytes, a `data:` URL, a PIL image, or a mapping with
     `bytes` or `path` as `datasets` stores it. Raises PictureError.
     """
-    name, image = _open(source, folder)
+    source = _unwrap(source)
+    name = str(source) if _is_path(source) else "the picture"
+    if isinstance(source, Image.Image):
+        image = _check_size(source, name)
+    else:
+        image = _open_bytes(picture_bytes(source, folder=folder), name)
     with _refusing_damage(name):
         return _to_rgb(_turn_upright(image))
 
@@ -86,10 +83,9 @@ def picture_bytes(source: Any, *, folder: str | os.PathLike | None = None) -> by
     """
     source = _unwrap(source)
     if isinstance(source, Image.Image):
-        name, image = _open(source, None)
         file = io.BytesIO()
-        with _refusing_damage(name):
-            image = _turn_upright(image)
+        with _refusing_damage("the picture"):
+            image = _turn_upright(_check_size(source, "the picture"))
             image = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else _to_rgb(image)
             image.save(file, "PNG", compress_level=1)
         return file.getvalue()
@@ -119,7 +115,6 @@ def resolve_picture(path: Any, *, folder: str | os.PathLike | None = None) -> Pa
 
 # --- opening ----------------------------------------------------------------------------------------------------
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, MemoryError)
-_DAMAGE += (Image.DecompressionBombError,)
 
 
 @contextlib.contextmanager
@@ -136,15 +131,6 @@ def _refusing_damage(name: str) -> Iterator[None]:
         raise PictureError(f"{name}: has far more pixels than the {MAX_PIXELS:,} that are read") from error
     except _DAMAGE as error:
         raise PictureError(f"{name}: is damaged or cut off ({_reason(error)})") from error
-
-
-def _open(source: Any, folder: str | os.PathLike | None) -> tuple[str, Image.Image]:
-    """Its name for messages, and the picture: header read and measured, nothing decoded yet."""
-    source = _unwrap(source)
-    if isinstance(source, Image.Image):
-        return "the picture", _check_size(source.copy(), "the picture")
-    name = str(source) if _is_path(source) else "the picture"
-    return name, _open_bytes(picture_bytes(source, folder=folder), name)
 
 
 def _open_bytes(content: bytes, name: str) -> Image.Image:
@@ -166,12 +152,13 @@ def _check_size(image: Image.Image, name: str) -> Image.Image:
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
+    """Decoded, too. Pillow's own `exif_transpose` fails on the odd notes of some cameras."""
     image.load()
     try:
-        turn = _UPRIGHT.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
-    except Exception:  # whatever Pillow raises on the notes of some camera: the picture can still be read
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        held = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever Pillow raises on such notes: the picture can still be read
+        held = 1
+    return image.transpose(Image.Transpose[_UPRIGHT[held - 2]]) if 2 <= held <= 8 else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
