@@ -8,7 +8,7 @@ Khmer words are whole runs without blanks).
 import bisect
 import re
 import unicodedata
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -25,14 +25,9 @@ __all__ = [
     "BurdenError",
     "Disorder",
     "Unit",
-    "check_share",
-    "check_unit",
-    "chosen_count",
     "count_units",
     "expected_disorder",
-    "kind_of",
     "measure_disorder",
-    "movable_places",
     "moved_units",
     "pieces_of",
     "pooled_disorder",
@@ -331,13 +326,17 @@ def _sources(before: str, after: str, unit: Unit, tokenizer) -> tuple[int, np.nd
     if not isinstance(before, str) or not isinstance(after, str):
         raise BurdenError(f"measure_disorder: the texts are {before!r} and {after!r}; expected two strings")
     old, new = (pieces_of(text, unit, tokenizer)[1::2] for text in (before, after))
-    same = [a == b for a, b in zip(old, new, strict=False)]
-    same += [False] * (max(len(old), len(new)) - len(same))
-    positions = defaultdict(list)
-    for position in range(len(old) - 1, -1, -1):
-        if not same[position]:
-            positions[old[position]].append(position)
-    source = [i if same[i] else positions[word].pop() if positions[word] else -1 for i, word in enumerate(new)]
+    stays = {i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a == b}
+    positions = defaultdict(deque)
+    for position, piece in enumerate(old):
+        if position not in stays:
+            positions[piece].append(position)
+    source = []
+    for position, piece in enumerate(new):
+        if position in stays:
+            source.append(position)
+        else:
+            source.append(positions[piece].popleft() if positions[piece] else -1)
     return len(old), np.array(source, np.int64)
 
 

@@ -34,18 +34,8 @@ from transformers import PreTrainedTokenizerFast
 WORDS = [f"w{i}" for i in range(150)]
 LETTERS = "the cat, sat. Naïve e\u0301a \u0301x 你 好， 。 𠀀 「か\u3099」 ｶﾞ 한국어 नमस्ते"
 LETTERS += " 👩\u200d👩\u200d👧 🇩🇪🇫🇷 ❤\ufe0f 你\ufe0f"
-MARKS = [
-    "\ufe0f",
-    "\U000e0100",
-    "\u200d",
-    "\ud83d",
-    "\udc00",
-    "\x00",
-    "\x07",
-    "```py\nx = 1\n```",
-    "`a b`",
-    "$x + y$",
-]
+MARKS = [*"\ufe0f \U000e0100 \u200d \ud83d \udc00 \x00 \x07".split(" "), "```py\nx = 1\n```", "`a b`", "$x + y$"]
+MARKS += ["\n~~~\n", "\n> ```\n> x y\n", "\na|b\n-|-\n1 2|3"]
 SIGNS = r"` `` ``` $ $$ \( \) \begin{a} \end{a} < > <image> <|im_start|> <｜User｜> </think> www. ://"
 URLS = ["https://a.b/c?d=e", "http://例"]
 BLANKS = [*" \n\r\t\x0b\x1c\x85\xa0\u2003\u2028\u3000\ufeff\u200b", "  ", "\r\n"]
@@ -104,6 +94,7 @@ def tokenizer():
 
 
 # ------------------------------------------------------------------------------------------------------- the draw
+@settings(deadline=None)
 @given(st.lists(st.text("abc.,!", min_size=1, max_size=5), max_size=60), st.integers(0, 1000), st.integers(0, 9))
 def test_a_plain_text_follows_the_written_definition(words, row, tenths):
     k = (2 * tenths * len(words) + 10) // 20  # ratio * n, halves up, in whole numbers
@@ -133,16 +124,12 @@ def test_known_keys_give_known_bytes():
 
 def test_permutations_are_uniform():
     """Chi-square of the 24 orders of 4 words, and of which 2 of 4 move; 23 and 5 degrees of freedom, p = 1e-4."""
-    orders = Counter(tuple(burdens.draw(4, key, 1.0)) for key in map(plain_key, range(6000)))
+    orders = Counter(apply_burden("a b c d", ratio=1, key=(row,)) for row in range(6000))
     assert len(orders) == 24
     assert sum((seen - 250) ** 2 / 250 for seen in orders.values()) < 57
-    pairs = Counter(frozenset(burdens.draw(4, key, 0.5).tolist()) for key in map(plain_key, range(6000)))
+    pairs = Counter(frozenset(burdens.draw(4, 10**15 * row, 0.5).tolist()) for row in range(6000))
     assert len(pairs) == 6
     assert sum((seen - 1000) ** 2 / 1000 for seen in pairs.values()) < 26
-
-
-def plain_key(row):
-    return int.from_bytes(hashlib.blake2b(b"i0;i%d;" % row, digest_size=8).digest(), "little")
 
 
 def test_fields_of_a_key_do_not_run_into_each_other():
@@ -186,72 +173,52 @@ def test_no_character_is_lost_and_taking_apart_is_exact(text, unit, ratio, key):
 
 
 SPANS = {
-    "code": ["`x = 1`", "``a ` b``", "```python\ndef f(x):\n    return x + 1\n```"],
+    "code": [
+        *("`x = 1`", "``a ` b``", "```python\ndef f(x):\n    return x + 1\n```", "````md\n```py\nx = y\n```\n````"),
+        *("~~~py\nx = y + 1\n~~~", "  ~~~~\n  ~~~\n  x = y\n  ~~~\n  ~~~~"),
+        *("> ```py\n> x = y + 1\n> ```", "> > ~~~\n> > x = y + 1", ">     x = y + 1"),
+    ],
     "url": ["https://example.org/a?b=c&d=1", "www.example.org/x", "ftp://a.b/c"],
     "latex": [
-        "$x^2 + y = 3$",
-        "$$a\n= b$$",
-        "\\(a + b\\)",
-        "\\[ a + b \\]",
+        *("$x^2 + y = 3$", "$$a\n= b$$", "\\(a + b\\)", "\\[ a + b \\]"),
         "\\begin{align}a &= b\\\\\n c\\end{align}",
     ],
     "tag": "<image> <|im_start|> <|vision_start|> <think> </think> <｜User｜> <br/> <start_of_turn>".split(),
+    "table": [
+        "| name | of it |\n|------|:-----:|\n| x y z | 1 2 |\n| a b c | 3 4 |",
+        "name | of it\r\n--|--\r\nx y z | 1 2\r",
+    ],
 }
 
 
 @pytest.mark.parametrize(("kind", "span"), [(kind, span) for kind, spans in SPANS.items() for span in spans])
 def test_protected_spans_stay_where_they_are(kind, span):
-    text = f"{' '.join(WORDS[:10])} {span} {' '.join(WORDS[10:20])}"
-    for row in range(20):
-        moved = apply_burden(text, ratio=1, key=(0, row, 0), protect=(kind,))
-        head, found, tail = moved.partition(span)
-        assert found
-        assert len(head.split()) == len(tail.split()) == 10
+    text = f"{' '.join(WORDS[:10])}\n{span}\n\n{' '.join(WORDS[10:20])}"
+
+    def stays(row, **options):
+        head, found, tail = apply_burden(text, ratio=1, key=(0, row, 0), **options).partition(span)
+        return bool(found) and len(head.split()) == len(tail.split()) == 10
+
+    assert all(stays(row, protect=(kind,)) for row in range(20))
     others = tuple(other for other in SPANS if other != kind)
-    free = [apply_burden(text, ratio=1, key=(0, row, 0), protect=others) for row in range(20)]
-    assert any(one.partition(span)[0].split(" ")[10:] != [""] for one in free)
+    assert not all(stays(row, protect=others) for row in range(20))
+    assert not all(stays(row, unit="seed") for row in range(20))  # the published recipe knows no spans
 
 
-def test_an_open_fence_protects_to_the_end_and_prices_are_no_formula():
-    text = "one two three four\n```python\nfive six seven"
-    assert all(apply_burden(text, ratio=1, key=(i,)).endswith("\n```python\nfive six seven") for i in range(9))
-    assert units.protected_spans("from $5 to $6 or $7-$8, \\$9 or 10$", ("latex",)) == []
-    assert units.protected_spans("a ` lone tick, x < y and a <b c> d", units.PROTECTED) == []
-    assert units.protected_spans("看https://a.b/c，好", ("url",)) == [(1, 14)]
-
-
-BLOCKS = {
-    "tildes": "~~~py\nx = y + 1\n~~~",
-    "tildes that open to the end": "~~~\nx = y + 1\n\nfour five six seven",
-    "longer tildes around shorter": "  ~~~~\n  ~~~\n  x = y\n  ~~~\n  ~~~~",
-    "ticks around ticks": "````md\n```py\nx = y\n```\n````",
-    "a quoted fence": "> ```py\n> x = y + 1\n> ```",
-    "a quoted fence that ends with its quotation": "> > ~~~\n> > x = y + 1",
-    "quoted indented code": ">     x = y + 1",
-    "a table": "| name | of it |\n|------|:-----:|\n| x y z | 1 2 |\n| a b c | 3 4 |",
-    "a table without outer bars": "name | of it\r\n--|--\r\nx y z | 1 2\r",
-}
-
-
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
-def test_fences_quoted_code_and_tables_stay_whole(block):
-    before = "one two three four five\n"
-    after = "" if "six" in block else "\n\nsix seven eight nine ten"
-    for row in range(20):
-        moved = apply_burden(before + block + after, ratio=1, key=(row,))
-        head, found, _ = moved.partition(block)
-        assert found
-        assert len(head.split()) == 5
-    assert moved != before + block + after
-    assert apply_burden(before + block + after, ratio=1, key=(1,), protect=()).count(block) == 0
-    seeds = {apply_burden(before + block + after, unit="seed", key=(row,)) for row in range(20)}
-    assert not all(block in seed for seed in seeds)  # the published recipe knows no spans
+@pytest.mark.parametrize("fence", ["```python", "~~~"])
+def test_an_open_fence_protects_to_the_end(fence):
+    rest = f"\n{fence}\nfive six\n\nseven"
+    assert all(apply_burden("one two three four" + rest, ratio=1, key=(i,)).endswith(rest) for i in range(9))
 
 
 @pytest.mark.parametrize(
-    "text", ["a ~~~ b", "cat x | grep y\nls | wc", "x | y\n\n---", "> plain words\n> of a quotation", "a > ```b"]
+    "text",
+    [
+        *("from $5 to $6 or $7-$8, \\$9 or 10$", "a ` lone tick, x < y and a <b c> d", "a ~~~ b", "a > ```b"),
+        *("cat x | grep y\nls | wc", "x | y\n\n---", "> plain words\n> of a quotation"),
+    ],
 )
-def test_what_only_looks_like_a_block_moves(text):
+def test_what_only_looks_like_a_span_moves(text):
     assert units.protected_spans(text, units.PROTECTED) == []
 
 
@@ -269,7 +236,6 @@ def test_chinese_really_moves_and_words_never_grow_together():
     assert len(moved) == 50
     for one in moved:
         assert sorted(one) == sorted(text)
-        assert re.sub(r"[A-Za-z]+", "w", one).index("w") == 2
         assert set(re.findall(r"[A-Za-z]+", one)) == {"Python", "Java"}
     assert measure_disorder(text, moved.pop()).displaced > 0.4
     assert apply_burden("かき゛く が\u3099ぎ", ratio=1, key=(3,)).count("が\u3099") == 1
@@ -299,28 +265,23 @@ def test_sentences_move_whole():
         "再见！",
         "3.14 is pi.",
     ]
-    assert units.pieces_of(text, "sentence")[1::2] == whole
-    seen = set()
-    for row in range(30):
-        moved = apply_burden(text, unit="sentence", ratio=1, key=(row,))
-        assert Counter(units.pieces_of(moved, "sentence")[1::2]) == Counter(whole)
-        assert units.pieces_of(moved, "sentence")[::2] == units.pieces_of(text, "sentence")[::2]
-        seen.add(moved)
-    assert len(seen) > 20
-    held = "Use `x. y` now. Then go. And stop."
-    assert all(
-        apply_burden(held, unit="sentence", ratio=1, key=(i,)).startswith("Use `x. y` now. ") for i in range(9)
-    )
+    moved = {apply_burden(text, unit="sentence", ratio=1, key=(row,)) for row in range(30)}
+    assert len(moved) > 20
+    for one in (text, *moved):
+        assert sorted(units.pieces_of(one, "sentence")[1::2]) == sorted(whole)
+        assert units.pieces_of(one, "sentence")[::2] == units.pieces_of(text, "sentence")[::2]
+    held = {
+        apply_burden("Use `x. y` now. Then go. And stop.", unit="sentence", ratio=1, key=(i,)) for i in range(9)
+    }
+    assert all(one.startswith("Use `x. y` now. ") for one in held)
 
 
-@pytest.mark.parametrize("unit", ["word", "char", "sentence", "seed"])
-def test_too_little_to_move(unit):
+def test_too_little_to_move():
     for text in ("", " ", "\n\n", "a", "  a\n", "`a b c d e f`"):
-        assert apply_burden(text, unit="word", ratio=1) == text
-        if unit != "seed":
-            assert apply_burden(text, unit=unit, ratio=1) == text
-    assert apply_burden("", unit=unit) == ""
-    assert {apply_burden("a b", unit="word", ratio=1, key=(row,)) for row in range(20)} == {"a b", "b a"}
+        assert all(apply_burden(text, unit=unit, ratio=1) == text for unit in ("word", "char", "sentence"))
+    assert apply_burden("", unit="seed") == ""
+    assert apply_burden("only three words", unit="seed") == "only three words"
+    assert {apply_burden("a b", ratio=1, key=(row,)) for row in range(20)} == {"a b", "b a"}
 
 
 ENDLESS = [
@@ -348,15 +309,8 @@ def test_the_seeds_function_word_for_word(text, ratio, state):
     random.seed(state)
     assert [seed_burden(text, ratio, rng) for _ in range(3)] == [seed_function(text, ratio) for _ in range(3)]
     assert rng.getstate() == random.getstate()
-
-
-def test_unit_seed_is_the_seeds_function_and_keyed():
-    text = "Keep  this\nin `code fences` and move https://a.b/c as the seed does"
-    moved = {apply_burden(text, unit="seed", key=(0, row)) for row in range(30)}
-    assert len(moved) == 30
-    assert all(Counter(one.split(" ")) == Counter(text.split(" ")) for one in moved)
-    assert len({one.index("`code") for one in moved}) > 3
-    assert apply_burden("only three words", unit="seed") == "only three words"
+    keyed = {apply_burden("a b c d e f g h i j", unit="seed", key=(state, row)) for row in range(20)}
+    assert len(keyed) == 20
 
 
 # -------------------------------------------------------------------------------------------------------- tokens
@@ -369,9 +323,8 @@ def test_special_and_added_tokens_never_move(tokenizer):
         moved = apply_burden(text, unit="token", ratio=1, key=(row,), tokenizer=tokenizer)
         assert sorted(moved) == sorted(text)
         assert "\ufffd" not in moved
-        assert [token for token in tokenizer(moved)["input_ids"] if token in fixed] == [
-            t for t in before if t in fixed
-        ]
+        after = tokenizer(moved)["input_ids"]
+        assert [token for token in after if token in fixed] == [token for token in before if token in fixed]
         assert moved.startswith("<|im_start|>")
         assert "`the log`" in moved
     assert apply_burden(text, unit="token", tokenizer=tokenizer) != apply_burden(text, tokenizer=tokenizer)
@@ -384,6 +337,11 @@ def test_tokens_need_a_fast_tokenizer(wrong):
         apply_burden("a b c d", unit="token", tokenizer=wrong)
     with pytest.raises(BurdenError, match="needs a fast tokenizer"):
         measure_disorder("a b", "b a", unit="token", tokenizer=wrong)
+
+
+def test_half_a_character_is_no_text_for_a_tokenizer(tokenizer):
+    with pytest.raises(BurdenError, match="surrogate"):
+        apply_burden("a \ud83d b c", unit="token", tokenizer=tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------ disorder
@@ -421,26 +379,20 @@ def test_expected_disorder_is_the_mean_over_all_draws(n):
         np.testing.assert_allclose(shares(expected_disorder(n, k / n)), total / count, atol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "ratio"), [(150, 0.7), (40, 0.3), (12, 1.0)])
-def test_disorder_reached_agrees_with_the_expectation(n, ratio):
-    text = " ".join(f"w{i}" for i in range(n))
-    many = [apply_burden(text, key=(0, row, 0), ratio=ratio) for row in range(600)]
-    reached = np.array([shares(measure_disorder(text, one)) for one in many])
-    error = reached.std(0, ddof=1) / np.sqrt(len(reached))
-    assert (np.abs(reached.mean(0) - shares(expected_disorder(n, ratio))) <= 4 * error + 1e-12).all()
-
-
-def test_disorder_of_simple_texts():
-    assert measure_disorder("a b c d", "d c b a") == Disorder(1.0, 1.0, 0.0)
-    assert measure_disorder("", "") == measure_disorder("a", "a") == Disorder(0, 0, 1)
-    assert measure_disorder("the cat the dog", "the dog the cat") == Disorder(0.5, 0.5, 0.0)
-    assert measure_disorder("a b c", "a c") == Disorder(2 / 3, 0.0, 0.0)
-    assert measure_disorder("a b a c", "c b a a") == Disorder(0.5, 5 / 6, 1 / 3)
-    assert measure_disorder("a b", "x a") == Disorder(1.0, 0.0, 0.0)
-    assert measure_disorder("你好吗", "吗好你") == Disorder(2 / 3, 1.0, 0.0)
-    assert measure_disorder("abc", "cab", unit="char") == Disorder(1.0, 2 / 3, 0.5)
-    assert measure_disorder("A b. C d.", "C d. A b.", unit="sentence") == Disorder(1.0, 1.0, 0.0)
-    assert expected_disorder(0, 0.7) == expected_disorder(1, 1) == expected_disorder(150, 0) == Disorder(0, 0, 1)
+@pytest.mark.parametrize(
+    ("before", "after", "reached"),
+    [
+        ("a b c d", "d c b a", (1, 1, 0)),
+        ("", "", (0, 0, 1)),
+        ("the cat the dog", "the dog the cat", (0.5, 0.5, 0)),
+        ("a b c", "a c", (2 / 3, 0, 0)),
+        ("a b a c", "c b a a", (0.5, 5 / 6, 1 / 3)),
+        ("a b", "x a", (1, 0, 0)),
+        ("你好吗", "吗好你", (2 / 3, 1, 0)),
+    ],
+)
+def test_disorder_of_simple_texts(before, after, reached):
+    assert measure_disorder(before, after) == Disorder(*reached)
 
 
 def test_a_long_text_is_measured_quickly():
@@ -449,10 +401,6 @@ def test_a_long_text_is_measured_quickly():
     began = time.process_time()
     measured = measure_disorder(text, moved)
     assert time.process_time() - began < 1
-    source = [int(word[1:]) for word in moved.split()]
-    steps = np.array(source)
-    inverted = sum(int((steps[i + 1 :] < steps[i]).sum()) for i in range(len(steps)))
-    assert measured.kendall_tau == inverted / (10_000 * 9_999 / 2)
     assert 0.48 < measured.kendall_tau < 0.52
 
 
@@ -461,51 +409,35 @@ def test_moved_units_tell_what_to_colour():
     moved = moved_units(before, after)
     assert "".join(piece for piece, _ in moved) == after
     assert [piece for piece, is_moved in moved if is_moved] == ["two", "one"]
-    text = " ".join(WORDS)
-    moved = apply_burden(text)
-    flags = [flag for piece, flag in moved_units(text, moved) if piece.strip()]
-    assert flags == [a != b for a, b in zip(text.split(), moved.split(), strict=True)]
 
 
 # ------------------------------------------------------------------------------------------- messages, data sets
-def chat(row, turns=1):
-    words = [f"r{row}w{i}" for i in range(30)]
-    talk = [{"role": "system", "content": "You are kind and very patient indeed"}]
-    for turn in range(turns):
-        talk.append({"role": "user", "content": " ".join(words[turn:])})
-        talk.append({"role": "assistant", "content": "<think>It is as simple as that</think> Yes it is"})
-    return talk
+def chat(row):
+    words = " ".join(f"r{row}w{i}" for i in range(30))
+    answer = {"role": "assistant", "content": "<think>It is as simple as that</think> Yes it is"}
+    asked = [{"role": "user", "content": words}, answer, {"role": "user", "content": words[4:]}, answer]
+    return [{"role": "system", "content": "You are kind and very patient indeed"}, *asked]
 
 
 def test_only_the_chosen_roles_move_and_nothing_is_mutated():
-    talk = [{**message, "weight": 1, "extra": {"a": [1]}} for message in chat(0, turns=2)]
+    talk = [{**message, "weight": 1, "extra": {"a": [1]}} for message in chat(0)]
     frozen = copy.deepcopy(talk)
-    moved = burden_messages(talk, Burden(), seed=7, epoch=2, row=5)
+    for roles in (("user",), ("user", "system")):
+        moved = burden_messages(talk, Burden(roles=roles), seed=7, epoch=2, row=5)
+        for index, (old, new) in enumerate(zip(talk, moved, strict=True)):
+            text = apply_burden(old["content"], seed=7, key=(2, 5, index))
+            assert text != old["content"]
+            assert new == {**old, "content": text if old["role"] in roles else old["content"]}
     assert talk == frozen
-    for index, (old, new) in enumerate(zip(talk, moved, strict=True)):
-        expected = (
-            apply_burden(old["content"], seed=7, key=(2, 5, index)) if old["role"] == "user" else old["content"]
-        )
-        assert new == {**old, "content": expected}
-        assert new is not old
-    assert moved[1]["content"] != talk[1]["content"]
-    both = burden_messages(talk, Burden(roles=("user", "system")), seed=7, epoch=2, row=5)
-    assert both[0]["content"] == apply_burden(talk[0]["content"], seed=7, key=(2, 5, 0)) != talk[0]["content"]
 
 
 def test_of_a_content_list_only_the_text_parts_move():
-    image = object()
-    words = " ".join(WORDS[:20])
-    parts = [
-        {"type": "image", "image": image, "text": words},
-        {"type": "text", "text": words},
-        {"type": "text", "text": words},
-    ]
-    talk = [{"role": "user", "content": parts}]
-    content = burden_messages(talk, Burden(), row=3)[0]["content"]
-    assert parts[1]["text"] == words
-    assert content[0]["image"] is image
-    assert content[0]["text"] == words
+    image, words = object(), " ".join(WORDS[:20])
+    text = {"type": "text", "text": words}
+    parts = [{"type": "image", "image": image, "text": words}, text, dict(text)]
+    content = burden_messages([{"role": "user", "content": parts}], Burden(), row=3)[0]["content"]
+    assert text["text"] == words
+    assert content[0] == parts[0]
     assert content[1]["text"] == apply_burden(words, key=(0, 3, 0)) != words
     assert content[2]["text"] == apply_burden(words, key=(0, 3, 0, 1)) not in (words, content[1]["text"])
     plain = burden_messages([{"role": "user", "content": words}], Burden(), row=3)
@@ -516,9 +448,8 @@ def test_mix_is_the_share_of_rows_burdened_at_all():
     def burdened(mix, epoch=0):
         chosen = set()
         for row in range(500):
-            talk = chat(row, turns=2)
-            moved = burden_messages(talk, Burden(mix=mix), epoch=epoch, row=row)
-            changes = [new != old for new, old in zip(moved, talk, strict=True) if old["role"] == "user"]
+            moved = burden_messages(chat(row), Burden(mix=mix), epoch=epoch, row=row)
+            changes = [moved[index] != chat(row)[index] for index in (1, 3)]
             assert all(changes) == any(changes)
             chosen |= {row} if any(changes) else set()
         return chosen
@@ -528,17 +459,13 @@ def test_mix_is_the_share_of_rows_burdened_at_all():
     assert third < half
     assert burdened(0.3, epoch=1) != third
     assert burdened(0) == set()
-    assert len(burdened(1)) == 500
 
 
 def test_redraw_gives_every_epoch_its_own_order():
-    fresh, fixed = Burden(), Burden(redraw=False)
-    orders = [burden_messages(chat(0), fresh, epoch=epoch)[1]["content"] for epoch in range(4)]
-    assert len(set(orders)) == 4
-    assert {burden_messages(chat(0), fixed, epoch=epoch)[1]["content"] for epoch in range(4)} == {orders[0]}
-    mixed = Burden(redraw=False, mix=0.5)
-    for row in range(20):
-        assert burden_messages(chat(row), mixed, epoch=3, row=row) == burden_messages(chat(row), mixed, row=row)
+    for burden, orders in ((Burden(), 4), (Burden(redraw=False), 1), (Burden(redraw=False, mix=0.5), 1)):
+        for row in range(20 if orders == 1 else 1):
+            seen = {burden_messages(chat(row), burden, epoch=epoch, row=row)[1]["content"] for epoch in range(4)}
+            assert len(seen) == orders
 
 
 def apply(rows, burden, **options):
@@ -547,7 +474,7 @@ def apply(rows, burden, **options):
 
 @pytest.fixture
 def rows():
-    return datasets.Dataset.from_list([{"messages": chat(row, turns=2), "source": f"s{row}"} for row in range(40)])
+    return datasets.Dataset.from_list([{"messages": chat(row), "source": f"s{row}"} for row in range(40)])
 
 
 def test_a_data_set_is_the_messages_of_every_epoch_in_order(rows):
@@ -559,13 +486,10 @@ def test_a_data_set_is_the_messages_of_every_epoch_in_order(rows):
     for line in done:
         before = rows[line["row"]]["messages"]
         assert line["messages"] == burden_messages(before, burden, seed=9, epoch=line["epoch"], row=line["row"])
-        pairs = [(old["content"], new["content"]) for old, new in zip(before, line["messages"], strict=True)]
-        reached = units.pooled_disorder(
-            [pair for pair, m in zip(pairs, before, strict=True) if m["role"] == "user"]
-        )
-        assert [line["displaced"], line["kendall_tau"], line["bigrams_kept"]] == list(shares(reached))
+        pairs = [(before[index]["content"], line["messages"][index]["content"]) for index in (1, 3)]
+        reached = shares(units.pooled_disorder(pairs))
+        assert [line["displaced"], line["kendall_tau"], line["bigrams_kept"]] == list(reached)
     assert 0 < sum(share == 0 for share in done["displaced"]) < 120
-    assert rows.column_names == ["messages", "source"]
 
 
 def test_a_data_set_does_not_depend_on_processes_or_order(rows):
@@ -573,8 +497,7 @@ def test_a_data_set_does_not_depend_on_processes_or_order(rows):
     assert apply(rows, Burden(), seed=1, epochs=2, num_proc=2).to_list() == one.to_list()
     unnamed = rows.add_column("row", [i % 3 for i in range(40)])  # names no row, so the index does
     assert apply(unnamed, Burden(), seed=1, epochs=2).to_list() == one.to_list()
-    named = rows.add_column("row", list(range(40)))
-    mixed = apply(named.shuffle(seed=4), Burden(), seed=1, epochs=2)
+    mixed = apply(rows.add_column("row", list(range(40))).shuffle(seed=4), Burden(), seed=1, epochs=2)
     assert mixed["row"][:40] != list(range(40))
     assert sorted(mixed.to_list(), key=lambda line: (line["epoch"], line["row"])) == one.to_list()
     words = rows.add_column("row", [f"doc-{i}" for i in range(40)])
@@ -591,35 +514,27 @@ def test_a_data_set_of_content_lists_keeps_its_other_parts():
 
 
 # -------------------------------------------------------------------------------------------------------- errors
+NO_SHARES = (1.2, -0.1, "0.7", float("nan"), True, None)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"ratio": 1.2}, "Burden: ratio is 1.2; expected a number from 0 to 1"),
-        ({"ratio": -0.1}, "Burden: ratio is -0.1; expected a number from 0 to 1"),
-        ({"ratio": "0.7"}, "Burden: ratio is '0.7'; expected a number from 0 to 1"),
-        ({"ratio": float("nan")}, "Burden: ratio is nan; expected a number from 0 to 1"),
-        ({"ratio": True}, "Burden: ratio is True; expected a number from 0 to 1"),
-        ({"ratio": None}, "Burden: ratio is None; expected a number from 0 to 1"),
-        ({"mix": 2}, "Burden: mix is 2; expected a number from 0 to 1"),
-        ({"unit": "words"}, "Burden: unit is 'words'; expected one of word, char, token, sentence, seed"),
-        ({"unit": ["word"]}, "Burden: unit is ['word']; expected one of word, char, token, sentence, seed"),
-        (
-            {"protect": ("code", "emoji")},
-            "Burden: protect is ('code', 'emoji'); expected a tuple of names out of code, ",
-        ),
-        ({"protect": "code"}, "Burden: protect is 'code'; expected a tuple of names out of code, url, latex, tag"),
-        (
-            {"roles": ("bot",)},
-            "Burden: roles is ('bot',); expected a tuple of names out of system, developer, user, ",
-        ),
-        ({"redraw": 1}, "Burden: redraw is 1; expected True or False"),
+        *(({"ratio": came}, f"ratio is {came!r}; expected a number from 0 to 1") for came in NO_SHARES),
+        ({"mix": 2}, "mix is 2; expected a number from 0 to 1"),
+        ({"unit": "words"}, "unit is 'words'; expected one of word, char, token, sentence, seed"),
+        ({"unit": ["word"]}, "unit is ['word']; expected one of word, char, token, sentence, seed"),
+        ({"protect": ("code", "emoji")}, "protect is ('code', 'emoji'); expected a tuple of names out of code, "),
+        ({"protect": "code"}, "protect is 'code'; expected a tuple of names out of code, url, latex, tag, table"),
+        ({"roles": ("bot",)}, "roles is ('bot',); expected a tuple of names out of system, developer, user, "),
+        ({"redraw": 1}, "redraw is 1; expected True or False"),
     ],
 )
 def test_wrong_settings_are_named(setting, message):
-    with pytest.raises(BurdenError, match=re.escape(message)):
+    with pytest.raises(BurdenError, match=re.escape("Burden: " + message)):
         Burden(**setting)
     if setting.keys() <= {"ratio", "unit", "protect"}:
-        with pytest.raises(BurdenError, match=re.escape(message.partition(": ")[2])):
+        with pytest.raises(BurdenError, match=re.escape(message)):
             apply_burden("a b c", **setting)
 
 

@@ -33,6 +33,7 @@ def chat(*texts: str, **extras) -> dict:
 
 
 GOOD = chat("What is 2 + 2?", "4")
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
 
 def write(folder: Path, *lines: object, name: str = "x.jsonl") -> Path:
@@ -56,36 +57,32 @@ def texts(dataset: datasets.Dataset) -> list[list[tuple[str, str]]]:
 # --- forms
 
 
-def test_the_three_forms_in_one_file_become_the_same(tmp_path):
-    sharegpt = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
-    path = write(
-        tmp_path,
-        chat("Q", "A"),
-        {"conversations": sharegpt},
-        {"conversations": sharegpt, "system": "S"},
-        {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
-        {"instruction": "Q", "output": "A"},
+PLAIN, SYSTEM = [("user", "Q"), ("assistant", "A")], ("system", "S")
+SHAREGPT = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+FORMS = [
+    (chat("Q", "A"), PLAIN),
+    (chat("Q", "A", system="S"), [SYSTEM, *PLAIN]),
+    ({"conversations": SHAREGPT}, PLAIN),
+    ({"conversations": SHAREGPT, "system": "S"}, [SYSTEM, *PLAIN]),
+    ({"conversations": [{"from": "system", "value": "S"}, *SHAREGPT], "system": "T"}, [SYSTEM, *PLAIN]),
+    ({"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}, PLAIN),
+    ({"instruction": "Q", "output": "A"}, PLAIN),
+    ({"instruction": "Q", "input": " ", "output": "A", "system": "", "history": []}, PLAIN),
+    (
         {"instruction": "Q", "input": "more", "output": "A", "system": "S", "history": [["q", "a"]]},
-        {"instruction": "Q", "input": " ", "output": "A", "system": "", "history": []},
-        chat("Q", "A", system="S"),
-        {"conversations": [{"from": "system", "value": "S"}, *sharegpt], "system": "T"},
-    )
-    dataset, rejected = load(path)
-    plain, system = [("user", "Q"), ("assistant", "A")], ("system", "S")
-    long = [system, ("user", "q"), ("assistant", "a"), ("user", "Q\n\nmore"), ("assistant", "A")]
-    assert texts(dataset) == [
-        plain,
-        plain,
-        [system, *plain],
-        plain,
-        plain,
-        long,
-        plain,
-        [system, *plain],
-        [system, *plain],
-    ]
+        [SYSTEM, ("user", "q"), ("assistant", "a"), ("user", "Q\n\nmore"), ("assistant", "A")],
+    ),
+    (chat("Q", "A") | {"instruction": None, "output": None}, PLAIN),  # as in a table of two forms
+    ({"messages": None, "instruction": "Q", "output": "A"}, PLAIN),
+    ({"messages": [USER, USER, ANSWER, ANSWER]}, [("user", "q")] * 2 + [("assistant", "a")] * 2),
+]
+
+
+def test_the_forms_in_one_file(tmp_path):
+    dataset, rejected = load(write(tmp_path, *[row for row, _ in FORMS]))
+    assert texts(dataset) == [expected for _, expected in FORMS]
     assert rejected == []
-    assert dataset["source_row"][:] == [*range(1, 10)]
+    assert dataset["source_row"][:] == [*range(1, len(FORMS) + 1)]
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".parquet", "list", "dataset"])
@@ -106,14 +103,6 @@ def test_every_source_gives_the_same_rows(tmp_path, kind):
     assert rows == before
 
 
-def test_a_table_of_two_forms_has_nulls_and_is_read(tmp_path):
-    rows = [GOOD | {"instruction": None, "output": None}, {"messages": None, "instruction": "Q", "output": "A"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    dataset, rejected = load(tmp_path / "x.parquet")
-    assert [one[1][1] for one in texts(dataset)] == ["4", "A"]
-    assert rejected == []
-
-
 def test_a_number_too_long_to_print_and_a_key_that_is_no_text_in_memory():
     dataset, rejected = load([{"messages": 10**5000}, GOOD | {"\ud800": 1, 5: 2}])
     assert dataset.column_names == ["messages", "source_row"]
@@ -128,43 +117,29 @@ def test_a_dataset_that_was_selected_from_keeps_its_choice():
 # --- bad rows beside good ones
 
 ROLE = {"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]}
-USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+NO_FORM = "expected messages, or conversations (ShareGPT), or instr"
+NO_JSON = "expected JSON in UTF-8: "
+PART = {"role": "assistant", "content": [{"type": "audio"}]}
 BAD = [
     (ROLE, "messages[1].role is 'bot'; expected system, user or assistant"),
-    (b'{"messages": [', "line is '{\"messages\": ['; expected JSON in UTF-8: Expecting value: column 15 (char 14)"),
-    (
-        b'{"a": "\xff"}',
-        "line is '{\"a\": \"\ufffd\"}'; expected JSON in UTF-8: 'utf-8' codec can't decode byte 0xff in",
-    ),
-    (b"[" * 100_000, "line is '[[[[[[[[[[[[...[[[[[[[[[[[[['; expected JSON in UTF-8: maximum recursion depth"),
-    (
-        b'{"n": ' + b"1" * 5000 + b"}",
-        "line is '{\"n\": 111111...111111111111}'; expected JSON in UTF-8: Exceeds the",
-    ),
+    (b'{"messages": [', f"line is '{{\"messages\": ['; {NO_JSON}Expecting value: column 15 (char 14)"),
+    (b'{"a": "\xff"}', f"line is '{{\"a\": \"\ufffd\"}}'; {NO_JSON}'utf-8' codec can't decode byte 0xff in"),
+    (b"[" * 100_000, f"line is '[[[[[[[[[[[[...[[[[[[[[[[[[['; {NO_JSON}maximum recursion depth"),
+    (b'{"n": ' + b"1" * 5000 + b"}", f"line is '{{\"n\": 111111...111111111111}}'; {NO_JSON}Exceeds the"),
     ([1, 2], "row is [1, 2]; expected an object"),
-    ("text", "row is 'text'; expected an object"),
-    ({}, "row has the fields nothing; expected messages, or conversations (ShareGPT), or instruction and output"),
-    (
-        {"text": "x", "id": 1},
-        "row has the fields text, id; expected messages, or conversations (ShareGPT), or instr",
-    ),
+    ({}, f"row has the fields nothing; {NO_FORM}"),
+    ({"text": "x", "id": 1}, f"row has the fields text, id; {NO_FORM}"),
     ({"messages": None}, "messages is None; expected a list of turns"),
     ({"messages": []}, "messages is []; expected a list of turns"),
     ({"messages": ["hi"]}, "messages[0] is 'hi'; expected an object with role and content"),
     ({"messages": [{"role": ["user"], "content": "q"}]}, "messages[0].role is ['user']; expected system, user or"),
     ({"messages": [{"content": "q"}, ANSWER]}, "messages[0].role is None; expected system, user or assistant"),
     ({"messages": [{"role": "user"}, ANSWER]}, "messages[0].content is None; expected text"),
-    ({"messages": [{"role": "user", "content": 5}, ANSWER]}, "messages[0].content is 5; expected text"),
-    ({"messages": [{"role": "user", "content": " \n"}, ANSWER]}, "messages[0].content is ' \\n'; expected text"),
-    ({"messages": [USER, {"role": "assistant", "content": []}]}, "messages[1].content is ''; expected text"),
-    (
-        {"messages": [USER, {"role": "assistant", "content": [{"type": "audio"}]}]},
-        "messages[1].content[0] is {'type'",
-    ),
-    (
-        {"messages": [USER, {"role": "assistant", "content": "a", "tool_calls": [1]}]},
-        "messages[1].tool_calls is [1]; is",
-    ),
+    (chat(5, "a"), "messages[0].content is 5; expected text"),
+    (chat(" \n", "a"), "messages[0].content is ' \\n'; expected text"),
+    (chat("q", []), "messages[1].content is ''; expected text"),
+    ({"messages": [USER, PART]}, "messages[1].content[0] is {'type'"),
+    ({"messages": [USER, ANSWER | {"tool_calls": [1]}]}, "messages[1].tool_calls is [1]; is not read"),
     ({"messages": [ANSWER]}, "messages has no user turn"),
     ({"messages": [USER]}, "messages has no assistant turn"),
     ({"messages": [USER, ANSWER, USER]}, "messages ends with a user turn; expected assistant"),
@@ -173,12 +148,12 @@ BAD = [
     (chat("q", "a\0"), "messages[1].content holds a NUL character, a sign of UTF-16 or binary data"),
     (
         {"conversations": [{"from": "bot", "value": "q"}]},
-        "conversations[0].from is 'bot'; expected system, human or gpt",
+        "conversations[0].from is 'bot'; expected system, human or",
     ),
     ({"instruction": "q", "output": ""}, "output is ''; expected text"),
-    ({"instruction": 3, "output": "a"}, "instruction is 3; expected text"),
     ({"instruction": "q", "output": "a", "history": [["q"]]}, "history[0] is ['q']; expected [question, answer]"),
     ({"instruction": "q", "output": "a", "history": 7}, "history[0] is 7; expected [question, answer]"),
+    ({"texts": [5]}, "texts is [5]; expected a list of objects with user and assistant"),
 ]
 
 
@@ -191,13 +166,6 @@ def test_a_bad_row_says_what_it_is_and_costs_no_good_one(tmp_path, row, sentence
     assert len(rejected) == 1
     assert str(rejected[0]).startswith(f"{path}:2: {sentence}")
     assert len(str(rejected[0])) < len(str(path)) + 300
-
-
-def test_broken_json_in_line_17_and_a_bot_in_line_18(tmp_path):
-    path = write(tmp_path, *[GOOD] * 16, b'{"messages": [}', ROLE, *[GOOD] * 3)
-    dataset, rejected = load(path)
-    assert len(dataset) == 19
-    assert [(one.line, one.field) for one in rejected] == [(17, "line"), (18, "messages[1].role")]
 
 
 def test_byte_order_mark_windows_newlines_and_blank_lines_keep_the_line_numbers(tmp_path):
@@ -228,11 +196,6 @@ def test_text_that_is_not_utf8_inside_a_table_costs_its_row_only():
     assert str(rejected[0]).startswith("row 2: row can't be read ('utf-8' codec can't decode byte 0xff")
 
 
-def test_two_turns_of_one_role_are_allowed():
-    turns = [USER, USER, ANSWER, ANSWER]
-    assert load([{"messages": turns}])[0].to_list() == [{"messages": turns, "source_row": 1}]
-
-
 # --- bad sources
 
 
@@ -243,58 +206,34 @@ def refuse(source, *parts: str, **options) -> None:
         assert part in str(caught.value)
 
 
-def test_a_file_without_a_good_row_says_why(tmp_path):
-    path = write(tmp_path, ROLE, ROLE, {"text": "x"}, ROLE, ROLE)
-    refuse(
-        path, "x.jsonl: nothing to train on: 5 rows left out\n", "  4 x messages[1].role is 'bot'; expected system,"
-    )
-    refuse(path, "(line 1, 2, 4, ...)\n", "  1 x row has the fields text; expected messages, or conversations")
+LINE = json.dumps(GOOD).encode()
+EMPTY = "nothing to train on: it is empty; expected an object with a chat per row"
+SOURCES = [
+    ("x.jsonl", b"", [EMPTY]),
+    ("x.jsonl", b"\n \n", [EMPTY]),
+    ("x.json", b"[]", [EMPTY]),
+    ("x.json", b'[\n  {"messages": []},\n  {"messages" []}\n]', ["expected JSON in UTF-8", "line 3 column 15"]),
+    ("x.json", LINE + b"\n" + LINE, ["Extra data: line 2 column 1", "name the file .jsonl"]),
+    ("x.json", LINE, ["x.json: holds {'messages':", "expected an array of objects"]),
+    ("x.parquet", b"PAR1" * 9, ["x.parquet: can't be read", "check its path, rights and size"]),
+    ("x.csv", LINE, ["x.csv: not a kind of file that is read here; expected .jsonl, .json, .parquet"]),
+    ("x.jsonl", (json.dumps(ROLE).encode() + b"\n") * 4, ["4 rows left out\n  4 x messages[1].role is 'bot'"]),
+]
 
 
-@pytest.mark.parametrize(("name", "content"), [("x.jsonl", b""), ("x.jsonl", b"\n \n"), ("x.json", b"[]")])
-def test_an_empty_file_is_an_error(tmp_path, name, content):
+@pytest.mark.parametrize(("name", "content", "parts"), SOURCES)
+def test_a_file_without_a_good_row_says_why(tmp_path, name, content, parts):
     (tmp_path / name).write_bytes(content)
-    refuse(tmp_path / name, f"{name}: nothing to train on: it is empty; expected an object with a chat per row")
+    refuse(tmp_path / name, f"{name}: ", *parts)
 
 
-def test_paths_that_lead_nowhere(tmp_path):
+def test_sources_that_lead_nowhere(tmp_path):
     write(tmp_path, GOOD, name="b.jsonl")
     refuse(tmp_path / "no.jsonl", "no.jsonl: can't be read ([Errno 2] No such file", "check its path")
     refuse(str(tmp_path), "is a directory; name one file in it (b.jsonl)")
-    refuse(
-        write(tmp_path, GOOD, name="x.csv"),
-        "x.csv: not a kind of file that is read here; expected .jsonl, .json, .pa",
-    )
     refuse("x" * 5000 + ".jsonl", "can't be read", "too long")
     refuse(3.5, "the source is a float; expected a path, hub name, list or Dataset")
     refuse([], "the rows: nothing to train on: it is empty")
-
-
-def test_a_file_without_the_right_to_read_it(tmp_path, monkeypatch):
-    path = write(tmp_path, GOOD)
-
-    def refused(*_):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "open", refused)
-    refuse(path, "x.jsonl: can't be read ([Errno 13] Permission denied", "rights")
-
-
-def test_broken_json_files_say_where(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text('[\n  {"messages": []},\n  {"messages" []}\n]')
-    refuse(path, "x.json: expected JSON in UTF-8: Expecting ':' delimiter: line 3 column 15")
-    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD))
-    refuse(path, "Extra data: line 2 column 1", "name the file .jsonl")
-    path.write_text(json.dumps(GOOD))
-    refuse(path, "x.json: holds {'messages':", "expected an array of objects")
-
-
-def test_a_parquet_file_that_is_cut_off(tmp_path):
-    path = tmp_path / "x.parquet"
-    pq.write_table(pa.Table.from_pylist([GOOD] * 100), path)
-    path.write_bytes(path.read_bytes()[:-20])
-    refuse(path, "x.parquet: can't be read", "check its path, rights and size")
 
 
 def test_the_hub_is_asked_plainly_and_its_failures_are_one_message(monkeypatch):
@@ -350,9 +289,8 @@ def test_scalars_of_one_type_stay_and_the_rest_goes():
 
 
 def test_rows_whose_keys_are_data_do_not_make_a_wide_table():
-    dataset, _ = load([chat("q", "a", **{f"k{i}": i}) for i in range(500)])
-    assert len(dataset.column_names) == 2 + 64
-    assert len(dataset) == 500
+    dataset, _ = load([chat("q", "a", **{f"k{i}": i}) for i in range(100)])
+    assert (len(dataset), len(dataset.column_names)) == (100, 2 + 64)
 
 
 def test_rows_in_several_pieces_of_arrow(monkeypatch):
@@ -408,15 +346,9 @@ def test_conversations_in_memory_are_checked_once_and_the_first_bad_one_is_named
 def test_a_summary_counts_reasons_by_frequency():
     rejected = [Rejected("f", i, f"messages[{i}].role", "'bot'", "expected user") for i in range(1, 6)]
     rejected += [Rejected("f", 9, name, "", "has no user turn") for name in "abcdef"]
-    assert str(RejectedRows(rejected)).split("\n") == [
-        "11 rows left out",
-        "  5 x messages[1].role is 'bot'; expected user (line 1, 2, 3, ...)",
-        "  1 x a has no user turn (line 9)",
-        "  1 x b has no user turn (line 9)",
-        "  1 x c has no user turn (line 9)",
-        "  1 x d has no user turn (line 9)",
-        "  and 2 more reasons",
-    ]
+    lines = str(RejectedRows(rejected)).split("\n")
+    assert lines[:2] == ["11 rows left out", "  5 x messages[1].role is 'bot'; expected user (line 1, 2, 3, ...)"]
+    assert lines[-2:] == ["  1 x d has no user turn (line 9)", "  and 2 more reasons"]
     assert str(RejectedRows([])) == "0 rows left out"
 
 
@@ -429,13 +361,13 @@ def questions(dataset: datasets.Dataset) -> list[str]:
 
 
 def test_the_split_is_the_same_everywhere_and_nothing_straddles_it():
-    names = [f"q{i}" for i in range(2000)]
+    names = [f"q{i}" for i in range(600)]
     dataset, _ = load([chat(name, answer) for answer in ("a", "b") for name in names])
     train, test = split_chats(dataset)
     assert not set(questions(train)) & set(questions(test))
     assert len(train) + len(test) == len(dataset)
     assert questions(test)[:5] == SPLIT_ON_ANY_MACHINE
-    assert abs(len(test) / len(dataset) - 0.1) < 4 * (0.1 * 0.9 / 2000) ** 0.5  # four standard errors
+    assert abs(len(test) / len(dataset) - 0.1) < 4 * (0.1 * 0.9 / 600) ** 0.5  # four standard errors
     fewer, _ = load([chat(name, "c") for name in names[::7]])
     assert set(questions(split_chats(fewer)[1])) == set(questions(test)) & set(names[::7])
     assert set(questions(split_chats(dataset, seed=1)[1])) != set(questions(test))
@@ -446,10 +378,10 @@ def test_the_split_is_the_same_everywhere_and_nothing_straddles_it():
 SPLIT_ON_ANY_MACHINE = ["q10", "q14", "q16", "q26", "q29"]
 
 
-@pytest.mark.parametrize("holdout", [1, -0.1, 70, float("nan")])
-def test_a_holdout_that_is_no_share(holdout):
-    with pytest.raises(ChatError, match=r"holdout is .*; expected a share of the chats, from 0 to below 1"):
-        split_chats(load([GOOD])[0], holdout=holdout)
+def test_a_holdout_that_is_no_share():
+    for holdout in (1, -0.1, float("nan")):
+        with pytest.raises(ChatError, match=r"holdout is .*; expected a share of the chats, from 0 to below 1"):
+            split_chats(load([GOOD])[0], holdout=holdout)
 
 
 def test_odd_text_in_a_column_beside_the_chat_loses_no_chat():
@@ -486,25 +418,24 @@ def kinds(messages):
     return [[(p["type"], p["text"]) for p in turn["content"]] for turn in messages]
 
 
+IMG, ASKED = ("image", None), ("text", "What is it?")
+LLAVA = [  # a row, and the parts of its first turn
+    (llava("x.png", "<image>\nWhat is it?", "A cat.", "Sure?", "Yes.", id="000"), [IMG, ASKED]),
+    (llava("coco/y.png", "What is it?\n<image>", "A dog.", id="001"), [ASKED, IMG]),
+    (llava("x.png", "What is it?", "This."), [IMG, ASKED]),  # no place: in front
+    (llava(None, "What is it?", "Hello"), [ASKED]),
+    (llava(["x.png", "coco/y.png"], "<image>\n<image>\nWhat is it?", "Alike."), [IMG, IMG, ASKED]),
+    ({"instruction": "What is it?", "output": "A cat.", "image": "x.png"}, [IMG, ASKED]),
+]
+
+
 def test_llava_json(folder):
-    rows = [
-        llava("x.png", "<image>\nWhat is it?", "A cat.", "Sure?", "Yes.", id="000"),
-        llava("coco/y.png", "What is it?\n<image>", "A dog.", id="001"),
-        llava("x.png", "Which?", "This."),
-        llava(None, "Hi", "Hello"),
-        llava(["x.png", "coco/y.png"], "<image>\n<image>\nCompare.", "Alike."),
-    ]
-    (folder / "data.json").write_text(json.dumps(rows))
+    (folder / "data.json").write_text(json.dumps([row for row, _ in LLAVA]))
     dataset, rejected = load(folder / "data.json")
     assert rejected == []
-    assert kinds(dataset[0]["messages"])[0] == [("image", None), ("text", "What is it?")]
-    assert kinds(dataset[1]["messages"])[0] == [("text", "What is it?"), ("image", None)]
-    assert kinds(dataset[2]["messages"])[0] == [("image", None), ("text", "Which?")]  # no place: in front
-    assert kinds(dataset[3]["messages"])[0] == [("text", "Hi")]
-    assert kinds(dataset[4]["messages"])[0] == [("image", None), ("image", None), ("text", "Compare.")]
-    assert [p["image"] for p in image_parts(dataset[4]["messages"])] == [
-        str((folder / name).resolve()) for name in ("x.png", "coco/y.png")
-    ]
+    assert [kinds(row["messages"])[0] for row in dataset] == [parts for _, parts in LLAVA]
+    paths = [str((folder / name).resolve()) for name in ("x.png", "coco/y.png")]
+    assert [part["image"] for part in image_parts(dataset[4]["messages"])] == paths
     assert "images" not in dataset.column_names  # paths stay paths
     assert dataset["id"][:2] == ["000", "001"]
 
@@ -562,20 +493,10 @@ def test_the_cauldron_from_memory_and_parquet(tmp_path, kind):
         source = tmp_path / "x.parquet"
     dataset, rejected = load(source)
     assert rejected == []
-    assert kinds(dataset[0]["messages"]) == [
-        [("image", None), ("text", "What?")],
-        [("text", "A cat.")],
-        [("text", "Sure?")],
-        [("text", "Yes.")],
-    ]
+    said = [("text", "A cat.")], [("text", "Sure?")], [("text", "Yes.")]
+    assert kinds(dataset[0]["messages"]) == [[("image", None), ("text", "What?")], *said]
     assert dataset[0]["images"] == [png()]
     assert dataset[1]["images"] is None
-
-
-def test_a_damaged_picture_in_memory():
-    dataset, rejected = load([CAULDRON, CAULDRON | {"images": [png()[:99]]}])
-    assert len(dataset) == 1
-    assert str(rejected[0]).startswith("row 2: picture 1 the picture: is damaged or cut off")
 
 
 def test_our_messages_take_pictures_of_every_kind(folder):
@@ -613,6 +534,7 @@ def test_images_and_messages_as_trl_has_them():
 
 
 UNSEEN = [
+    (CAULDRON | {"images": [png()[:99]]}, "picture 1 the picture: is damaged or cut off"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
         "messages holds 1 places for pictures",

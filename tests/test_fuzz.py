@@ -120,17 +120,24 @@ def as_json(rows, folder):
     return path
 
 
+def as_turns(value: list) -> list[dict] | None:
+    if not all(isinstance(turn, dict) for turn in value):
+        return None
+    return [
+        {key: str(came).encode(errors="replace").decode() for key, came in turn.items() if came is not None}
+        for turn in value
+    ]
+
+
 def as_parquet(rows, folder):
     """A table has one type a column, so a row's odd values travel as text, and odd rows as nulls."""
-    columns = {name: [] for name in KEYS[:5]}
-    for row in rows:
-        for name in columns:
-            value = row.get(name) if isinstance(row, dict) else None
-            columns[name].append(None if value is None else json.dumps(value))
-    for name, kind in {"messages": dict, "conversations": dict, "texts": dict}.items():
-        values = [json.loads(v) if v else None for v in columns[name]]
-        plain = [v if isinstance(v, list) and all(isinstance(turn, kind) for turn in v) else None for v in values]
-        columns[name] = [v and [{k: str(x) for k, x in turn.items() if x is not None} for turn in v] for v in plain]
+    columns = {}
+    for name in KEYS[:5]:
+        values = [row.get(name) if isinstance(row, dict) else None for row in rows]
+        if name in ("image", "images"):
+            columns[name] = [None if value is None else json.dumps(value) for value in values]
+        else:
+            columns[name] = [as_turns(value) if isinstance(value, list) else None for value in values]
     path = folder / "rows.parquet"
     pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), path)
     return path

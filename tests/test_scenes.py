@@ -27,6 +27,8 @@ def test_a_scene_depends_on_its_key_alone():
         assert np.array_equal(one.image, other.image)
     for others in (make_scenes(20, seed=6), make_scenes(20, seed=5, split="val")):
         assert not any(np.array_equal(a.image, b.image) for a, b in zip(many, others, strict=True))
+    with pytest.raises(ValueError, match="no split 'dev'; expected one of train, val, test"):
+        make_scenes(1, seed=0, split="dev")
 
 
 @pytest.mark.slow
@@ -91,8 +93,3 @@ def test_every_answer_is_spoken_in_three_tokens():
             assert len(tokenizer.encode(scene.ask(kind)[1]).ids) == 3, scene.ask(kind)
     lengths = {len(tokenizer.encode(scene.ask(kind)[0]).ids) for kind in KINDS}
     assert len(lengths) == 1  # batches by length would hold one kind each
-
-
-def test_an_unknown_split_is_named():
-    with pytest.raises(ValueError, match="no split 'dev'; expected one of train, val, test"):
-        make_scenes(1, seed=0, split="dev")

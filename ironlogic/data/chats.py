@@ -131,7 +131,8 @@ class Chats:
         train, test = [], []
         for index, row in enumerate(self._stored()):
             for part in image_parts(row["messages"]):
-                part["image"] = part["image"] and Path(part["image"]).name  # folders differ between machines
+                if part.get("image"):
+                    part["image"] = Path(part["image"]).name  # folders differ between machines
             asked = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
             digest = blake2b(json.dumps([seed, asked], sort_keys=True).encode(), digest_size=8)
             for image in row.get("images") or ():
