@@ -92,7 +92,7 @@ class Burden:
         import datasets  # two seconds; nothing else here needs it
 
         rows = getattr(chats, "rows", None)
-        if rows is None:
+        if not isinstance(rows, datasets.Dataset):
             raise BurdenError(
                 f"Burden.apply: got a {type(chats).__name__}; expected Chats (load_chats, make_chats)"
             )
@@ -100,7 +100,7 @@ class Burden:
             raise BurdenError(
                 f"Burden.apply: the data has columns {', '.join(sorted(taken))}; is it burdened already?"
             )
-        for name, value in (("epochs", epochs), ("num_proc", num_proc or 1)):
+        for name, value in (("epochs", epochs), ("num_proc", 1 if num_proc is None else num_proc)):
             if type(value) is not int or value < 1:
                 raise BurdenError(f"Burden.apply: {name} is {value!r}; expected a whole number from 1")
         if not len(rows):
