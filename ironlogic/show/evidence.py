@@ -143,7 +143,8 @@ def plot_learning(arms: Arms, items: Items, sizes: Sequence[int], *, column: str
         drawn = {size: arms[f"{arm} {size} rows"] for size in sizes if arms.get(f"{arm} {size} rows")}
         tables = [np.stack([columns[column] for columns in trainings.values()]) for trainings in drawn.values()]
         intervals = [share_interval(table, kinds) for table in tables]
-        draw_band(axes, list(drawn), intervals, color=COLORS[arm], label=arm)
+        means, errors = [interval.mean for interval in intervals], error_bars(*intervals)
+        axes.errorbar(list(drawn), means, errors, fmt="o-", ms=4, lw=1, color=COLORS[arm], label=arm)
     axes.set(xscale="log", xlabel="rows trained on", ylabel="accuracy (exact match)", title=label, ylim=(0, 1.04))
     axes.set_xticks(list(sizes), [f"{size:,}" for size in sizes])
     axes.minorticks_off()
@@ -190,7 +191,7 @@ def plot_findings(findings: Iterable[Finding]) -> Figure:
     axes.axvline(0, color="gray", lw=0.8)
     axes.set_yticks(range(len(shown)), [f"{f.claim.said}\n{f.claim.measure}" for f in shown], fontsize=7.5)
     axes.invert_yaxis()
-    axes.set_xlabel("effect in the claimed direction · ticks: trainings · black mark: from here on the claim holds")
+    axes.set_xlabel("effect in the claimed direction\nticks: trainings · black mark: from here on the claim holds")
     return figure
 
 
