@@ -97,6 +97,7 @@ BACKEND, WHY_NOT_UNSLOTH = _choose_backend()
 from ironlogic.data.chats import ChatError  # noqa: E402
 from ironlogic.data.masking import turn_end  # noqa: E402
 
+import bitsandbytes  # noqa: E402
 import peft  # noqa: E402
 import transformers  # noqa: E402
 from safetensors import SafetensorError  # noqa: E402
@@ -199,10 +200,11 @@ def load_model(
         raise
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source} can't be loaded: {_reason(error)}") from error
-    small = model.device.type == "cpu" and sum(map(real_size, model.parameters())) < 20e6
-    if small and "OMP_NUM_THREADS" not in os.environ:
-        # a fifth slower than two threads on idle cores, three times faster when something else runs
-        torch.set_num_threads(1)
+    if model.device.type == "cpu" and sum(map(real_size, model.parameters())) < 20e6:
+        _keep_unpacked(model)
+        if "OMP_NUM_THREADS" not in os.environ:
+            # a fifth slower than two threads on idle cores, three times faster when something else runs
+            torch.set_num_threads(1)
     tokenizer = getattr(processor, "tokenizer", processor)
     loaded = LoadedModel(
         model=model,
@@ -223,6 +225,32 @@ def _only_safe(base: str) -> dict[str, Any]:
     """Arguments of every `from_pretrained`: no network for a folder; told not to trust, else it asks on the
     keyboard whether to run a stranger's code."""
     return {"local_files_only": Path(base).is_dir(), "trust_remote_code": False}
+
+
+def _keep_unpacked(model: torch.nn.Module) -> None:
+    """Keep 4-bit weights unpacked beside themselves: a small model on a CPU answers in two thirds of the time.
+
+    bitsandbytes unpacks them anew in every pass. The numbers are the same to the bit.
+    """
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            kept: dict[str, torch.Tensor] = {}
+            _unpacked(module, kept)
+            module.forward = functools.partial(_unpacked_linear, module, kept)
+
+
+def _unpacked_linear(module: torch.nn.Module, kept: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    weight = _unpacked(module, kept)
+    return torch.nn.functional.linear(x.to(weight.dtype), weight, module.bias).to(x.dtype)
+
+
+def _unpacked(module: torch.nn.Module, kept: dict[str, torch.Tensor]) -> torch.Tensor:
+    packed = module.weight
+    if kept.get("packed") is not packed:  # at first, and when an adapter was merged into it
+        with torch.inference_mode(False), torch.no_grad():
+            weight = bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state)
+        kept.update(packed=packed, weight=weight)
+    return kept["weight"]
 
 
 def _made_safe(loaded: LoadedModel) -> LoadedModel:

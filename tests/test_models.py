@@ -74,6 +74,30 @@ def test_evaluating_first_leaves_gradients_alone(monkeypatch):
     torch.testing.assert_close(before, after)
 
 
+def test_weights_kept_unpacked_give_the_same_bytes_and_notice_a_merge():
+    loaded = add_lora(load_model("nano"), LORA, seed=1)
+    layers = [m for m in loaded.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 4 * 7
+
+    def compare():
+        for layer in layers:
+            x = torch.randn(2, 5, layer.in_features, generator=torch.Generator().manual_seed(1), requires_grad=True)
+            with torch.inference_mode():
+                assert torch.equal(layer(x), type(layer).forward(layer, x))
+            both = layer(x), type(layer).forward(layer, x)
+            assert torch.equal(*both)
+            assert torch.equal(*(torch.autograd.grad(y.sin().sum(), x)[0] for y in both))
+
+    compare()
+    for name, p in loaded.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    before = layers[0](torch.ones(1, layers[0].in_features))
+    loaded.model.merge_adapter()
+    assert not torch.equal(before, layers[0](torch.ones(1, layers[0].in_features)))
+    compare()
+
+
 def test_inference_restores_training_mode(nano):
     nano.model.train()
     with inference(nano) as model:
