@@ -79,8 +79,8 @@ def generate(
 def chat_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of every prompt (text of a user turn, or messages) up to where the answer begins."""
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
-    if empty := [i for i, chat in enumerate(chats) if not chat]:
-        raise ValueError(f"generate: prompt {empty[0]} is empty")
+    if [] in chats:
+        raise ValueError(f"generate: prompt {chats.index([])} is empty")
     need_template(tokenizer)
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -108,35 +108,23 @@ def stream(
         text = loaded.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         seen = {"images": list(pictures)} if pictures else {}
         inputs = loaded.processor(text=text, **seen, add_special_tokens=False, return_tensors="pt")
-    teller, began = _Teller(loaded, tell), time.perf_counter()
+    ends, asked = end_ids(loaded), inputs["input_ids"].shape[1]
+
+    def tell_and_go_on(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # called after every token
+        tell(visible_text(loaded.tokenizer, ids[0, asked:].tolist(), ends))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    began = time.perf_counter()
     with inference(loaded) as model:
-        model.generate(
+        ids = model.generate(
             **model_inputs(model, inputs),
             max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(teller.ends),
+            eos_token_id=sorted(ends),
             pad_token_id=loaded.tokenizer.pad_token_id,
-            streamer=teller,
+            stopping_criteria=transformers.StoppingCriteriaList([tell_and_go_on]),
             **_GREEDY,
         )
-    return _completion(loaded.tokenizer, teller.spoken, time.perf_counter() - began, teller.ends)
-
-
-class _Teller(transformers.generation.BaseStreamer):
-    """Hears every token as it is chosen; the prompt comes first, in one piece."""
-
-    def __init__(self, loaded: LoadedModel, tell: Callable[[str], None]) -> None:
-        self.tokenizer, self.tell, self.ends = loaded.tokenizer, tell, end_ids(loaded)
-        self.spoken: list[int] = []
-        self.prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.prompt:
-            self.spoken += value.flatten().tolist()
-            self.tell(visible_text(self.tokenizer, self.spoken, self.ends))
-        self.prompt = False
-
-    def end(self) -> None:
-        pass
+    return _completion(loaded.tokenizer, ids[0, asked:].tolist(), time.perf_counter() - began, ends)
 
 
 def _fitting(loaded, model, rows: list[list[int]], max_new_tokens: int, sampling: dict) -> list[list[int]]:

@@ -10,24 +10,21 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from ironlogic.burden import Burden
-from ironlogic.data.chats import make_chats
-from ironlogic.data.problems import make_tasks, task_chat
+from ironlogic.data.problems import make_tasks
 from ironlogic.export import (
     ExportError,
     check_export,
     export_gguf,
     export_lora_gguf,
+    llama_answers,
     merge_adapter,
     open_export,
     write_modelfile,
 )
-from ironlogic.export.gguf import llama_answers
 from ironlogic.generate import generate, stream
 from ironlogic.models import DATA, add_lora, load_model
-from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.training.grpo import GrpoSettings, train_grpo
 from ironlogic.training.runs import save_adapter
-from ironlogic.training.sft import train_sft
 from ironlogic.vision.splice import splice
 
 import gguf
@@ -36,12 +33,11 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from trained import CHATS, LORA, SETTINGS, train_ft
 
+slow = pytest.mark.slow
 NANO = DATA / "nano"
-CHATS = make_chats(map(task_chat, make_tasks(16, seed=1)))
 PROMPTS = [task.prompt for task in make_tasks(20, seed=5, split="test")]
-LORA = LoraSettings(rank=4, alpha=8)
-SETTINGS = TrainSettings(learning_rate=5e-3, batch_size=4, accumulation=1, max_length=128, save_steps=99, lora=LORA)
 
 
 @pytest.fixture
@@ -59,8 +55,19 @@ def q8(small_merge, tmp_path_factory):
     return export_gguf(small_merge, tmp_path_factory.mktemp("gguf"), quantization="q8_0")
 
 
-def digest(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A spliced model of random eyes, an adapter on it, and both merged."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    eyes = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=16)
+    maker = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    place = tmp_path_factory.mktemp("seeing")
+    spliced = splice((transformers.CLIPVisionModel(eyes).eval(), maker), "nano")
+    spliced.model.save_pretrained(place / "spliced")
+    spliced.processor.save_pretrained(place / "spliced")
+    adapter = add_random_adapter(load_model(place / "spliced", four_bit=False), place / "run")
+    return place / "spliced", adapter, merge_adapter(adapter, place / "merged")
 
 
 def add_random_adapter(loaded, folder, seed=1):
@@ -70,14 +77,19 @@ def add_random_adapter(loaded, folder, seed=1):
     for name, parameter in adapted.model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
-    folder.mkdir(parents=True, exist_ok=True)
     save_adapter(adapted, folder)
     return folder / "adapter"
 
 
-# -- merged
+def digest(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def answers(model, prompts=PROMPTS):
+    return [c.text for c in generate(model, prompts, max_new_tokens=40)]
+
+
+# --- merged -------------------------------------------------------------------------------------------------
 def test_merged_weights_are_base_plus_update(run, merged):
     base, ours = load_file(NANO / "model.safetensors"), load_file(merged / "model.safetensors")
     pairs = load_file(run.adapter / "adapter_model.safetensors")
@@ -89,24 +101,12 @@ def test_merged_weights_are_base_plus_update(run, merged):
         torch.testing.assert_close(ours[f"{name}.weight"].double(), base[f"{name}.weight"].double() + 2 * b @ a)
     rest = set(ours) - {f"{name}.weight" for name in moved}
     assert all(torch.equal(ours[name], base[name]) for name in rest)
-    assert any((ours[f"{name}.weight"] - base[f"{name}.weight"]).abs().max() > 1e-3 for name in moved)
-
-
-@pytest.mark.slow
-def test_merged_answers_like_base_and_adapter(run, merged):
-    (found,) = check_export(merged, run)
-    assert (found.kind, found.top1) == ("f32", 1.0)
-    assert found.mean_kl < 1e-6
-    adapted = load_model(run.adapter, four_bit=False)
-    whole = load_model(merged, four_bit=False)
-    answers = [[c.text for c in generate(model, PROMPTS, max_new_tokens=40)] for model in (adapted, whole)]
-    assert answers[0] == answers[1]
     noted = json.loads((merged / "export.json").read_text())["merged"]
     assert (noted["run"], noted["base"], noted["comparisons"][0]["kind"]) == ("ft", "nano", "f32")
     assert not [p for p in merged.parent.iterdir() if p != merged], "a helper's folder is left"
 
 
-@pytest.mark.slow
+@slow
 def test_exports_are_compared_beside_unsloths_patches(run, merged, monkeypatch):
     """On a card the patched rotary embedding hands out tensors that lie there, also to a plain model on the CPU."""
     rotary = transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding
@@ -115,13 +115,14 @@ def test_exports_are_compared_beside_unsloths_patches(run, merged, monkeypatch):
     with pytest.raises(RuntimeError, match="device"):
         check_export(merged, run)
     monkeypatch.setattr("ironlogic.models._unsloth_is_on_the_card", lambda: True)
-    (comparison,) = check_export(merged, run)
-    assert comparison.mean_kl <= comparison.tolerance
+    (found,) = check_export(merged, run)
+    assert (found.kind, found.top1) == ("f32", 1.0)
+    assert found.mean_kl < 1e-6
     with pytest.raises(ExportError, match="no such folder"):
         check_export(merged, merged.parent / "nothing")
 
 
-@pytest.mark.slow
+@slow
 def test_a_merge_that_went_wrong_is_found(run, merged, tmp_path):
     with pytest.raises(ExportError, match="nano, read by transformers, is not the model it was made from"):
         check_export(NANO, run)  # as if the adapter had been forgotten
@@ -133,7 +134,7 @@ def test_a_merge_that_went_wrong_is_found(run, merged, tmp_path):
         check_export(broken, run)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("packed", [False, True], ids=["bfloat16", "4-bit"])
 def test_bases_of_other_types_come_out_in_bfloat16(tmp_path, packed):
     base = load_model("nano", four_bit=packed, backend="transformers")
@@ -148,6 +149,51 @@ def test_bases_of_other_types_come_out_in_bfloat16(tmp_path, packed):
     assert found.kind == "bf16"
 
 
+@slow
+def test_plain_transformers_in_a_process_of_its_own_loads_it_and_sees(run, merged, seeing, tmp_path):
+    script = """
+import sys, transformers as t
+from PIL import Image
+words, eyes, question, picture = sys.argv[1:]
+def ask(auto, reader, place, content, **more):
+    model, reader = auto.from_pretrained(place).eval(), reader.from_pretrained(place)
+    chat = [dict(role="user", content=content)]
+    text = reader.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    inputs = reader(text=text, return_tensors="pt", **more)
+    out = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+    print(type(model).__name__, reader.decode(out, skip_special_tokens=True).strip(), sep="|")
+ask(t.AutoModelForCausalLM, t.AutoTokenizer, words, question)
+ask(t.AutoModelForImageTextToText, t.AutoProcessor, eyes, [dict(type="image"), dict(type="text", text=question)],
+    images=[Image.open(picture)])
+"""
+    _, adapter, whole = seeing
+    picture = Image.radial_gradient("L").convert("RGB")
+    picture.save(tmp_path / "x.png")
+    command = [sys.executable, "-c", script, merged, whole, PROMPTS[0], tmp_path / "x.png"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.splitlines()
+    (read,) = generate(load_model(run.adapter, four_bit=False), PROMPTS[:1], max_new_tokens=8)
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPTS[0]}]}]
+    loaded = load_model(adapter, four_bit=False)
+    seen = stream(loaded, asked, lambda _: None, pictures=[picture], max_new_tokens=8)
+    assert said == [
+        f"Qwen3ForCausalLM|{read.text.strip()}",
+        f"LlavaForConditionalGeneration|{seen.text.strip()}",
+    ]
+
+
+@slow
+def test_a_spliced_model_is_merged_whole_and_gguf_is_refused(seeing, tmp_path):
+    folder, adapter, out = seeing
+    (found,) = check_export(out, adapter)
+    assert found.mean_kl < 1e-6
+    with pytest.raises(ExportError, match="is not the model it was made from"):
+        check_export(folder, adapter)
+    with pytest.raises(ExportError, match="vision-language model.*Merged safetensors"):
+        export_gguf(out, tmp_path / "x.gguf")
+    assert merge_adapter(folder, tmp_path / "copy").is_dir()  # nothing to merge: a checked copy
+
+
+# --- refusals, and what lies there already ------------------------------------------------------------------
 def test_a_wrong_adapter_is_refused(run, tmp_path):
     config = transformers.AutoConfig.from_pretrained(NANO)
     for change in (
@@ -155,13 +201,11 @@ def test_a_wrong_adapter_is_refused(run, tmp_path):
         {"num_hidden_layers": 3, "layer_types": None},
         {"intermediate_size": 256},
     ):
-        other = tmp_path / "-".join(change)
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(config.to_dict() | change)))
-        model.save_pretrained(other)
-        transformers.AutoTokenizer.from_pretrained(NANO).save_pretrained(other)
+        model.save_pretrained(tmp_path / "other")
+        transformers.AutoTokenizer.from_pretrained(NANO).save_pretrained(tmp_path / "other")
         with pytest.raises(ExportError, match="was not trained on .*name its base"):
-            merge_adapter(run, tmp_path / "out", base=other)
-        shutil.rmtree(other)
+            merge_adapter(run, tmp_path / "out", base=tmp_path / "other")
     assert not (tmp_path / "out").exists()
 
 
@@ -178,7 +222,7 @@ def test_truncated_weights_are_named(run, merged, tmp_path):
     assert digest(merged) == before
 
 
-@pytest.mark.slow
+@slow
 def test_what_is_there_is_not_overwritten_unless_it_is_an_export(run, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -186,9 +230,14 @@ def test_what_is_there_is_not_overwritten_unless_it_is_an_export(run, tmp_path):
     (mine / "export.json").write_text(json.dumps({"ft-q8_0.gguf": {}}))  # GGUF files lie here
     with pytest.raises(ExportError, match="holds something that is no earlier merge"):
         merge_adapter(run, mine)
+    (mine / "export.json").write_text("{")
+    with pytest.raises(ExportError, match=r"export\.json is damaged"):
+        merge_adapter(run, mine)
     for own in (run.adapter, run.folder, NANO):
         with pytest.raises(ExportError, match="holds"):
             merge_adapter(run, own)
+    with pytest.raises(ExportError, match="can't be written"):
+        export_lora_gguf(run, mine / "thesis.txt" / "x.gguf")
     out = merge_adapter(run, tmp_path / "out")
     (out / "old").write_text("of an earlier export")
     assert not (merge_adapter(run, out) / "old").exists()
@@ -202,7 +251,7 @@ def test_room_is_asked_for_first(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a disk of our own needs root on Linux")
 def test_a_full_disk_leaves_the_earlier_artefact_whole(run, merged, tmp_path, monkeypatch):
     """A real disk that fills up while it is written, as if the check before had been right at its time."""
@@ -216,10 +265,10 @@ def test_a_full_disk_leaves_the_earlier_artefact_whole(run, merged, tmp_path, mo
         export_gguf(merged, disk / "small.gguf")
         before = digest(disk)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 0, 2**40))
-        with pytest.raises(ExportError, match="merged can't be written.*earlier one is untouched"):
+        with pytest.raises(ExportError, match="merged can't be written.*what was there before is untouched"):
             merge_adapter(run, disk / "merged")
         (disk / "filler").write_bytes(bytes(2**20))
-        with pytest.raises(ExportError, match="small.gguf can't be written.*earlier one is untouched"):
+        with pytest.raises(ExportError, match="small.gguf can't be written.*what was there before is untouched"):
             export_gguf(merged, disk / "small.gguf", quantization="f16")
         (disk / "filler").unlink()
         assert digest(disk) == before
@@ -227,25 +276,8 @@ def test_a_full_disk_leaves_the_earlier_artefact_whole(run, merged, tmp_path, mo
         subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.slow
-def test_plain_transformers_in_a_process_of_its_own_loads_it(run, merged, tmp_path):
-    script = (
-        "import sys, torch, transformers as t; m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval();"
-        "k = t.AutoTokenizer.from_pretrained(sys.argv[1]);"
-        "i = k.apply_chat_template([dict(role='user', content=sys.argv[2])], add_generation_prompt=True,"
-        " return_tensors='pt', return_dict=True); o = m.generate(**i, max_new_tokens=40, do_sample=False)[0];"
-        "print(k.decode(o[i['input_ids'].shape[1]:]))"
-    )
-    command = [sys.executable, "-c", script, str(merged), PROMPTS[0]]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.strip()
-    (answer,) = generate(load_model(run.adapter, four_bit=False), PROMPTS[:1], max_new_tokens=40)
-    assert said == f"{answer.text}<|im_end|>"
-
-
-# -- GGUF
-
-
-@pytest.mark.slow
+# --- GGUF ---------------------------------------------------------------------------------------------------
+@slow
 def test_a_damaged_gguf_is_found(merged, q8, tmp_path):
     broken = Path(shutil.copy(q8, tmp_path / "broken.gguf"))
     tensors = gguf.GGUFReader(broken, "r+").tensors
@@ -257,43 +289,32 @@ def test_a_damaged_gguf_is_found(merged, q8, tmp_path):
         check_export(broken, merged)
 
 
-def test_what_gguf_cannot_hold_is_told_with_the_command_to_run_later(tmp_path, monkeypatch):
+def test_what_can_t_be_written_is_told_with_the_command_to_run_later(merged, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
     with pytest.raises(
         ExportError, match=r"not a dense Qwen3.*convert_hf_to_gguf\.py MERGED --outfile moe\.gguf --outtype f16"
     ):
-        export_gguf("nano-moe", tmp_path / "moe.gguf", quantization="f16")
+        export_gguf("nano-moe", out / "moe.gguf", quantization="f16")
     with pytest.raises(ExportError, match="expected f16, q8_0 or q4_k_m"):
-        export_gguf("nano", tmp_path, quantization="q3")
+        export_gguf(merged, out, quantization="q3")
     with pytest.raises(ExportError, match=r"no checkout of llama\.cpp"):
-        export_gguf("nano", tmp_path, llama_cpp=tmp_path)
+        export_gguf(merged, out, llama_cpp=tmp_path)
+    (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('pre-tokenizer not recognized')")
+    with pytest.raises(ExportError, match="pre-tokenizer not recognized"):
+        export_gguf(merged, out, llama_cpp=tmp_path)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(ExportError, match=r"llama-quantize MODEL-f16\.gguf MODEL-q4_k_m\.gguf Q4_K_M"):
-        export_gguf("nano", tmp_path, quantization="q4_k_m")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_nothing_is_published_unread(q8, merged, tmp_path, monkeypatch):
+        export_gguf(merged, out, quantization="q4_k_m")
     monkeypatch.setattr("ironlogic.export.gguf.modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES", [])
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(ExportError, match="can't be checked here"):
-        export_gguf(merged, tmp_path / "x.gguf")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_converter_that_fails_says_why_and_leaves_nothing(merged, tmp_path):
-    checkout = tmp_path / "llama.cpp"
-    checkout.mkdir()
-    (checkout / "convert_hf_to_gguf.py").write_text("raise SystemExit('pre-tokenizer not recognized')")
-    with pytest.raises(ExportError, match="pre-tokenizer not recognized"):
-        export_gguf(merged, tmp_path / "out", llama_cpp=checkout)
-    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(ExportError, match="can't be checked here"):  # nothing is published unread
+        export_gguf(merged, out)
+    assert list(out.iterdir()) == []
 
 
 def test_lora_file_and_modelfile(run, merged, q8, tmp_path):
-    lora = export_lora_gguf(run, tmp_path)
-    reader = gguf.GGUFReader(lora)
+    reader = gguf.GGUFReader(export_lora_gguf(run, tmp_path))
     assert reader.fields["adapter.lora.alpha"].contents() == 8.0
     pairs = load_file(run.adapter / "adapter_model.safetensors")
     assert len(reader.tensors) == len(pairs)
@@ -308,87 +329,24 @@ def test_lora_file_and_modelfile(run, merged, q8, tmp_path):
     assert 'SYSTEM """Think first."""' in text
 
 
-# -- models that see
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory):
-    """A spliced model of random eyes, an adapter on it, and both merged."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    tower = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=16)
-    ).eval()
-    maker = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    spliced, place = splice((tower, maker), "nano"), tmp_path_factory.mktemp("seeing")
-    spliced.model.save_pretrained(place / "spliced")
-    spliced.processor.save_pretrained(place / "spliced")
-    adapter = add_random_adapter(load_model(place / "spliced", four_bit=False), place / "run")
-    return place / "spliced", adapter, merge_adapter(adapter, place / "merged")
-
-
-@pytest.mark.slow
-def test_a_spliced_model_is_merged_whole_and_gguf_is_refused(seeing, tmp_path):
-    folder, adapter, out = seeing
-    (found,) = check_export(out, adapter)
-    assert found.mean_kl < 1e-6
-    with pytest.raises(ExportError, match="is not the model it was made from"):
-        check_export(folder, adapter)
-    with pytest.raises(ExportError, match="vision-language model.*Merged safetensors"):
-        export_gguf(out, tmp_path / "x.gguf")
-    assert merge_adapter(folder, tmp_path / "copy").is_dir()  # nothing to merge: a checked copy
-
-
-@pytest.mark.slow
-def test_plain_transformers_in_a_process_of_its_own_sees(seeing, tmp_path):
-    _, adapter, out = seeing
-    script = (
-        "import sys, transformers as t; from PIL import Image;"
-        "m = t.AutoModelForImageTextToText.from_pretrained(sys.argv[1]).eval();"
-        "p = t.AutoProcessor.from_pretrained(sys.argv[1]);"
-        "c = [dict(role='user', content=[dict(type='image'), dict(type='text', text='What is this?')])];"
-        "s = p.apply_chat_template(c, add_generation_prompt=True);"
-        "i = p(text=s, images=[Image.open(sys.argv[2])], return_tensors='pt');"
-        "o = m.generate(**i, max_new_tokens=8, do_sample=False)[0, i['input_ids'].shape[1]:];"
-        "print(type(m).__name__, p.decode(o, skip_special_tokens=True))"
-    )
-    picture = Image.radial_gradient("L").convert("RGB")
-    picture.save(tmp_path / "x.png")
-    command = [sys.executable, "-c", script, str(out), str(tmp_path / "x.png")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout.strip()
-    question = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
-    loaded = load_model(adapter, four_bit=False)
-    answer = stream(loaded, question, lambda _: None, pictures=[picture], max_new_tokens=8)
-    assert said == f"LlavaForConditionalGeneration {answer.text}".strip()
-
-
-# -- the whole way
-
-
-@pytest.mark.slow
-def test_from_fragments_to_gguf(tmp_path):
+@slow
+def test_from_fragments_to_gguf(small_run, tmp_path):
     """FT -> SFT -> GRPO -> merged -> GGUF: the same answers in the end, by llama.cpp too where it is installed."""
-    from ironlogic.training.grpo import GrpoSettings, train_grpo
-
-    tasks = make_tasks(16, seed=2)
-    fragmented = train_sft(load_model("nano"), CHATS, SETTINGS, run=tmp_path / "ft", burden=Burden())
-    polished = train_sft(
-        fragmented.load_model(), CHATS, replace(SETTINGS, learning_rate=1e-3), run=tmp_path / "sft"
-    )
+    few, settings = CHATS[:16], replace(SETTINGS, learning_rate=1e-3)
+    polished = train_ft(tmp_path / "sft", source=small_run.adapter, chats=few, settings=settings, burden=None)
     grpo = GrpoSettings(
         steps=2, generations=4, batch_size=8, accumulation=1, max_new_tokens=32, learning_rate=1e-3, lora=LORA
     )
-    rewarded = train_grpo(polished.load_model(), tasks, grpo, run=tmp_path / "grpo")
+    rewarded = train_grpo(polished.loaded, make_tasks(16, seed=2), grpo, run=tmp_path / "grpo")
     merged = merge_adapter(rewarded, tmp_path / "merged")
-    ours = [c.text for c in generate(load_model(rewarded.adapter, four_bit=False), PROMPTS, max_new_tokens=40)]
+    ours = answers(load_model(rewarded.adapter, four_bit=False))
+    assert ours == answers(load_model(merged, four_bit=False))
     for quantization, least in (("f16", 20), ("q8_0", 18)):
         path = export_gguf(merged, tmp_path / "gguf", quantization=quantization)
         found = check_export(path, merged)
         assert {c.kind for c in found} == {quantization}
         assert min(c.top1 for c in found) > 0.95
-        told = {
-            "transformers": [c.text for c in generate(open_export(path, like=merged), PROMPTS, max_new_tokens=40)]
-        }
+        told = {"transformers": answers(open_export(path, like=merged))}
         if find_spec("llama_cpp"):
             told["llama.cpp"] = llama_answers(path, PROMPTS, like=merged, max_new_tokens=40)
         same = {reader: sum(map(str.__eq__, ours, theirs)) for reader, theirs in told.items()}

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 from importlib.util import find_spec
-from pathlib import Path
 
 from data.make.nano import CHAT_TEMPLATE, DATA
 from ironlogic.data.problems import make_tasks
@@ -29,6 +28,7 @@ import jinja2
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers.utils.chat_template_utils import render_jinja_template
 
 NANO = DATA / "nano"
 GO = shutil.which("go")
@@ -43,8 +43,9 @@ def change(path, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-@pytest.mark.parametrize(("quantization", "step"), [("f16", 2**-11), ("q8_0", 1 / 127)])
-def test_every_tensor_comes_back(tmp_path, quantization, step):
+# --- what is written ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("quantization", "step"), [("f16", 2**-11), ("q8_0", 0.57 / 127)])
+def test_every_tensor_and_the_tokenizer_come_back(tmp_path, quantization, step):
     write_gguf(NANO, tmp_path / "x.gguf", quantization=quantization)
     reader = gguf.GGUFReader(tmp_path / "x.gguf")
     ours = load_file(NANO / "model.safetensors")
@@ -55,26 +56,19 @@ def test_every_tensor_comes_back(tmp_path, quantization, step):
         back = theirs[names.get_name(key, (".weight",))]
         if array.ndim == 1:
             assert np.array_equal(back, array), "norms stay float32"
-        else:
-            runs = array.reshape(-1, 32)  # q8_0: 32 weights share a scale, half a step and the scale's own rounding
-            allowed = (
-                0.57 * step * np.abs(runs).max(1, keepdims=True) if quantization == "q8_0" else step * np.abs(runs)
-            )
-            assert (np.abs(back.reshape(-1, 32) - runs) <= allowed + 1e-7).all()
-
-
-def test_metadata_and_tokenizer(tmp_path):
-    write_gguf(NANO, tmp_path / "x.gguf")
-    fields = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path / "x.gguf").fields.items()}
+            continue
+        size = np.abs(array.reshape(-1, 32))  # q8_0: 32 weights share a scale, half a step and the scale's rounding
+        allowed = step * (size.max(1, keepdims=True) if quantization == "q8_0" else size)
+        assert (np.abs(back - array).reshape(-1, 32) <= allowed + 1e-7).all()
+    fields = {k: f.contents() for k, f in reader.fields.items()}
     assert fields["qwen3.attention.key_length"] == 128
     assert fields["qwen3.rope.freq_base"] == 10_000
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    kind = dict(zip(tokens, kinds, strict=True))
-    assert kind["<|im_end|>"] == gguf.TokenType.CONTROL
-    assert kind["<think>"] == gguf.TokenType.USER_DEFINED, "thinking is to be read"
+    assert kinds[tokens.index("<|im_end|>")] == gguf.TokenType.CONTROL
+    assert kinds[tokens.index("<think>")] == gguf.TokenType.USER_DEFINED, "thinking is to be read"
     assert tokens[fields["tokenizer.ggml.eos_token_id"]] == "<|im_end|>"
-    assert "generation" not in fields["tokenizer.chat_template"].replace("add_generation_prompt", "")
+    assert fields["tokenizer.chat_template"] == plain_template(CHAT_TEMPLATE)
 
 
 def test_the_plain_template_renders_the_same():
@@ -84,8 +78,6 @@ def test_the_plain_template_renders_the_same():
         {"role": "assistant", "content": "Hello", "reasoning_content": "greet"},
         {"role": "user", "content": "Bye"},
     ]
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     rendered, _ = render_jinja_template([chat], chat_template=CHAT_TEMPLATE, add_generation_prompt=True)
     plain = jinja2.Template(plain_template(CHAT_TEMPLATE))  # knows no generation tag
     assert plain.render(messages=chat, add_generation_prompt=True) == rendered[0]
@@ -109,6 +101,7 @@ def test_qwen2s_way_of_cutting_words_is_known_and_others_are_not(copy):
     assert "cutting words" in why_not_gguf(copy)
 
 
+# --- what is refused ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -124,31 +117,30 @@ def test_what_it_does_not_know_is_refused(copy, fields, reason):
         write_gguf(copy, copy / "x.gguf")
 
 
-def test_weights_beyond_float16_are_refused_not_turned_into_infinity(copy):
+@pytest.mark.parametrize(("value", "message"), [(70_000, "up_proj.*beyond the range"), (np.nan, "not finite")])
+def test_weights_beyond_float16_are_refused_not_turned_into_infinity(copy, value, message):
     weights = load_file(copy / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 70_000
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = value
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ExportError, match="up_proj.*beyond the range"):
-        write_gguf(copy, copy / "x.gguf")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
-    save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ExportError, match="not finite"):
+    with pytest.raises(ExportError, match=message):
         write_gguf(copy, copy / "x.gguf")
 
 
 def test_adapters_with_more_than_pairs_are_refused(tmp_path):
-    settings = {"lora_alpha": 8, "modules_to_save": ["lm_head"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ExportError, match="modules_to_save"):
+    with pytest.raises(ExportError, match="no .safetensors file"):
         write_lora_gguf(tmp_path, NANO, tmp_path / "x.gguf")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"modules_to_save": None}))
     save_file({"base_model.model.model.norm.weight": np.ones(128, np.float32)}, tmp_path / "a.safetensors")
-    with pytest.raises(ExportError, match="no low-rank pair"):
-        write_lora_gguf(tmp_path, NANO, tmp_path / "x.gguf")
+    for settings, message in (
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "use_dora"),
+        ({}, "no low-rank pair"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, **settings}))
+        with pytest.raises(ExportError, match=message):
+            write_lora_gguf(tmp_path, NANO, tmp_path / "x.gguf")
 
 
-# -- Ollama's template
-
+# --- Ollama ------------------------------------------------------------------------------------------------
 GEMMA = (  # in the manner of Gemma 3: the system text stands at the head of the first user turn
     "{{ bos_token }}{%- set first = '' -%}{%- set rest = messages -%}"
     "{%- if messages[0].role == 'system' -%}{%- set first = messages[0].content + '\n\n' -%}"
@@ -190,30 +182,37 @@ def test_go_renders_what_jinja_renders(tmp_path, template):
         "if err := t.Execute(os.Stdout, in); err != nil { panic(err) } }\n"
     )
     go = {"HOME": str(tmp_path), "GOCACHE": str(tmp_path / "cache"), "GOFLAGS": "-mod=mod", "GO111MODULE": "off"}
-    program = Path(tmp_path / "render")
-    subprocess.run([GO, "build", "-o", program, "main.go"], cwd=tmp_path, env=go, check=True)
+    subprocess.run([GO, "build", "-o", "render", "main.go"], cwd=tmp_path, env=go, check=True)
     for roles in TALKS:
         chat = [{"role": role, "content": f"{role} {i}\nsecond line"} for i, role in enumerate(roles)]
         asked = {
             "Template": go_template(template),
             "Messages": [{k.title(): v for k, v in m.items()} for m in chat],
         }
-        done = subprocess.run([program], input=json.dumps(asked), capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [tmp_path / "render"], input=json.dumps(asked), capture_output=True, text=True, check=True
+        )
         wanted = Renders(template).apply_chat_template(chat, False, add_generation_prompt=True)
         assert done.stdout == wanted.removeprefix("<bos>")
 
 
-def test_the_go_template_of_nano():
-    assert go_template(CHAT_TEMPLATE).endswith("{{ end }}{{ end }}<|im_start|>assistant\n")
-    assert "<|im_start|>user\n{{ $m.Content }}<|im_end|>\n" in go_template(CHAT_TEMPLATE)
+def test_known_families_are_written_in_go_s_form_and_others_refused():
+    assert go_template(CHAT_TEMPLATE) == (
+        "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n"
+    )
+    assert go_template(GEMMA).endswith("{{ end }}{{ end }}<start_of_turn>model\n")
+    refuses = "{%- if messages[0].role == 'system' -%}{{ raise_exception('no') }}{%- endif -%}" + GEMMA  # Gemma 2
+    refusing = Renders(refuses)
+    refusing.template.globals["raise_exception"] = refuse
+    assert modelfile_text("x.gguf", refusing, stops=[]) == modelfile_text("x.gguf", Renders(GEMMA), stops=[])
+    silent = "{%- if messages[0].role != 'system' -%}<|im_start|>system\nYou are kind<|im_end|>\n{%- endif -%}"
+    for template in ("{{ messages[-1].content }}", silent + CHAT_TEMPLATE):
+        with pytest.raises(ExportError, match="by hand"):
+            modelfile_text("x.gguf", Renders(template), stops=[])
 
 
-@pytest.mark.parametrize(
-    "template", ["{{ messages[-1].content }}", "{% for m in messages %}{{ m.role }}{% endfor %}"]
-)
-def test_templates_that_are_no_row_of_turns_are_refused(template):
-    with pytest.raises(ExportError, match="by hand"):
-        modelfile_text("x.gguf", Renders(template), stops=[])
+def refuse(message):
+    raise jinja2.TemplateError(message)
 
 
 # --- llama.cpp ----------------------------------------------------------------------------------------------
@@ -250,16 +249,14 @@ def test_base_and_lora_file_together_are_the_adapter(small_run, answers, tmp_pat
 
 @needs_llama
 def test_another_way_of_cutting_words_is_found(small_merge, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "ironlogic.export.gguf._word_rule", lambda _: "qwen2"
-    )  # single digits: nano has whole numbers
+    monkeypatch.setattr("ironlogic.export.gguf._word_rule", lambda _: "qwen2")  # single digits, unlike nano
     with pytest.raises(ExportError, match=r"llama\.cpp cuts .* into other tokens"):
         export_gguf(small_merge, tmp_path, quantization="f16")
 
 
-@pytest.mark.slow
-def test_readers_of_a_file(tmp_path, monkeypatch):
-    path = export_gguf("nano", tmp_path, quantization="q8_0")
+def test_readers_of_a_file(tmp_path):
+    path = tmp_path / "x.gguf"
+    write_gguf(NANO, path, quantization="q8_0")
     assert gguf_readers(path)[0] == "q8_0"
     assert "transformers" in gguf_readers(path)[1]
     reader = gguf.GGUFReader(path, "r+")
@@ -271,9 +268,7 @@ def test_readers_of_a_file(tmp_path, monkeypatch):
         gguf_readers(path)
 
 
-def test_tools_of_a_checkout(tmp_path, monkeypatch):
-    with pytest.raises(ExportError, match="is no checkout"):
-        convert(tmp_path, NANO, tmp_path / "x.gguf", "f16")
+def test_tools_of_a_checkout(tmp_path):
     tool = tmp_path / "build" / "bin" / "llama-quantize"
     tool.parent.mkdir(parents=True)
     tool.touch()

@@ -5,8 +5,6 @@ from itertools import combinations
 
 from ironlogic.data.problems import accuracy_reward, check_answer, format_reward, make_tasks, thinks
 from ironlogic.generate import Completion
-from ironlogic.models import load_model
-from ironlogic.presets import LoraSettings
 from ironlogic.show.grpo import completions_table, plot_pass, plot_rewards, sample_explorer
 from ironlogic.training.grpo import (
     GrpoError,
@@ -26,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from trained import LORA
+from trained import nano as load_nano
 
 slow = pytest.mark.slow
 SETTINGS = GrpoSettings(
@@ -36,25 +36,30 @@ SETTINGS = GrpoSettings(
     max_new_tokens=32,
     learning_rate=1e-3,
     save_steps=2,
-    lora=LoraSettings(rank=4, alpha=8),
+    lora=LORA,
 )
 TASKS = make_tasks(6, seed=1, kinds=["minus", "parent"])
 THINK = {"role": "system", "content": "Think first."}
 ROWS = [
-    {
-        "prompt": [THINK, {"role": "user", "content": task.prompt}],
-        "answer": task.answer,
-        "step": "easy",
-        "tokens": -1,
-    }
-    for task in TASKS
+    {"prompt": [THINK, {"role": "user", "content": t.prompt}], "answer": t.answer, "step": "easy", "tokens": -1}
+    for t in TASKS
 ]
 REWARDS = [accuracy_reward, format_reward]
 
 
 @pytest.fixture(scope="module")
 def nano():
-    return load_model("nano", four_bit=False, max_length=96)
+    return load_nano(four_bit=False, max_length=96)
+
+
+def train(folder, rows=ROWS, settings=SETTINGS, rewards=REWARDS, **options):
+    loaded = load_nano(max_length=96)  # in 4 bit: TRL then makes the adapter bfloat16
+    return train_grpo(loaded, rows, settings, run=folder, rewards=rewards, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "a")
 
 
 def named(name, score=lambda completion: 1.0):
@@ -65,7 +70,7 @@ def named(name, score=lambda completion: 1.0):
     return reward
 
 
-# --- rows and settings --------------------------------------------------------------------------------------
+# --- rows, settings and rewards -----------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -111,24 +116,22 @@ def test_every_pass_goes_through_all_prompts_in_an_order_of_its_own(nano):
     rows, _ = _prepare(nano, TASKS, SETTINGS, needs_answer=True)
     order = _training_order(rows, replace(SETTINGS, steps=9))
     asked = [row["prompt"][-1]["content"] for row in order]
-    assert len(asked) == 9 * 2
     passes = [asked[i : i + 6] for i in (0, 6, 12)]
     assert all(sorted(once) == sorted(task.prompt for task in TASKS) for once in passes)
     assert passes[0] != passes[1]
     assert asked[:8] == [row["prompt"][-1]["content"] for row in _training_order(rows, SETTINGS)]
 
 
-# --- rewards ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("rewards", [[], ["accuracy"], [accuracy_reward, accuracy_reward]])
-def test_rewards_need_names_of_their_own(nano, rewards, tmp_path):
-    with pytest.raises(GrpoError, match="expected functions, each with a name of its own"):
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        *((rewards, "expected functions, each with a name") for rewards in ([], ["accuracy"], [named("a")] * 2)),
+        *(([named(name)], f"the reward {name!r} has the name of a column") for name in ("answer", "step")),
+    ],
+)
+def test_rewards_have_names_of_their_own_and_never_write_over_the_record(nano, rewards, message, tmp_path):
+    with pytest.raises(GrpoError, match=message):
         train_grpo(nano, ROWS, SETTINGS, run=tmp_path / "r", rewards=rewards)
-
-
-@pytest.mark.parametrize("name", ["answer", "prompt", "completion", "tokens", "step"])
-def test_a_reward_never_writes_over_the_record(nano, name, tmp_path):
-    with pytest.raises(GrpoError, match=f"the reward {name!r} has the name of a column"):
-        train_grpo(nano, ROWS, SETTINGS, run=tmp_path / "r", rewards=[named(name)])
 
 
 @pytest.mark.parametrize(
@@ -140,66 +143,26 @@ def test_numbers_of_every_kind_are_scores(returned):
     assert _check_scores("mine", [None, 1], ["p", "p"], ["a", "b"]) == [None, 1.0]
 
 
-@pytest.mark.parametrize("returned", [[1.0], 1.0, None, ["1", "1"], [1, float("nan")], [np.inf, 0], [[1], [1]]])
+@pytest.mark.parametrize(
+    "returned", [[1.0], 1.0, None, torch.tensor(1), ["1", "1"], [1, float("nan")], [np.inf, 0], [[1], [1]]]
+)
 def test_what_is_no_score_is_refused_with_the_completion(returned):
     with pytest.raises(GrpoError, match=r"reward mine returned(.|\n)*prompt: 'p'\n  completion: '[ab]'"):
         _check_scores("mine", returned, ["p", "p"], ["a", "b"])
 
 
+# --- training -----------------------------------------------------------------------------------------------
 @slow
 def test_a_run_that_no_reward_could_teach_stops_or_says_so(tmp_path, capsys):
-    short, silent = replace(SETTINGS, steps=1, max_new_tokens=4), [named("silent", lambda completion: None)]
+    short = {"settings": replace(SETTINGS, steps=1, max_new_tokens=4)}
+    silent = named("silent", lambda completion: None)
     with pytest.raises(
         GrpoError, match=r"no completion of the first step got a reward: silent returned None(.|\n)*p"
     ):
-        train_grpo(load_model("nano", max_length=96), ROWS, short, run=tmp_path / "silent", rewards=silent)
-    run = train_grpo(load_model("nano", max_length=96), ROWS, short, run=tmp_path / "flat", rewards=[named("flat")])
+        train(tmp_path / "silent", rewards=[silent], **short)
+    run = train(tmp_path / "flat", rewards=[named("flat")], **short)
     assert "NOTHING WAS LEARNED" in run.record["data"]
     assert "NOTHING WAS LEARNED" in capsys.readouterr().out
-
-
-# --- samples ------------------------------------------------------------------------------------------------
-def samples(correct, text="") -> Samples:
-    marks = np.array(correct, float)
-    tasks = tuple(make_tasks(len(marks), seed=1))
-    answers = tuple(
-        tuple(Completion(f"{text}{i}.{j}", 1, True, 0) for j in range(len(row))) for i, row in enumerate(marks)
-    )
-    return Samples(tasks, answers, marks, np.zeros(marks.shape), np.ones(marks.shape))
-
-
-def test_pass_at_k_equals_all_choices_of_k():
-    for right in range(6):
-        marks = [1] * right + [0] * (5 - right)
-        for k in range(1, 6):
-            expected = np.mean([any(choice) for choice in combinations(marks, k)])
-            assert np.allclose(samples([marks]).pass_at(k), expected)
-    with pytest.raises(ValueError, match="pass at 3 was asked for, but every problem was answered 2 times"):
-        samples([[1, 0]]).pass_at(3)
-
-
-def test_rejection_keeps_the_right_answers_only():
-    sampled = samples([[1, 0], [0, 0], [1, 1]])
-    kept = [(user["content"], assistant["content"]) for user, assistant in rejection_chats(sampled)]
-    first, _, third = (task.prompt for task in sampled.tasks)
-    assert kept == [(first, "0.0"), (third, "2.0"), (third, "2.1")]
-
-
-def test_sampled_answers_are_checked_one_by_one(nano):
-    sampled = sample_answers(nano, TASKS, samples=3, temperature=2.0, max_new_tokens=16, seed=2)
-    assert sampled.correct.shape == sampled.thinks.shape == sampled.tokens.shape == (6, 3)
-    for task, answers, marks in zip(sampled.tasks, sampled.answers, sampled.correct, strict=True):
-        assert [float(check_answer(task, answer.text)) for answer in answers] == list(marks)
-    assert sampled.thinks.sum() == 0  # nano answers at once, unless it is told to think
-    assert len({answer.text for answers in sampled.answers for answer in answers}) > 6
-
-
-# --- training -----------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "a"
-    loaded = load_model("nano", max_length=96)  # in 4 bit: TRL then makes the adapter bfloat16
-    return train_grpo(loaded, ROWS, SETTINGS, run=run, rewards=REWARDS)
 
 
 def without_times(lines):
@@ -236,14 +199,14 @@ def test_a_run_writes_down_what_was_rewarded(finished):
 
 @slow
 def test_the_same_run_is_not_trained_twice_and_another_is_refused(finished):
-    seen, nano = [], load_model("nano", max_length=96)
-    again = train_grpo(nano, ROWS, SETTINGS, run=finished.folder, rewards=REWARDS, watch=seen.append)
+    seen = []
+    again = train(finished.folder, watch=seen.append)
     assert again.loaded is None
     assert without_times(seen[0]) == without_times(finished.metrics)
     with pytest.raises(RunError, match="differs in settings"):
-        train_grpo(nano, ROWS, SETTINGS, run=finished.folder)
-    with pytest.raises(RunError, match="differs in rows, data_sha256"):
-        train_grpo(nano, ROWS[1:], SETTINGS, run=finished.folder, rewards=REWARDS)
+        train(finished.folder, rewards=REWARDS[:1])
+    with pytest.raises(RunError, match="differs in rows .*data_sha256"):
+        train(finished.folder, ROWS[1:])
 
 
 @slow
@@ -252,20 +215,53 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
         if lines[-1]["step"] == 3:
             raise KeyboardInterrupt
 
-    def train(watch=None):
-        loaded = load_model("nano", max_length=96)
-        return train_grpo(loaded, ROWS, SETTINGS, run=tmp_path / "cut", rewards=REWARDS, watch=watch)
-
     with pytest.raises(KeyboardInterrupt):
-        train(interrupt)
+        train(tmp_path / "cut", watch=interrupt)
     path = tmp_path / "cut" / "completions.jsonl"
     assert {line["step"] for line in read_steps(path)} == {1, 2, 3}
-    path.write_text(path.read_text() + '{"step": 4, "prom')  # a kill may leave half a line
-    resumed = train()
+    half = '{"step": 4, "prompt": {"a": "}ä'.encode()[:-1]  # a kill may leave half a line, and half a letter
+    path.write_bytes(path.read_bytes() + half)
+    resumed = train(tmp_path / "cut")
     assert read_completions(resumed) == read_completions(finished)
     assert without_times(resumed.metrics) == without_times(finished.metrics)
     ours, theirs = (load_file(r.adapter / "adapter_model.safetensors") for r in (resumed, finished))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+# --- samples ------------------------------------------------------------------------------------------------
+def samples(correct, text="") -> Samples:
+    marks = np.array(correct, float)
+    tasks = tuple(make_tasks(len(marks), seed=1))
+    answers = tuple(
+        tuple(Completion(f"{text}{i}.{j}", 1, True, 0) for j in range(len(row))) for i, row in enumerate(marks)
+    )
+    return Samples(tasks, answers, marks, np.zeros(marks.shape), np.ones(marks.shape))
+
+
+def test_pass_at_k_equals_all_choices_of_k():
+    for right in range(6):
+        marks = [1] * right + [0] * (5 - right)
+        for k in range(1, 6):
+            expected = np.mean([any(choice) for choice in combinations(marks, k)])
+            assert np.allclose(samples([marks]).pass_at(k), expected)
+    with pytest.raises(ValueError, match="pass at 3 was asked for, but every problem was answered 2 times"):
+        samples([[1, 0]]).pass_at(3)
+
+
+def test_rejection_keeps_the_right_answers_only():
+    sampled = samples([[1, 0], [0, 0], [1, 1]])
+    kept = [(user["content"], assistant["content"]) for user, assistant in rejection_chats(sampled)]
+    first, _, third = (task.prompt for task in sampled.tasks)
+    assert kept == [(first, "0.0"), (third, "2.0"), (third, "2.1")]
+
+
+def test_sampled_answers_are_checked_one_by_one(nano):
+    sampled = sample_answers(nano, TASKS, samples=3, temperature=2.0, max_new_tokens=16, seed=2)
+    assert sampled.correct.shape == sampled.thinks.shape == sampled.tokens.shape == (6, 3)
+    for task, answers, marks in zip(sampled.tasks, sampled.answers, sampled.correct, strict=True):
+        assert [float(check_answer(task, answer.text)) for answer in answers] == list(marks)
+    assert sampled.thinks.sum() == 0  # nano answers at once, unless it is told to think
+    assert len({answer.text for answers in sampled.answers for answer in answers}) > 6
 
 
 # --- figures and tables -------------------------------------------------------------------------------------

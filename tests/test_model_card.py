@@ -5,7 +5,8 @@ from dataclasses import asdict
 
 from ironlogic.evidence.claims import CLAIMS, Finding
 from ironlogic.evidence.statistics import Interval
-from ironlogic.export.card import model_card, write_model_card
+from ironlogic.export import ExportError, write_model_card
+from ironlogic.export.card import model_card
 from ironlogic.training.runs import Run, RunError
 
 import pytest
@@ -29,7 +30,7 @@ RECORD = {
 }
 COMPARISON = {
     "artefact": "m-q8_0.gguf", "reader": "llama.cpp", "kind": "q8_0", "bytes": 2**20, "positions": 9,
-    "logit_difference": 0.31, "mean_kl": 2.7e-4, "max_kl": 1e-3, "top1": 0.99, "tolerance": 0.01,
+    "logit_difference": 0.31, "mean_kl": 2.7e-4, "top1": 0.99, "tolerance": 0.01,
 }  # fmt: skip
 
 
@@ -42,30 +43,33 @@ def run(tmp_path):
     return Run(folder, RECORD)
 
 
-def test_training_comes_from_the_run(run):
-    card = model_card(run)
+def test_training_comes_from_the_run(run, tmp_path):
+    card = write_model_card(run.folder, tmp_path).read_text()
+    assert card == model_card(run)
     head = yaml.safe_load(card.split("---")[1])
     assert (head["license"], head["base_model"]) == ("other", "google/gemma-3-12b-it")
     assert "fragmented-training" in head["tags"]
-    assert "70% of the words" in card
     for fact in (
-        "2.500, 0.750 nats",
+        "on `google/gemma-3-12b-it`, trained with Iron Logic 0.1: Fragmented Training, 70% of the words of",
+        "| training loss, first and last logged | 2.500, 0.750 nats a token |",
         "248 (sha256 abababababababab…)",
         "rank 8, alpha 16, 34,000 parameters",
-        "81% of",
+        "| 81% of the bytes |",
+        "| 12 s, cpu |",
+        "| versions | torch 2.13.0 |",  # unsloth was not there
+        "Nothing was measured against a control",
+        "## Limits and safe use",
+        "## Licence",
+        "10.57967/hf/7592",
     ):
         assert fact in card
-    assert "unsloth" not in card, "it was not there"
-    assert "Nothing was measured against a control" in card
-    for section in ("## Limits and safe use", "## Licence", "10.57967/hf/7592"):
-        assert section in card
-    assert model_card(run.folder) == card
+    with pytest.raises(RunError, match="no run here"):
+        model_card(tmp_path)
 
 
 def test_what_was_measured_stands_with_interval_and_verdict(run, tmp_path):
-    (tmp_path / "export.json").write_text(
-        json.dumps({"m-q8_0.gguf": {"run": "my-run", "base": "nano", "comparisons": [COMPARISON]}})
-    )
+    notes = tmp_path / "export.json"
+    notes.write_text(json.dumps({"m-q8_0.gguf": {"run": "my-run", "base": "nano", "comparisons": [COMPARISON]}}))
     claim = CLAIMS[0]
     findings = [
         Finding(claim, "fails", Interval(-0.02, -0.05, 0.01), repeats=5, items=170),
@@ -77,8 +81,7 @@ def test_what_was_measured_stands_with_interval_and_verdict(run, tmp_path):
     page = study / "report.html"
     page.with_suffix(".json").write_text(json.dumps([asdict(finding) for finding in findings]))
     card = model_card(run, exports=tmp_path, report=page)
-    assert f"| {claim.said} | {claim.measure}: FT against SFT |" in card
-    assert "| -0.02 [-0.05, +0.01] | 5 x 170 | fails |" in card
+    assert f"| {claim.said} | {claim.measure}: FT against SFT | -0.02 [-0.05, +0.01] | 5 x 170 | fails |" in card
     assert r"no answers that can be checked \| here" in card, "a bar would break the table"
     assert "| at least +1.5 [+1, +2] |" in card
     assert "study `02_study`. This model is none of them." in card
@@ -88,33 +91,24 @@ def test_what_was_measured_stands_with_interval_and_verdict(run, tmp_path):
     assert "This model went through FT-1, one of them." in model_card(own, report=page)
     with pytest.raises(RunError, match="no findings here; notebook 05 writes them"):
         model_card(run, report=tmp_path / "report.html")
+    notes.write_text("{")
+    page.with_suffix(".json").write_text("[")
+    for where in ({"exports": tmp_path}, {"report": page}):
+        with pytest.raises((RunError, ExportError), match="is damaged"):
+            model_card(run, **where)
 
 
-def test_it_names_no_folder_of_the_machine(run):
-    run = Run(run.folder, RECORD | {"model": str(run.folder / "base"), "burden": None, "stage": "grpo"})
-    card = model_card(run)
-    assert str(run.folder.parent) not in card
-    assert "`base`" in card
-    assert "base_model" not in card, "the hub would look for it"
-    assert "verifiable rewards" in card
-
-
-def test_a_chain_of_stages_is_told_from_its_base_on(run, tmp_path):
-    later = tmp_path / "polished"
+def test_a_chain_of_stages_is_told_from_its_base_on_and_no_folder_is_named(run, tmp_path):
     record = RECORD | {"model": str(run.folder / "adapter"), "burden": None, "stage": "sft", "steps": 7}
-    card = model_card(Run(later, record))
-    assert "on `google/gemma-3-12b-it`" in card
+    card = model_card(Run(tmp_path / "polished", record))
     assert "base_model: google/gemma-3-12b-it" in card
     assert "- fragmented-training" in card
-    assert "Fragmented Training, 70% of the words of the user's turns put out of order" in card
+    assert "answers left as they are; then supervised fine-tuning." in card
     assert card.index("### 1. my-run") < card.index("### 2. polished")
     assert "| optimizer steps | 93 |" in card
     assert "| optimizer steps | 7 |" in card
-
-
-def test_writing(run, tmp_path):
-    path = write_model_card(run, tmp_path)
-    assert path == tmp_path / "README.md"
-    assert path.read_text() == model_card(run)
-    with pytest.raises(RunError, match="no run here"):
-        model_card(tmp_path)
+    alone = Run(run.folder, RECORD | {"model": str(run.folder / "base"), "burden": None, "stage": "grpo"})
+    card = model_card(alone)
+    assert str(run.folder.parent) not in card
+    assert "on `base`, trained with Iron Logic 0.1: reinforcement learning with verifiable rewards" in card
+    assert "base_model" not in card, "the hub would look for it"

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 from ironlogic.burden import Burden
 from ironlogic.data.chats import ChatError, load_chats, make_chats
@@ -21,7 +22,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from trained import CHATS, SETTINGS, nano, train_ft
+from trained import BURDEN, CHATS, SETTINGS, nano, train_ft
 
 slow = pytest.mark.slow
 
@@ -126,18 +127,14 @@ except RunError as error:
 
 
 @slow
-def test_both_backends_reach_the_same_losses(small_run, plain):
-    padded = open_run(plain[0] / "padded")
+def test_plain_transformers_and_rows_without_padding_reach_the_same_losses(small_run, plain):
+    """Losses that only hold if no row sees its neighbour; where one does, training does not begin."""
+    folder, refused = plain
+    padded = open_run(folder / "padded")
     assert [run.record["backend"] for run in (small_run, padded)] == ["unsloth", "transformers"]
     assert losses(padded) == pytest.approx(losses(small_run), rel=1e-3)
     norms = [[line["grad_norm"] for line in run.metrics] for run in (padded, small_run)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-2)
-
-
-@slow
-def test_rows_without_padding_have_the_same_losses_as_padded_ones(small_run, plain):
-    """Losses that only hold if no row sees its neighbour; where one does, training does not begin."""
-    folder, refused = plain
     assert losses(folder / "free") == pytest.approx(losses(small_run), rel=2e-3)
     assert "rows of one batch see each other in this model" in refused
 
@@ -184,12 +181,12 @@ def test_the_same_run_is_not_trained_twice_and_another_is_refused(small_run):
     assert again.record == small_run.record
     assert seen == [small_run.metrics]
     for change, named in [
-        ({"burden": None}, "stage, burden"),
+        ({"burden": None}, "stage .*burden"),
         ({"burden": Burden(ratio=0.3)}, "burden"),
-        ({"settings": replace(SETTINGS, seed=1)}, "settings"),
-        ({"chats": CHATS[1:]}, "rows, data_sha256"),
+        ({"settings": replace(SETTINGS, seed=1)}, r"settings\.seed \(3407, now 1\)"),
+        ({"chats": CHATS[1:]}, "rows .*data_sha256"),
     ]:
-        with pytest.raises(RunError, match=f"differs in {named}"):
+        with pytest.raises(RunError, match=f"holds another run: it differs in {named}"):
             train_ft(small_run.folder, **change)
     assert (small_run.folder / "run.json").read_bytes() == before
 
@@ -212,11 +209,11 @@ def test_a_short_run_logs_is_watched_and_counts_what_does_not_fit(tmp_path):
     long = [{"role": "user", "content": "word " * 500}, {"role": "assistant", "content": "Answer: 1"}]
     odd = [{"messages": chat, "row": i % 3} for i, chat in enumerate([*CHATS[:7], long])]  # names no row
     seen = []
-    run = train_sft(
-        nano(),
-        load_chats(odd),
-        replace(SETTINGS, log_steps=50),
-        run=tmp_path / "short",
+    run = train_ft(
+        tmp_path / "short",
+        chats=load_chats(odd),
+        settings=replace(SETTINGS, log_steps=50),
+        burden=None,
         watch=lambda lines: seen.append(len(lines)),
     )
     assert seen == [1, 2]
@@ -258,7 +255,7 @@ def test_bad_rows_claim_no_folder_and_are_named(tmp_path):
 
 @slow
 def test_an_adapter_goes_on_but_not_twice_inside_one_model_nor_by_name(small_run, tmp_path):
-    run = train_sft(open_run(small_run.folder).load_model(), CHATS[:8], SETTINGS, run=tmp_path / "polish")
+    run = train_ft(tmp_path / "polish", source=small_run.adapter, chats=CHATS[:8], burden=None)
     assert not same(weights(run), weights(small_run))
     assert run.record["trained_parameters"] == small_run.record["trained_parameters"]
     loaded = nano()
@@ -285,25 +282,15 @@ def test_a_tracker_that_is_not_here_is_refused_before_anything_is_written(tmp_pa
 @slow
 def test_tensorboard_writes_into_the_run_folder(tmp_path, monkeypatch):
     """Its writer is a stand-in, for the package is not among the requirements."""
-    written = {}
-
-    class SummaryWriter:
-        def __init__(self, log_dir):
-            written["folder"] = log_dir
-
-        def add_scalar(self, name, value, step):
-            written.setdefault(name, []).append((step, value))
-
-        def __getattr__(self, name):
-            return lambda *_, **__: None
-
-    module = ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    writer = MagicMock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
     run = train_ft(tmp_path / "run", chats=CHATS[:8], settings=replace(SETTINGS, report_to="tensorboard"))
-    assert written["folder"] == str(run.folder / "tensorboard")
-    assert written["train/loss"] == list(enumerate(losses(run), 1))
+    writer.assert_called_once_with(log_dir=str(run.folder / "tensorboard"))
+    written = [call.args for call in writer().add_scalar.call_args_list]
+    assert [args for args in written if args[0] == "train/loss"] == (
+        [("train/loss", loss, step) for step, loss in enumerate(losses(run), 1)]
+    )
 
 
 # --- going on -----------------------------------------------------------------------------------------------
@@ -315,9 +302,9 @@ def test_interrupted_run_goes_on_to_the_same_bytes(small_run, tmp_path, monkeypa
     assert "go on from checkpoint-3" in capsys.readouterr().out
     with pytest.raises(RunError, match="has not finished"):
         open_run(folder)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:  # a step would take another number of rows
         patch.setattr("ironlogic.training.sft.PROCESSES", 2)
-        with pytest.raises(RunError, match="was begun with 1 process, here are 2"):
+        with pytest.raises(RunError, match=r"differs in processes \(1, now 2\)"):
             train_prepared(folder)
     again = train_ft(folder)
     assert [line["step"] for line in again.metrics] == list(range(1, 9))
@@ -342,6 +329,15 @@ def test_checkpoints_that_are_half_written_or_copied_are_passed_over(tmp_path):
     assert newest_whole_checkpoint(tmp_path) is None
 
 
+@pytest.mark.parametrize("half", ["", '{"step": 2, "text": {"a": 1}', '{"step": 2, "text": "}', '{"text": "ä'])
+def test_half_a_line_at_the_end_of_the_metrics_is_passed_over(tmp_path, half):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + half.encode()[: -1 if "ä" in half else None])
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    (tmp_path / "metrics.jsonl").write_text(f"{half}x\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
+        read_metrics(tmp_path)
+
+
 @slow
 def test_non_finite_gradient_stops_before_the_weights_are_ruined(tmp_path):
     loaded = nano()
@@ -355,7 +351,7 @@ def test_non_finite_gradient_stops_before_the_weights_are_ruined(tmp_path):
 class _SmallCard:
     """A card that holds so many rows: more of them in one forward pass are out of memory, from some pass on."""
 
-    def __init__(self, model, rows, passes=0):
+    def __init__(self, model, rows, passes):
         self.rows, self.passes, self.seen = rows, passes, []
         model.register_forward_pre_hook(self.check, with_kwargs=True)
 
@@ -366,12 +362,11 @@ class _SmallCard:
 
 
 @slow
-@pytest.mark.parametrize(("passes", "tried"), [(0, [4, 2, 1]), (5, [4] * 6 + [2, 1])])
-def test_out_of_memory_halves_the_batch_and_learns_the_same(tmp_path, small_run, capsys, passes, tried):
+def test_out_of_memory_halves_the_batch_and_learns_the_same(tmp_path, small_run, capsys):
     loaded = nano()
-    card = _SmallCard(loaded.model, rows=1, passes=passes)
-    run = train_sft(loaded, CHATS, SETTINGS, run=tmp_path, burden=Burden())
-    assert card.seen[: len(tried)] == tried
+    card = _SmallCard(loaded.model, rows=1, passes=5)
+    run = train_sft(loaded, CHATS, SETTINGS, run=tmp_path, burden=BURDEN)
+    assert card.seen[:8] == [4] * 6 + [2, 1]
     assert "out of memory with 4 rows a forward pass: going on with 2, 2 passes a step" in capsys.readouterr().out
     assert run.record["rows_a_pass"] == 1
     assert losses(run) == pytest.approx(losses(small_run), abs=2e-3)
@@ -380,7 +375,7 @@ def test_out_of_memory_halves_the_batch_and_learns_the_same(tmp_path, small_run,
 @slow
 def test_out_of_memory_with_one_row_is_one_message(tmp_path):
     loaded = nano()
-    _SmallCard(loaded.model, rows=0)
+    _SmallCard(loaded.model, rows=0, passes=0)
     with pytest.raises(RunError, match=r"out of memory with 1 row a forward pass\. Choose a smaller max_length"):
         train_sft(loaded, CHATS[:8], SETTINGS, run=tmp_path)
 
@@ -426,7 +421,7 @@ def test_two_processes_never_write_one_folder(tmp_path):
 @slow
 def test_a_prepared_folder_trains_to_the_same_bytes(small_run, tmp_path):
     rows = load_chats([{"messages": chat, "other": "x"} for chat in CHATS])
-    options = {"run": tmp_path / "prepared", "burden": Burden()}
+    options = {"run": tmp_path / "prepared", "burden": BURDEN}
     folder = prepare_sft("nano", rows, SETTINGS, **options)
     assert sorted(path.name for path in folder.iterdir()) == ["chats.jsonl", "run.json"]
     assert (folder / "chats.jsonl").read_bytes() == (small_run.folder / "chats.jsonl").read_bytes()
@@ -462,7 +457,7 @@ def test_a_changed_folder_is_refused_in_one_line(tmp_path, monkeypatch, name, co
 @slow
 def test_two_processes_are_one_with_twice_the_accumulation(plain, tmp_path):
     one = plain[0] / "twice"
-    two = prepare_sft("nano", CHATS, SETTINGS, run=tmp_path / "two", burden=Burden())
+    two = prepare_sft("nano", CHATS, SETTINGS, run=tmp_path / "two", burden=BURDEN)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     both = python(*torchrun, "-m", "ironlogic.training", str(two), IRONLOGIC_BACKEND="transformers")
     assert both.returncode == 0, both.stderr[-2000:]

@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,22 +31,7 @@ from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import modeling_gguf_pytorch_utils
 
-__all__ = [
-    "ExportError",
-    "convert",
-    "find_quantizer",
-    "gguf_logits",
-    "gguf_readers",
-    "llama_answers",
-    "load_gguf",
-    "modelfile_text",
-    "open_llama",
-    "plain_template",
-    "quantize",
-    "why_not_gguf",
-    "write_gguf",
-    "write_lora_gguf",
-]
+__all__ = ["ExportError", "gguf_readers", "llama_answers", "plain_template", "why_not_gguf", "write_gguf"]
 
 # How Qwen2 and Qwen3 cut a text into words before BPE
 _QWEN2_WORDS = (
@@ -65,8 +50,7 @@ def why_not_gguf(folder: Path) -> str:
     config = _json(folder / "config.json")
     if config.get("architectures") != ["Qwen3ForCausalLM"]:
         return f"it is a {' '.join(config.get('architectures') or ['model of no stated class'])}, not a dense Qwen3"
-    rope = _rope(config)
-    if rope.get("rope_type", "default") != "default" or config.get("use_sliding_window"):
+    if _rope(config).get("rope_type", "default") != "default" or config.get("use_sliding_window"):
         return "it scales its rotary positions or has sliding windows"
     if config.get("attention_bias"):
         return "its attention has biases"
@@ -82,24 +66,25 @@ def write_gguf(folder: Path, path: Path, *, quantization: Literal["f16", "q8_0"]
     q8_0: runs of 32 weights share a scale; a matrix whose width is no multiple of 32 stays float16. Raises
     `ExportError` when the model is none that this module knows, or has weights beyond the range of float16.
     """
-    if reason := why_not_gguf(folder):
-        raise ExportError(f"{folder}: {reason}")
-    config = _json(folder / "config.json")
+    config, weights, names = _open_qwen3(folder, folder)
+    kinds = {}
     writer = gguf.GGUFWriter(path, "qwen3")
     try:
         _describe_model(writer, config, folder.name, quantization)
         _describe_tokenizer(writer, folder, config["vocab_size"])
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
-        for key, shape in _shapes(folder):
-            kind = _kind(shape, quantization)
-            block, size = gguf.GGML_QUANT_SIZES[kind]  # weights, bytes
-            bytes_ = math.prod(shape) // block * size
-            writer.add_tensor_info(_gguf_name(names, key), shape, np.dtype(np.float32), bytes_, raw_dtype=kind)
+        for key, file in weights.items():
+            shape = tuple(file.get_slice(key).get_shape())
+            kind = kinds[key] = _kind(shape, quantization)
+            size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+            writer.add_tensor_info(_gguf_name(names, key), shape, np.dtype(np.float32), size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for key, array in _tensors(folder):
-            writer.write_tensor_data(_stored(key, array, _kind(array.shape, quantization)))
+        for key, file in weights.items():
+            values = file.get_tensor(key).float().numpy()
+            if values.ndim > 1 and not np.abs(values).max(initial=0) <= 65504:
+                raise ExportError(f"{key}: weights that are not finite, or beyond the range of float16 (65504)")
+            writer.write_tensor_data(gguf.quantize(values, kinds[key]))
     finally:
         writer.close()
 
@@ -109,28 +94,28 @@ def write_lora_gguf(adapter: Path, base: Path, path: Path) -> None:
 
     Raises `ExportError` when the base is no dense Qwen3 or the adapter has more than plain low-rank pairs.
     """
-    if reason := why_not_gguf(base):
-        raise ExportError(f"{base}: {reason}")
+    _, weights, names = _open_qwen3(base, adapter)
     settings = _json(adapter / "adapter_config.json")
-    special = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if settings.get(name)]
-    if special or settings.get("modules_to_save"):
-        raise ExportError(f"{adapter}: {', '.join(special) or 'modules_to_save'} can't be written as a LoRA file")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, _json(base / "config.json")["num_hidden_layers"])
+    special = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    if found := [name for name in special if settings.get(name)]:
+        raise ExportError(f"{adapter}: {', '.join(found)} can't be written as a LoRA file")
     writer = gguf.GGUFWriter(path, "qwen3")
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
-    writer.add_name(adapter.resolve().parent.name)
-    for key, array in _tensors(adapter):
-        inner = key.removeprefix("base_model.model.")
-        layer, _, part = inner.partition(".lora_")
-        if part not in ("A.weight", "B.weight"):
-            raise ExportError(f"{adapter}: {key} is no low-rank pair")
-        writer.add_tensor(f"{_gguf_name(names, layer + '.weight')}.lora_{part[0].lower()}", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
+        writer.add_name(adapter.resolve().parent.name)
+        for key, file in weights.items():
+            layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
+            if part not in ("A.weight", "B.weight"):
+                raise ExportError(f"{adapter}: {key} is no low-rank pair")
+            name = f"{_gguf_name(names, layer + '.weight')}.lora_{part[0].lower()}"
+            writer.add_tensor(name, file.get_tensor(key).float().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 # --- what a file says about its model -----------------------------------------------------------------------
@@ -151,26 +136,23 @@ def _describe_model(writer: gguf.GGUFWriter, config: dict[str, Any], name: str, 
 
 
 def _describe_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocabulary: int) -> None:
-    tokenizer, settings = _json(folder / "tokenizer.json"), _json(folder / "tokenizer_config.json")
-    ids = dict(tokenizer["model"]["vocab"])
-    kinds = dict.fromkeys(ids.values(), gguf.TokenType.NORMAL)
-    for added in tokenizer["added_tokens"]:
-        ids[added["content"]] = added["id"]
-        kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-    text = {i: token for token, i in ids.items()}
-    every = range(max(vocabulary, len(ids)))
+    tokenizer, file = load_tokenizer(folder), _json(folder / "tokenizer.json")
+    text = {i: token for token, i in tokenizer.get_vocab().items()}
+    kinds = dict.fromkeys(text, gguf.TokenType.NORMAL)
+    for i, added in tokenizer.added_tokens_decoder.items():
+        kinds[i] = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
+    every = range(max(vocabulary, len(text)))
     writer.add_tokenizer_model("gpt2")  # llama.cpp's name of byte-level BPE
-    writer.add_tokenizer_pre(_word_rule(tokenizer))
+    writer.add_tokenizer_pre(_word_rule(file))
     writer.add_token_list([text.get(i, f"[PAD{i}]") for i in every])
     writer.add_token_types([kinds.get(i, gguf.TokenType.UNUSED) for i in every])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]])
-    mended = load_tokenizer(folder)
-    writer.add_eos_token_id(mended.eos_token_id)
-    if settings.get("pad_token"):
-        writer.add_pad_token_id(ids[_token(settings["pad_token"])])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in file["model"]["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    if tokenizer.pad_token_id is not None:
+        writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
-    if mended.chat_template:
-        writer.add_chat_template(plain_template(mended.chat_template))
+    if tokenizer.chat_template:
+        writer.add_chat_template(plain_template(tokenizer.chat_template))
 
 
 def _word_rule(tokenizer: dict[str, Any]) -> str:
@@ -186,36 +168,22 @@ def _word_rule(tokenizer: dict[str, Any]) -> str:
     return ""
 
 
-def _token(entry: str | dict[str, Any]) -> str:
-    return entry if isinstance(entry, str) else entry["content"]
-
-
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     old = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}  # before transformers 5
     return config.get("rope_parameters") or old
 
 
 # --- tensors ------------------------------------------------------------------------------------------------
-def _files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
+def _open_qwen3(base: Path, holder: Path) -> tuple[dict[str, Any], dict[str, Any], gguf.TensorNameMap]:
+    """config.json of the base; the open file of every tensor in `holder` by the tensor's name; GGUF's names."""
+    if reason := why_not_gguf(base):
+        raise ExportError(f"{base}: {reason}")
+    files = [safe_open(path, framework="pt") for path in sorted(holder.glob("*.safetensors"))]
     if not files:
-        raise ExportError(f"{folder}: no .safetensors file here")
-    return files
-
-
-def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for file in _files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118  (no dict)
-                yield key, tuple(tensors.get_slice(key).get_shape())
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and float32 values, one tensor at a time, in the order of `_shapes`."""
-    for file in _files(folder):
-        with safe_open(file, framework="pt") as tensors:  # numpy knows no bfloat16
-            for key in tensors.keys():  # noqa: SIM118
-                yield key, tensors.get_tensor(key).float().numpy()
+        raise ExportError(f"{holder}: no .safetensors file here")
+    config = _json(base / "config.json")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config["num_hidden_layers"])
+    return config, {key: file for file in files for key in file.keys()}, names  # noqa: SIM118
 
 
 def _gguf_name(names: gguf.TensorNameMap, key: str) -> str:
@@ -231,16 +199,6 @@ def _kind(shape: tuple[int, ...], quantization: str) -> gguf.GGMLQuantizationTyp
     if quantization == "q8_0" and shape[-1] % 32 == 0:
         return gguf.GGMLQuantizationType.Q8_0
     return gguf.GGMLQuantizationType.F16
-
-
-def _stored(key: str, array: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    if kind is gguf.GGMLQuantizationType.F32:
-        return array
-    if not np.abs(array).max(initial=0) <= 65504:
-        raise ExportError(f"{key}: weights that are not finite, or beyond the range of float16 (65504)")
-    if kind is gguf.GGMLQuantizationType.F16:
-        return array.astype(np.float16)
-    return gguf.quants.quantize(array, kind)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -259,6 +217,10 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 """
 
 
+def _has_llama() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
 def convert(checkout: Path, folder: Path, path: Path, quantization: str) -> None:
     """A model folder written as GGUF by the converter of a llama.cpp checkout, in a process of its own."""
     script = checkout / "convert_hf_to_gguf.py"
@@ -275,14 +237,13 @@ def find_quantizer(checkout: Path | None) -> Path | None:
     places = [checkout / "llama-quantize", checkout / "build" / "bin" / "llama-quantize"] if checkout else []
     if on_path := shutil.which("llama-quantize"):
         places.append(Path(on_path))
-    if found := next((place for place in places if place.is_file()), None):
-        return found
-    if importlib.util.find_spec("llama_cpp") is None:
+    tool = next((place for place in places if place.is_file()), None)
+    if tool is None and not _has_llama():
         raise ExportError(
             "q4_k_m needs a quantizer. Export f16 here, and where llama.cpp is installed run: "
             "llama-quantize MODEL-f16.gguf MODEL-q4_k_m.gguf Q4_K_M (or: pip install llama-cpp-python, then again)"
         )
-    return None
+    return tool
 
 
 def quantize(source: Path, path: Path, *, tool: Path | None) -> None:
@@ -315,7 +276,34 @@ def gguf_readers(path: Path) -> tuple[str, list[str]]:
     width = fields.get(f"{architecture}.attention.key_length")
     fits = not architecture.startswith("qwen3") or width is None or width.contents() == 128
     known = architecture in modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES and fits
-    return kind, ["transformers"] * known + ["llama.cpp"] * (importlib.util.find_spec("llama_cpp") is not None)
+    return kind, ["transformers"] * known + ["llama.cpp"] * _has_llama()
+
+
+def gguf_logits(path: Path, rows: Sequence[list[int]], tokenizer: Any) -> tuple[str, dict[str, list[torch.Tensor]]]:
+    """The kind of a file, and for every reader at hand the float32 logits (token, vocabulary) of each row of ids.
+
+    Raises `ExportError` where there is no reader, or llama.cpp cuts the rows' texts into other tokens.
+    """
+    kind, readers = gguf_readers(path)
+    if not readers:
+        raise ExportError(
+            f"{path.name} can't be checked here: transformers doesn't read its kind, and llama.cpp is not "
+            "installed (pip install llama-cpp-python)"
+        )
+    logits: dict[str, list[torch.Tensor]] = {reader: [] for reader in readers}
+    if "transformers" in readers:
+        model = load_gguf(path)
+        with torch.inference_mode():
+            logits["transformers"] = [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
+    if "llama.cpp" in readers:
+        llama = _open_llama(path, length=max(map(len, rows)) + 8)
+        for text, row in zip(tokenizer.batch_decode(rows), rows, strict=True):
+            if llama.tokenize(text.encode(), add_bos=False, special=True) != row:
+                raise ExportError(f"{path.name}: llama.cpp cuts {text!r} into other tokens than the tokenizer")
+            llama.reset()
+            llama.eval(row)
+            logits["llama.cpp"].append(torch.tensor(np.array(llama.scores[: len(row)])))
+    return kind, logits
 
 
 def load_gguf(path: Path) -> Any:
@@ -336,7 +324,7 @@ def load_gguf(path: Path) -> Any:
         modeling_gguf_pytorch_utils.tqdm = bar
 
 
-def open_llama(path: Path, *, length: int = 512, lora: Path | None = None) -> Any:
+def _open_llama(path: Path, *, length: int, lora: Path | None = None) -> Any:
     """The file in llama.cpp, on the CPU, keeping the logits of every position. `length`: tokens of context."""
     import llama_cpp
 
@@ -353,28 +341,13 @@ def open_llama(path: Path, *, length: int = 512, lora: Path | None = None) -> An
         raise ExportError(f"{path} can't be read by llama.cpp: {error}") from error
 
 
-def gguf_logits(path: Path, reader: str, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Float32 logits (token, vocabulary) of every row of token ids."""
-    if reader == "transformers":
-        model = load_gguf(path)
-        with torch.inference_mode():
-            return [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
-    llama = open_llama(path, length=max(map(len, rows)) + 8)
-    found = []
-    for row in rows:
-        llama.reset()
-        llama.eval(row)
-        found.append(torch.tensor(np.array(llama.scores[: len(row)])))
-    return found
-
-
 def llama_answers(
     path: Path, prompts: Sequence[str], *, like: Path, lora: Path | None = None, max_new_tokens: int = 72
 ) -> list[str]:
     """Greedy answers of llama.cpp. `like`: the folder of the model, whose tokenizer renders and decodes."""
     tokenizer = load_tokenizer(like)
     rows = chat_ids(tokenizer, prompts)
-    llama = open_llama(path, length=max(map(len, rows)) + max_new_tokens + 1, lora=lora)
+    llama = _open_llama(path, length=max(map(len, rows)) + max_new_tokens + 1, lora=lora)
     answers = []
     for row in rows:
         llama.reset()
@@ -387,7 +360,7 @@ def llama_answers(
     return answers
 
 
-# --- Ollama -------------------------------------------------------------------------------------------------
+# --- chat templates elsewhere -------------------------------------------------------------------------------
 def plain_template(template: str) -> str:
     """The chat template without transformers' own `generation` tags, which mark what is trained.
 
@@ -398,56 +371,50 @@ def plain_template(template: str) -> str:
     return re.sub(r"({%-?\s*)endgeneration(\s*-?%})", r"\1endif\2", opened)
 
 
+# Families of chat templates, by what they make of the texts S, U, A, V of a system, user, assistant and user; with
+# each, what of that is there for the system's text, and how Go's template engine writes the same.
+_FAMILIES = {
+    "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    "<|im_start|>user\nV<|im_end|>\n": (  # ChatML: Qwen, SmolLM, nano
+        "<|im_start|>system\nS<|im_end|>\n",
+        "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}",
+    ),
+    "<start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n"
+    "<start_of_turn>user\nV<end_of_turn>\n": (  # Gemma: the system's text stands at the head of the user's
+        "S\n\n",
+        '{{- range $i, $m := .Messages }}{{ if eq .Role "system" }}<start_of_turn>user\n{{ .Content }}\n\n'
+        '{{ else if eq .Role "assistant" }}<start_of_turn>model\n{{ .Content }}<end_of_turn>\n{{ else }}'
+        '{{ if or (ne $i 1) (ne (index $.Messages 0).Role "system") }}<start_of_turn>user\n{{ end }}'
+        "{{ .Content }}<end_of_turn>\n{{ end }}{{ end }}",
+    ),
+}
+
+
 def modelfile_text(file: str, tokenizer: Any, *, stops: Sequence[str], system: str = "") -> str:
     """An Ollama Modelfile: the file's name, the chat template in Go's form, stop tokens, a system text.
 
-    The Go template is made from what the tokenizer's own template does with a short conversation; raises
-    `ExportError` when that is no plain row of turns. Tools and earlier reasoning are not carried over.
+    Raises `ExportError` for a chat template of a family that is not known here. Tools and earlier reasoning are not
+    carried over.
     """
     lines = [f"FROM ./{file}", f'TEMPLATE """{_go_template(tokenizer)}"""']
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
-    return "\n".join([*lines, *([f'SYSTEM """{system}"""'] if system else []), ""])
+    lines += [f'SYSTEM """{system}"""'] if system else []
+    return "\n".join([*lines, ""])
 
 
 def _go_template(tokenizer: Any) -> str:
-    user, system, reply, more = "USER", "SYSTEM", "REPLY", "MORE"
-
-    def render(*texts: str, **options: Any) -> str:
-        roles = {user: "user", system: "system", reply: "assistant", more: "user"}
+    def render(texts: str, **options: Any) -> str:
+        roles = {"S": "system", "U": "user", "A": "assistant", "V": "user"}
         chat = [{"role": roles[text], "content": text} for text in texts]
-        return tokenizer.apply_chat_template(chat, tokenize=False, **options).removeprefix(
-            tokenizer.bos_token or ""
-        )
+        written = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        return written.removeprefix(tokenizer.bos_token or "")
 
-    whole = render(user, reply, more)
-    before = whole.partition(user)[0]
-    middle, after = whole.partition(user)[2].partition(more)[::2]
-    to_reply, after_reply = middle.partition(reply)[::2]
-    prompt = render(user, add_generation_prompt=True).removeprefix(render(user))
+    without_system = render("UAV")
     try:
-        with_system = render(system, user)
+        whole = render("SUAV")
     except TemplateError:  # Gemma 2 refuses a system turn
-        with_system = before + system + "\n\n" + user + after
-    opening, between = with_system.removesuffix(user + after).partition(system)[::2]
-    parts = (
-        to_reply.startswith(after),
-        after_reply.endswith(before),
-        opening and between,
-        whole.endswith(more + after),
-    )
-    if not all(parts) or "{{" in whole:
-        raise ExportError("this chat template is no plain row of turns; write the Modelfile's TEMPLATE by hand")
-    start = before
-    if between.endswith(before):  # the system text is a turn of its own
-        between = between.removesuffix(before) if before else between
-    else:  # Gemma: it stands at the head of the first user turn
-        start = '{{ if or (ne $i 1) (ne (index $.Messages 0).Role "system") }}' + before + "{{ end }}"
-    return (
-        '{{- range $i, $m := .Messages }}{{ if eq $m.Role "system" }}'
-        + f"{opening}{{{{ $m.Content }}}}{between}"
-        + '{{ else if eq $m.Role "user" }}'
-        + f"{start}{{{{ $m.Content }}}}{after}"
-        + '{{ else if eq $m.Role "assistant" }}'
-        + f"{to_reply.removeprefix(after)}{{{{ $m.Content }}}}{after_reply.removesuffix(before)}"
-        + f"{{{{ end }}}}{{{{ end }}}}{prompt}"
-    )
+        whole = without_system.replace("U", "S\n\nU")
+    of_system, turns = _FAMILIES.get(whole, ("", ""))
+    if not turns or whole.replace(of_system, "") != without_system:  # some have a system text of their own
+        raise ExportError("this chat template is of no known family; write the Modelfile's TEMPLATE by hand")
+    return turns + render("UAV", add_generation_prompt=True).removeprefix(without_system)

@@ -1,43 +1,27 @@
 """Models that leave the workbench: merged safetensors, GGUF and LoRA files, each reloaded and compared.
 
-An adapter is merged into a freshly loaded base, never into the model that was trained (`artefacts` says why).
-Nothing is published before its next-token distributions were compared; it is written beside and then renamed, so an
-earlier artefact stays whole. Does not know how llama.cpp runs on a card.
+The base is loaded afresh on the CPU in the type it is stored in, never taken from the 4-bit model that was trained:
+bitsandbytes repacks those weights in place, and a merge then gives garbage without a word. Nothing is published
+before its next-token distributions were compared; it is written beside and then renamed, so an earlier artefact
+stays whole. Whether an adapter of fitting shapes was trained on this very base can't be told here.
 """
 
-import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ironlogic.export.artefacts import (
-    TYPES,
-    Comparison,
-    Source,
-    compare,
-    count_weights,
-    find_source,
-    insist,
-    load_fresh,
-    next_token_logits,
-    probe_inputs,
-    read_config,
-    with_adapter,
-)
 from ironlogic.export.gguf import (
     ExportError,
     convert,
     find_quantizer,
     gguf_logits,
-    gguf_readers,
     load_gguf,
     modelfile_text,
-    open_llama,
     quantize,
     why_not_gguf,
     write_gguf,
@@ -45,27 +29,64 @@ from ironlogic.export.gguf import (
 )
 from ironlogic.models import (
     LoadedModel,
+    ModelError,
     free_memory,
     in_plain_process,
     load_model,
+    load_processor,
     load_tokenizer,
+    model_inputs,
     need_template,
+    refuse_pickles,
+    resolve,
+    split_adapter,
 )
-from ironlogic.training.runs import Run, write_json
+from ironlogic.training.runs import Run, RunError, open_run, replacing, run_folder, write_json
 
+import numpy as np
+import peft
 import psutil
 import torch
 import transformers
-from safetensors import SafetensorError
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 __all__ = [
+    "Comparison",
     "check_export",
     "export_gguf",
     "export_lora_gguf",
     "merge_adapter",
     "open_export",
+    "read_notes",
     "write_modelfile",
 ]
+
+PROBES = (
+    "What is the sum of 3 and 4?",
+    "Tom is taller than Anna. Ben is taller than Tom. Who is the tallest?",
+    "Why is the sky blue? Explain it to a child.",
+    "don't  stop\n\n 123abc ¿ñ? 请用中文 🦙 <think>",
+)
+# Mean Kullback-Leibler divergence (nats a position) from its reference that an artefact may have. A merge that went
+# wrong is off by nats; rounding alone moves nano by a seventh of these or less.
+TOLERANCE = {"f32": 1e-6, "bf16": 5e-3, "f16": 5e-3, "q8_0": 1e-2, "q4_k_m": 0.1}
+_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An artefact's next-token distributions beside those of the model it was made from."""
+
+    artefact: str  # name of the file or folder
+    reader: str  # transformers or llama.cpp
+    kind: str  # f32, bf16, f16, q8_0, q4_k_m
+    bytes: int
+    positions: int  # next-token distributions compared
+    logit_difference: float  # largest
+    mean_kl: float  # nats
+    top1: float  # share of positions with the same most likely token
+    tolerance: float  # of mean_kl
 
 
 @in_plain_process
@@ -75,7 +96,7 @@ def merge_adapter(run_or_path: Run | str | Path, out: str | Path, *, base: str |
     Plain transformers loads the result, a vision-language model's too. It is stored in the type of the base (4-bit
     bases: bfloat16). `base` replaces the base that the adapter names. Raises `ExportError`.
     """
-    source, out = find_source(run_or_path, base), Path(out).expanduser().absolute()
+    source, out = _find_source(run_or_path, base), Path(out).expanduser().absolute()
     _check_replaceable(out, source)
     _check_room(source, out.parent)
     model, processor, probes, reference = _reference(source)
@@ -84,17 +105,17 @@ def merge_adapter(run_or_path: Run | str | Path, out: str | Path, *, base: str |
             model = model.merge_and_unload(safe_merge=True)
         except ValueError as error:
             raise ExportError(f"{source.adapter}: {error}; the adapter is broken, train it again") from error
-    kind = TYPES[model.dtype]
+    kind = _TYPES[model.dtype]
     # transformers 5.17 can't undo how it read a 4-bit checkpoint: such models keep transformers' own tensor names
-    original = not hasattr(read_config(source.base), "quantization_config")
-    with _beside(out) as part:
+    original = not hasattr(_read_config(source.base), "quantization_config")
+    with replacing(out, ExportError) as part:
         model.save_pretrained(part, max_shard_size="4GB", save_original_format=original)
         processor.save_pretrained(part)
         del model
         free_memory()
-        reloaded = next_token_logits(load_fresh(str(part))[0], probes)
-        found = replace(compare(part, "transformers", kind, reference, reloaded), artefact=out.name)
-        insist([found])
+        reloaded = _next_token_logits(_load_fresh(str(part))[0], probes)
+        found = replace(_compare(part, "transformers", kind, reference, reloaded), artefact=out.name)
+        _insist([found])
         _note(part, out.name, source, [found])
     return out
 
@@ -116,36 +137,27 @@ def check_export(
     `TOLERANCE` of its kind), or no reader at all, is an `ExportError`. `as_trained`: the reference is loaded as it
     was trained, in 4 bit where it was; rounding is part of the difference then, and any is accepted.
     """
-    artefact, source = Path(artefact), find_source(reference, base)
+    artefact, source = Path(artefact), _find_source(reference, base)
     if as_trained:
         tolerance = tolerance or float("inf")
         loaded = load_model(source.adapter or source.base, four_bit=source.record.get("four_bit_share", 0) > 0)
         processor = loaded.processor or loaded.tokenizer
-        probes = probe_inputs(processor)
-        expected = next_token_logits(loaded.model, probes)
+        probes = _probe_inputs(processor)
+        expected = _next_token_logits(loaded.model, probes)
         del loaded
     else:
         processor, probes, expected = _reference(source)[1:]
     free_memory()  # two copies need not be held
     if artefact.is_dir():
-        loaded = load_fresh(str(artefact))[0]
-        got = next_token_logits(loaded, probes)
-        found = [compare(artefact, "transformers", TYPES[loaded.dtype], expected, got)]
+        loaded = _load_fresh(str(artefact))[0]
+        kind, logits = _TYPES[loaded.dtype], {"transformers": _next_token_logits(loaded, probes)}
     else:
-        found = _read_gguf(artefact, expected, probes, getattr(processor, "tokenizer", processor))
-    return insist(found, tolerance)
+        rows = [probe["input_ids"][0].tolist() for probe in probes]
+        kind, logits = gguf_logits(artefact, rows, getattr(processor, "tokenizer", processor))
+    found = [_compare(artefact, reader, kind, expected, got) for reader, got in logits.items()]
+    return _insist(found, tolerance)
 
 
-def _reference(source: Source) -> tuple[Any, Any, list, list]:
-    """Base and adapter side by side, tokenizer or processor, the probes as inputs, and the logits to be met."""
-    model, processor = load_fresh(source.base)
-    if source.adapter:
-        model = with_adapter(model, source)
-    probes = probe_inputs(processor)
-    return model, processor, probes, next_token_logits(model, probes)
-
-
-# --- GGUF ---------------------------------------------------------------------------------------------------
 @in_plain_process
 def export_gguf(
     run_or_path: Run | str | Path,
@@ -164,12 +176,16 @@ def export_gguf(
     """
     if quantization not in ("f16", "q8_0", "q4_k_m"):
         raise ExportError(f"quantization {quantization!r}: expected f16, q8_0 or q4_k_m")
-    source, out = find_source(run_or_path, base), Path(out).expanduser().absolute()
-    path = out if out.suffix == ".gguf" else out / f"{source.name}-{quantization}.gguf"
+    source, path = _find_source(run_or_path, base), Path(out).expanduser().absolute()
+    if path.suffix != ".gguf":
+        path = path / f"{source.name}-{quantization}.gguf"
     checkout = os.environ.get("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR") if llama_cpp is None else llama_cpp
     _check_sightless(source)
     _check_room(source, path.parent, quantization)
-    with _beside(path) as part, tempfile.TemporaryDirectory(dir=path.parent, prefix="merging-") as scratch:
+    with (
+        replacing(path, ExportError) as part,
+        tempfile.TemporaryDirectory(dir=path.parent, prefix="merging-") as scratch,
+    ):
         whole = Path(source.base)
         if source.adapter or not whole.is_dir():
             whole = merge_adapter(run_or_path, Path(scratch) / source.name, base=base)
@@ -182,24 +198,25 @@ def export_gguf(
 @in_plain_process
 def export_lora_gguf(run_or_path: Run | str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
     """The adapter alone as a LoRA file beside a GGUF of its base (llama.cpp `--lora`, Ollama `ADAPTER`)."""
-    source, out = find_source(run_or_path, base), Path(out).expanduser().absolute()
+    source, path = _find_source(run_or_path, base), Path(out).expanduser().absolute()
     if not source.adapter:
         raise ExportError(f"{source.base}: a whole model, no adapter; export_gguf writes it")
-    path = out if out.suffix == ".gguf" else out / f"{source.name}-lora.gguf"
+    if path.suffix != ".gguf":
+        path = path / f"{source.name}-lora.gguf"
     _check_sightless(source)
-    with _beside(path) as part:
+    with replacing(path, ExportError) as part:
         write_lora_gguf(source.adapter, Path(source.base), part)
     return path
 
 
 def write_modelfile(gguf_path: str | Path, like: str | Path, *, system: str = "") -> Path:
     """`Modelfile` beside a GGUF file, for `ollama create NAME -f Modelfile`; chat template and stops of `like`."""
-    gguf_path, source = Path(gguf_path), find_source(like, None)
+    gguf_path, source = Path(gguf_path), _find_source(like, None)
     tokenizer = load_tokenizer(source.base)
     need_template(tokenizer)
     ends = {tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(_end_ids(source.base))} - {None}
     path = gguf_path.with_name("Modelfile")
-    with _beside(path) as part:
+    with replacing(path, ExportError) as part:
         part.write_text(
             modelfile_text(gguf_path.name, tokenizer, stops=sorted(ends), system=system), encoding="utf-8"
         )
@@ -224,92 +241,76 @@ def _end_ids(place: str | Path) -> list[int]:
 
 def _write(folder: Path, path: Path, quantization: str, checkout: Path | None) -> None:
     """A whole model as GGUF by the converter of the checkout, or by `gguf`; q4_k_m by way of f16."""
-    tool = find_quantizer(checkout) if quantization == "q4_k_m" else None
-    first = path.with_name(f"{path.name}.f16") if quantization == "q4_k_m" else path
-    kind = "f16" if quantization == "q4_k_m" else quantization
-    try:
-        if checkout:
-            convert(checkout, folder, first, kind)
-        elif reason := why_not_gguf(folder):
-            raise ExportError(
-                f"{folder.name}: {reason}, and no llama.cpp checkout was named (llama_cpp=...). To do it "
-                "later: merge_adapter(..., 'MERGED'), then: python LLAMA_CPP/convert_hf_to_gguf.py MERGED "
-                f"--outfile {path.name.removesuffix('.part')} --outtype {kind}"
-            )
-        else:
-            write_gguf(folder, first, quantization=kind)
-        if first != path:
+    if quantization == "q4_k_m":
+        tool, first = find_quantizer(checkout), path.with_name(f"{path.name}.f16")
+        try:
+            _write(folder, first, "f16", checkout)
             quantize(first, path, tool=tool)
-    finally:
-        if first != path:
+        finally:
             first.unlink(missing_ok=True)
-
-
-def _read_gguf(path: Path, expected: list, probes: list, tokenizer: Any) -> list[Comparison]:
-    """The file through every reader at hand; llama.cpp has to cut the texts into the same tokens too."""
-    rows = [probe["input_ids"][0].tolist() for probe in probes]
-    kind, readers = gguf_readers(path)
-    if not readers:
+    elif checkout:
+        convert(checkout, folder, path, quantization)
+    elif reason := why_not_gguf(folder):
+        name = path.name.removesuffix(".f16").removesuffix(".part")
         raise ExportError(
-            f"{path.name} can't be checked here: transformers doesn't read its kind, and llama.cpp is not "
-            "installed (pip install llama-cpp-python)"
+            f"{folder.name}: {reason}, and no llama.cpp checkout was named (llama_cpp=...). To do it "
+            "later: merge_adapter(..., 'MERGED'), then: python LLAMA_CPP/convert_hf_to_gguf.py MERGED "
+            f"--outfile {name} --outtype {quantization}"
         )
-    if "llama.cpp" in readers:
-        llama = open_llama(path, length=16)
-        for text, row in zip(tokenizer.batch_decode(rows), rows, strict=True):
-            if llama.tokenize(text.encode(), add_bos=False, special=True) != row:
-                raise ExportError(f"{path.name}: llama.cpp cuts {text!r} into other tokens than the tokenizer")
-    return [compare(path, reader, kind, expected, gguf_logits(path, reader, rows)) for reader in readers]
-
-
-# --- folders ------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A place to write to; what is there in the end takes the target's place, after an error nothing does."""
-    part, old = (target.with_name(f"{target.name}.{end}") for end in ("part", "old"))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(part)
-        yield part
-        _remove(old)
-        if target.is_dir():
-            target.rename(old)
-        part.replace(target)
-        _remove(old)
-    except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"{target} can't be written ({getattr(error, 'strerror', None) or error}); an earlier one is "
-            "untouched. Free space there, or choose another folder, and run this again"
-        ) from error
-    finally:
-        _remove(part)
-        if old.exists() and not target.exists():  # interrupted between two names
-            old.rename(target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        write_gguf(folder, path, quantization=quantization)
 
 
-def _check_replaceable(out: Path, source: Source) -> None:
+# --- what is exported ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Source:
+    """A base, and an adapter on it unless it is merged already."""
+
+    name: str
+    base: str  # folder or hub name
+    adapter: Path | None = None
+    record: dict[str, Any] = field(default_factory=dict)  # run.json
+
+
+def _find_source(run_or_path: Run | str | Path, base: str | Path | None) -> _Source:
+    """What a run (object, name or folder), an adapter's or a model's folder, or a hub name stands for."""
+    run = run_or_path if isinstance(run_or_path, Run) else None
+    try:
+        if run is None:
+            folder = Path(run_or_path).expanduser()
+            here = folder if (folder / "run.json").is_file() else run_folder(run_or_path)
+            run = open_run(here.absolute()) if (here / "run.json").is_file() else None
+        found, adapter = split_adapter(resolve(run.adapter if run else run_or_path))
+        found = resolve(base) if base else found
+        for place in filter(None, (found, adapter)):
+            refuse_pickles(place)
+            for file in Path(place).glob("*.safetensors"):
+                _check_whole(file)
+    except (ModelError, RunError) as error:
+        raise ExportError(str(error)) from error
+    name = run.folder.name if run else Path(adapter or found).name
+    return _Source(name, found, Path(adapter) if adapter else None, run.record if run else {})
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            tensors.keys()
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{file} is cut short or damaged ({error}); copy or train it again") from None
+
+
+def _check_replaceable(out: Path, source: _Source) -> None:
     used = [Path(place).resolve() for place in (source.base, source.adapter) if place and Path(place).exists()]
     if any(out.resolve() == place or out.resolve() in place.parents for place in used):
         raise ExportError(f"{out} holds what is to be exported; choose another folder")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and _exported(out) != {out.name}):
+    of_merge = read_notes(out).keys() == {out.name}  # GGUF files may lie there too
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not of_merge):
         raise ExportError(f"{out} holds something that is no earlier merge; choose another folder")
 
 
-def _exported(folder: Path) -> set[str]:
-    """What was exported into a folder: its own name for a merged model, and the names of GGUF files."""
-    path = folder / "export.json"
-    return set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
-
-
-def _check_sightless(source: Source) -> None:
-    if hasattr(read_config(source.base), "vision_config"):
+def _check_sightless(source: _Source) -> None:
+    if hasattr(_read_config(source.base), "vision_config"):
         raise ExportError(
             f"{source.name} is a vision-language model, of which no GGUF is written here: llama.cpp has no place "
             "for a splice, and its convert_hf_to_gguf.py takes Gemma 3 and Qwen3-VL from the merged folder. Merged "
@@ -317,9 +318,12 @@ def _check_sightless(source: Source) -> None:
         )
 
 
-def _check_room(source: Source, folder: Path, quantization: str = "") -> None:
+def _check_room(source: _Source, folder: Path, quantization: str = "") -> None:
     """Before anything is loaded or written: disk for the result and what it is made of, memory for one copy."""
-    count, size = count_weights(source)
+    config = _read_config(source.base)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in _auto(config).from_config(config).parameters())
+    size = (config.dtype or torch.bfloat16).itemsize
     file = {"": 0, "f16": 2, "q8_0": 1.0625, "q4_k_m": 2.7}[quantization]  # bytes a weight; q4_k_m by way of f16
     merged = size if source.adapter or not quantization else 0
     there = next(place for place in (folder, *folder.parents) if place.exists())
@@ -334,14 +338,130 @@ def _check_room(source: Source, folder: Path, quantization: str = "") -> None:
             )
 
 
-def _note(folder: Path, name: str, source: Source, found: Sequence[Comparison]) -> None:
+def read_notes(folder: Path) -> dict[str, Any]:
+    """export.json of a folder: what was exported into it, by its name; empty where there is none."""
+    path = folder / "export.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ExportError(f"{path} is damaged ({error!r:.200}); delete it, and export again") from error
+
+
+def _note(folder: Path, name: str, source: _Source, found: Sequence[Comparison]) -> None:
     """export.json: what was written from what, and how far it is from it. The model card reads it."""
-    path, merged = folder / "export.json", Path(source.base) / "export.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    made = (
-        json.loads(merged.read_text(encoding="utf-8")).get(Path(source.base).name, {}) if merged.is_file() else {}
+    base = Path(source.base)
+    made = {"run": source.name, "base": base.name if base.exists() else source.base}
+    made |= read_notes(base).get(base.name, {})  # of a merged model: what it was merged from
+    write_json(
+        folder / "export.json",
+        read_notes(folder) | {name: made | {"comparisons": [asdict(c) for c in found]}},
     )
-    base = made.get("base") or (Path(source.base).name if Path(source.base).exists() else source.base)
-    run = made.get("run") or source.name
-    kept[name] = {"run": run, "base": base, "comparisons": [asdict(c) for c in found]}
-    write_json(path, kept)
+
+
+# --- loading ------------------------------------------------------------------------------------------------
+def _read_config(place: str | Path) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            place, local_files_only=Path(place).is_dir(), trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{place}: its config.json can't be had ({str(error).splitlines()[0]})") from error
+
+
+def _auto(config: Any) -> Any:
+    sees = hasattr(config, "vision_config")
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+
+
+def _load_fresh(place: str) -> tuple[Any, Any]:
+    """(model, tokenizer or processor) by plain transformers on the CPU, in the type it is stored in."""
+    local, config = Path(place).is_dir(), _read_config(place)
+    packed = hasattr(config, "quantization_config")
+    kind = torch.bfloat16 if packed else "auto"
+    safe = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        model = _auto(config).from_pretrained(place, dtype=kind, device_map="cpu", **safe)
+        processor = load_processor(place, config)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ExportError(f"{place} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    return (model.dequantize() if packed else model).eval(), processor
+
+
+def _reference(source: _Source) -> tuple[Any, Any, list, list]:
+    """Base and adapter side by side, tokenizer or processor, the probes as inputs, and the logits to be met."""
+    model, processor = _load_fresh(source.base)
+    if source.adapter:
+        model = _with_adapter(model, source)
+    probes = _probe_inputs(processor)
+    return model, processor, probes, _next_token_logits(model, probes)
+
+
+def _with_adapter(model: Any, source: _Source) -> Any:
+    """The base with the adapter beside it; every tensor of the adapter has found its place."""
+    advice = f"the adapter {source.adapter} was not trained on {source.base}; name its base (base=...)"
+    try:
+        model = peft.PeftModel.from_pretrained(model, source.adapter).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(f"{advice}: {' '.join(str(error).split())[:200]}") from error
+    with safe_open(source.adapter / "adapter_model.safetensors", framework="pt") as tensors:
+        strays = set(tensors.keys()) ^ set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    if strays:
+        raise ExportError(f"{advice}: {len(strays)} tensors fit only one of them, {min(strays)} for one")
+    return model
+
+
+# --- comparing ----------------------------------------------------------------------------------------------
+def _probe_inputs(processor: Any) -> list[dict[str, torch.Tensor]]:
+    """The probes as a model takes them; with a picture in front where it can see."""
+    need_template(processor)
+    seeing = hasattr(processor, "image_processor")
+    ramp = np.add.outer(np.arange(96), np.arange(96)).astype(np.uint8)
+    picture = Image.fromarray(np.stack([ramp, ramp.T[::-1], 255 - ramp], axis=-1))
+    inputs = []
+    for i, probe in enumerate(PROBES):
+        content = [{"type": "image"}] * (seeing and i < 2) + [{"type": "text", "text": probe}] if seeing else probe
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        pictures = {"images": [picture]} if seeing and i < 2 else {}
+        inputs.append(dict(processor(text=text, **pictures, add_special_tokens=False, return_tensors="pt")))
+    return inputs
+
+
+@torch.inference_mode()
+def _next_token_logits(model: Any, probes: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """Float32 logits of every position on the CPU, (token, vocabulary) a probe."""
+    return [model(**model_inputs(model, probe)).logits[0].float().cpu() for probe in probes]
+
+
+def _compare(
+    path: Path, reader: str, kind: str, expected: list[torch.Tensor], got: list[torch.Tensor]
+) -> Comparison:
+    """Two models' logits over the same probes; columns that a padded vocabulary adds are left out."""
+    ours, theirs = torch.cat(expected), torch.cat([g[:, : e.shape[1]] for e, g in zip(expected, got, strict=True)])
+    p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+    return Comparison(
+        artefact=path.name,
+        reader=reader,
+        kind=kind,
+        bytes=sum(f.stat().st_size for f in (path.glob("*.safetensors") if path.is_dir() else [path])),
+        positions=len(ours),
+        logit_difference=round((ours - theirs).abs().max().item(), 6),
+        mean_kl=divergence.mean().item(),
+        top1=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+        tolerance=TOLERANCE[kind],
+    )
+
+
+def _insist(found: list[Comparison], tolerance: float | None = None) -> list[Comparison]:
+    """The comparisons, when all are within their tolerance (or the one given). Raises `ExportError`."""
+    for c in found:
+        allowed = c.tolerance if tolerance is None else tolerance
+        if not c.mean_kl <= allowed:  # a NaN fails too
+            raise ExportError(
+                f"{c.artefact}, read by {c.reader}, is not the model it was made from: its next-token "
+                f"distributions are {c.mean_kl:.2g} nats away (mean of {c.positions}; {c.kind} may have "
+                f"{allowed:g}), and {c.top1:.0%} of the likeliest tokens agree. Don't use it; export it again"
+            )
+    return found

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 if TYPE_CHECKING:  # nothing here needs torch
-    from ironlogic.export.artefacts import Comparison
+    from ironlogic.export.write import Comparison
     from ironlogic.memory import MemoryPlan
 
 __all__ = [

@@ -17,18 +17,10 @@ from typing import Any
 from ironlogic import IronLogicError
 from ironlogic.data.chats import Chats, make_chats
 from ironlogic.data.problems import Task, accuracy_reward, check_answer, normal_answer, thinks
-from ironlogic.generate import Completion, generate
+from ironlogic.generate import Completion, chat_ids, generate
 from ironlogic.models import LoadedModel, as_loaded
 from ironlogic.presets import LoraSettings
-from ironlogic.training.runs import (
-    Run,
-    drop_later_steps,
-    find_run,
-    read_steps,
-    run_folder,
-    save_adapter,
-    start_or_join,
-)
+from ironlogic.training.runs import Run, drop_later_steps, read_steps, run_folder, save_adapter, start_or_join
 from ironlogic.training.stages import (
     Watch,
     content_hash,
@@ -36,7 +28,6 @@ from ironlogic.training.stages import (
     finish_stage,
     finished_run,
     fit,
-    stage_callbacks,
     trainer_arguments,
     with_trained_adapter,
 )
@@ -70,8 +61,9 @@ _LOGGED = (  # of TRL's log, into metrics.jsonl; a column for every reward joins
     "entropy",
 )
 _RECORDED = {"step", "prompt", "completion", "tokens"}  # of every line of completions.jsonl
-_OF_TRL = {"completion", "prompts", "completions", "completion_ids"}  # what it passes to a reward, or drops
-_OF_TRL |= {"trainer_state", "log_extra", "log_metric", "environments"}
+_OF_TRL = set(  # what it passes to a reward, or drops
+    "completion prompts completions completion_ids trainer_state log_extra log_metric environments".split()
+)
 
 
 class GrpoError(IronLogicError, ValueError):
@@ -140,14 +132,13 @@ def train_grpo(
     names = _reward_names(rewards, rows)
     record = describe_stage("grpo", loaded, len(rows), content_hash(rows), settings)
     record["settings"] |= {"rewards": names, "max_length": loaded.max_length}  # Run.load_model wants the latter
-    previous = find_run(folder, record)
-    if previous.get("finished"):
-        return finished_run(folder, previous, watch)
+    if finished := finished_run(folder, record, watch):
+        return finished
     start_or_join(folder, record)
-    transformers.set_seed(settings.seed)  # before any weight is drawn
     loaded = with_trained_adapter(loaded, settings.lora, seed=settings.seed)
-    trainer = _trainer(loaded, rows, settings, folder, rewards, watch)
-    seconds = fit(trainer, folder)
+    trainer = _trainer(loaded, rows, settings, folder, rewards)
+    columns = (*_LOGGED, *(f"rewards/{name}/mean" for name in names))
+    seconds = fit(trainer, folder, watch, columns=columns)
     save_adapter(loaded, folder)
     data = f"{len(rows)} prompts" + (f", {left_out} left out: too long for the context" if left_out else "")
     if all(line.get("frac_reward_zero_std") == 1 for line in read_steps(folder / "metrics.jsonl")):
@@ -171,12 +162,8 @@ def _prepare(
 ) -> tuple[list[dict[str, Any]], int]:
     """Rows with prompts as messages, and how many were left out, as prompt and completion exceed the context."""
     rows = [_row(problem, i, needs_answer) for i, problem in enumerate(problems)]
-    texts = [
-        loaded.tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True)
-        for row in rows
-    ]
     room = loaded.max_length - settings.max_new_tokens
-    ids = loaded.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    ids = chat_ids(loaded.tokenizer, [row["prompt"] for row in rows]) if rows else []
     kept = [row for row, tokens in zip(rows, ids, strict=True) if len(tokens) <= room]
     if not kept:
         raise GrpoError(
@@ -194,15 +181,15 @@ def _row(problem: Any, position: int, needs_answer: bool) -> dict[str, Any]:
         raise GrpoError(f"{where} is a {type(problem).__name__}; expected a Task or a mapping with a prompt")
     row = dict(problem)
     needed = ("prompt", "answer") if needs_answer else ("prompt",)
-    missing = [name for name in needed if row.get(name) in (None, "", [])]
-    if missing:
+    if missing := [name for name in needed if row.get(name) in (None, "", [])]:
         raise GrpoError(f"{where} has no {' and no '.join(missing)}; it has {sorted(row)}")
     if taken := sorted(row.keys() & _OF_TRL):
         raise GrpoError(f"{where} has a column {taken[0]!r}, a name that TRL gives to something else; rename it")
     prompt = row["prompt"]
-    row["prompt"] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(row["prompt"], list) or not all(
-        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in row["prompt"]
+    if isinstance(prompt, str):
+        row["prompt"] = [{"role": "user", "content": prompt}]
+    elif not isinstance(prompt, list) or not all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt
     ):
         kind = type(prompt).__name__
         raise GrpoError(f"{where} has a prompt of type {kind}; expected a text or a list of messages")
@@ -259,18 +246,15 @@ class _Rewards(transformers.TrainerCallback):
         self.rewards, self.path = rewards, folder / "completions.jsonl"
         self.scores: dict[str, list[float | None]] = {}  # of this step, by reward
 
-    def functions(self) -> list[Reward]:
-        return [self._checked(reward) for reward in self.rewards]
-
-    def _checked(self, reward: Reward) -> Reward:
+    def checked(self, reward: Reward) -> Reward:
         @functools.wraps(reward)
         def score(prompts, completions, completion_ids, **columns):
             returned = reward(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns)
             asked, texts = ([messages[-1]["content"] for messages in chats] for chats in (prompts, completions))
-            self.scores[reward.__name__] = _check_scores(reward.__name__, returned, asked, texts)
+            scores = self.scores[reward.__name__] = _check_scores(reward.__name__, returned, asked, texts)
             if reward is self.rewards[-1]:
                 self._end_step(asked, texts, list(map(len, completion_ids)), columns)
-            return self.scores[reward.__name__]
+            return scores
 
         return score
 
@@ -284,15 +268,13 @@ class _Rewards(transformers.TrainerCallback):
         columns["log_metric"]("think_rate", sum(map(thinks, texts)) / len(texts))
         if not state.is_world_process_zero:
             return
-        of_rows = {
-            f"row_{name}" if name in _RECORDED else name: values
-            for name, values in columns.items()
-            if isinstance(values, list)
-        }
+        record = {"prompt": asked, "completion": texts, "tokens": tokens, **self.scores}
+        for name, values in columns.items():
+            if isinstance(values, list):  # a column of the rows
+                record[f"row_{name}" if name in _RECORDED else name] = values
         with self.path.open("a", encoding="utf-8") as file:
-            for i, text in enumerate(texts):
-                line = {"step": state.global_step + 1, "prompt": asked[i], "completion": text, "tokens": tokens[i]}
-                line |= {name: values[i] for name, values in (self.scores | of_rows).items()}
+            for i in range(len(texts)):
+                line = {"step": state.global_step + 1} | {name: values[i] for name, values in record.items()}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def on_train_begin(self, args, state, control, **_):
@@ -310,19 +292,20 @@ def _check_scores(name: str, returned: Any, asked: list[str], texts: list[str]) 
             f"the reward {name} returned {returned!r:.100} ({type(returned).__name__}); expected a list with a "
             f"number for each of {len(texts)} completions" + _example(asked[0], texts[0])
         )
-    scores: list[float | None] = []
     for value, prompt, text in zip(values, asked, texts, strict=True):
-        try:
-            score = None if value is None else math.nan if isinstance(value, str) else float(value)
-        except (TypeError, ValueError):
-            score = math.nan
-        if score is not None and not math.isfinite(score):
+        if value is not None and not _is_finite(value):
             raise GrpoError(
                 f"the reward {name} returned {value!r:.100} for a completion; expected a finite number, or None "
                 "where it does not apply" + _example(prompt, text)
             )
-        scores.append(score)
-    return scores
+    return [None if value is None else float(value) for value in values]
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):  # a text, a list, a number beyond floats
+        return False
 
 
 def _example(prompt: str, completion: str) -> str:
@@ -330,7 +313,13 @@ def _example(prompt: str, completion: str) -> str:
 
 
 # --- training ---------------------------------------------------------------------------------------------
-def _trainer(loaded, rows, settings: GrpoSettings, folder: Path, rewards, watch) -> trl.GRPOTrainer:
+def _trainer(
+    loaded: LoadedModel,
+    rows: Sequence[dict[str, Any]],
+    settings: GrpoSettings,
+    folder: Path,
+    rewards: Sequence[Reward],
+) -> trl.GRPOTrainer:
     arguments = trl.GRPOConfig(
         **trainer_arguments(settings, folder, steps=settings.steps),
         num_generations=settings.generations,
@@ -339,15 +328,14 @@ def _trainer(loaded, rows, settings: GrpoSettings, folder: Path, rewards, watch)
         shuffle_dataset=False,  # the rows are in their order already
         beta=0.0,
     )
-    checked = _Rewards(rewards, folder)
-    columns = (*_LOGGED, *(f"rewards/{reward.__name__}/mean" for reward in rewards))
+    record = _Rewards(rewards, folder)
     return trl.GRPOTrainer(
         model=loaded.model,
-        reward_funcs=checked.functions(),
+        reward_funcs=[record.checked(reward) for reward in rewards],
         args=arguments,
         train_dataset=_training_order(rows, settings),
         processing_class=loaded.tokenizer,
-        callbacks=[checked, *stage_callbacks(folder, watch, columns=columns)],
+        callbacks=[record],
     )
 
 

@@ -21,7 +21,6 @@ from typing import Any
 from ironlogic import IronLogicError
 from ironlogic.training.runs import RunError
 
-import datasets
 import psutil
 import torch
 
@@ -202,7 +201,7 @@ def _work(connection: Connection, watched: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process ends us
     threading.Thread(target=_end_with_the_first, daemon=True).start()
     torch.set_num_threads(1)
-    datasets.disable_progress_bars()  # several write over each other
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # several write over each other
     send_metrics = (lambda lines: connection.send(("metrics", lines))) if watched else None
     while True:
         try:

@@ -11,38 +11,23 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ironlogic import IronLogicError
-from ironlogic.models import LoadedModel, load_model
 from ironlogic.session import results_path, see_place
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = [
-    "Run",
-    "RunError",
-    "drop_later_steps",
-    "find_run",
-    "has_room",
-    "newest_whole_checkpoint",
-    "no_room",
-    "open_run",
-    "read_metrics",
-    "read_record",
-    "read_steps",
-    "run_folder",
-    "save_adapter",
-    "start_or_join",
-    "write_json",
-    "writing",
-]
+if TYPE_CHECKING:
+    from ironlogic.models import LoadedModel
 
-# What has to agree for a folder to hold "the same run".
-_SAME = ("stage", "model", "four_bit", "rows", "data_sha256", "settings", "burden")
+__all__ = ["Run", "RunError", "open_run", "read_metrics", "replacing", "run_folder", "save_adapter", "write_json"]
+
+# What has to agree, with every setting, for a folder to hold "the same run".
+_SAME = ("stage", "model", "four_bit", "rows", "data_sha256", "burden", "processes")
 
 
 class RunError(IronLogicError, RuntimeError):
@@ -55,7 +40,7 @@ class Run:
 
     folder: Path
     record: dict[str, Any]  # run.json
-    loaded: LoadedModel | None = None
+    loaded: "LoadedModel | None" = None
 
     def __reduce__(self) -> tuple:
         return Run, (self.folder, self.record)  # to another process without its model
@@ -69,8 +54,10 @@ class Run:
         """Logged steps: step, loss (nats per trained token), learning_rate, grad_norm, seconds, ..."""
         return read_metrics(self.folder)
 
-    def load_model(self) -> LoadedModel:
+    def load_model(self) -> "LoadedModel":
         """The trained model: the one in memory, else base and adapter loaded from disk."""
+        from ironlogic.models import load_model  # heavy; a folder is read without it
+
         return self.loaded or load_model(
             self.adapter,
             four_bit=self.record["four_bit"],
@@ -124,10 +111,13 @@ def find_run(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     previous = read_record(folder)
     if not previous:
         return {}
-    # a tracker changes nothing that is learned, and an older version knew fewer settings
-    settings = previous["settings"].keys() - {"report_to"}
-    ours, theirs = _identity(record, settings), _identity(previous, settings)
-    if other := [name for name in _SAME if ours[name] != theirs[name]]:
+    pairs = {name: (previous.get(name), record.get(name)) for name in _SAME}
+    if "processes" not in previous:  # only prepared
+        del pairs["processes"]
+    for name, value in previous["settings"].items():  # an older version knew fewer
+        pairs[f"settings.{name}"] = (value, record["settings"].get(name))
+    pairs.pop("settings.report_to", None)  # a tracker changes nothing that is learned
+    if other := [f"{name} ({was!r:.40}, now {now!r:.40})" for name, (was, now) in pairs.items() if was != now]:
         raise RunError(
             f"{folder} holds another run: it differs in {', '.join(other)}. "
             "Choose another name for this run, or delete the folder"
@@ -135,27 +125,10 @@ def find_run(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     return previous
 
 
-def _identity(record: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    compared = {name: record["settings"].get(name) for name in settings}
-    return {name: record.get(name) for name in _SAME} | {"settings": compared}
-
-
-def start_or_join(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Writes run.json, unless the same run has begun here; returns what stands there. Raises `RunError`."""
-    previous = find_run(folder, record)
-    if "versions" in previous:  # begun, and not only prepared
-        return previous
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+def start_or_join(folder: Path, record: dict[str, Any]) -> None:
+    """Writes run.json, unless the same run has begun here. Raises `RunError`."""
+    if "versions" not in find_run(folder, record):  # not begun, or only prepared
         write_json(folder / "run.json", record)
-    return record
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: written beside, then renamed."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
 
 
 # --- lines of a step: metrics.jsonl, completions.jsonl ------------------------------------------------------
@@ -164,9 +137,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON Lines file; a killed run may leave half a line at the end."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines of a JSON Lines file; a killed run may leave half a line, or half a letter, at the end."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    try:
+        return [json.loads(line) for line in text.split("\n")[:-1]]
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); mend or delete this file") from error
 
 
 def drop_later_steps(path: Path, step: int) -> list[dict[str, Any]]:
@@ -177,25 +153,20 @@ def drop_later_steps(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 # --- the result and the way there ---------------------------------------------------------------------------
-def save_adapter(loaded: LoadedModel, folder: Path) -> None:
+def save_adapter(loaded: "LoadedModel", folder: Path) -> None:
     """The adapter and the tokenizer in `folder/adapter`, in PEFT's form, with its base by name."""
-    beside = folder / "adapter.part"
-    shutil.rmtree(beside, ignore_errors=True)
-    with writing(folder):
+    with replacing(folder / "adapter") as beside:
         loaded.model.save_pretrained(beside, save_embedding_layers=False)  # else it looks on the hub
         loaded.tokenizer.save_pretrained(beside)
-    settings = json.loads((beside / "adapter_config.json").read_text(encoding="utf-8"))
-    settings["base_model_name_or_path"] = loaded.base
-    write_json(beside / "adapter_config.json", settings)
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    beside.rename(folder / "adapter")
+        settings = json.loads((beside / "adapter_config.json").read_text(encoding="utf-8"))
+        write_json(beside / "adapter_config.json", settings | {"base_model_name_or_path": loaded.base})
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; a kill may leave a half-written one behind."""
     numbered = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     newest_first = sorted(numbered, key=_step_of, reverse=True)
-    return next((path for path in newest_first if _is_whole(path)), None)
+    return next(filter(_is_whole, newest_first), None)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -216,22 +187,50 @@ def _is_whole(checkpoint: Path) -> bool:
     )
 
 
-# --- a disk that is full or read-only -----------------------------------------------------------------------
+# --- whole or not at all, on a disk that may be full or read-only -------------------------------------------
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What is written inside fails with one `RunError`, whatever a library says of a full or read-only disk."""
+def replacing(target: Path, raises: type[IronLogicError] = RunError) -> Iterator[Path]:
+    """A place to write a file or folder to; written whole it takes the target's place, after an error nothing does.
+
+    Whatever a library says of a full or read-only disk becomes one error of the type `raises`.
+    """
+    part, old = (target.with_name(f"{target.name}.{end}") for end in ("part", "old"))
     try:
-        yield
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)
+        yield part
+        if target.is_dir():
+            _remove(old)
+            target.rename(old)
+        part.replace(target)
+        _remove(old)
     except (OSError, SafetensorError) as error:
-        raise RunError(no_room(folder, error)) from error
+        raise raises(no_room(target, error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(part)
+        if old.exists() and not target.exists():  # interrupted between two names
+            old.rename(target)
 
 
-def no_room(folder: Path, error: Exception) -> str:
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def no_room(place: Path, error: Exception) -> str:
     """The message of that error."""
     cause = getattr(error, "strerror", None) or error
     return (
-        f"{folder} can't be written ({cause}); what was saved before is untouched. "
-        "Free space there, or set IRONLOGIC_RUNS to a folder with room, and run this again"
+        f"{place} can't be written ({cause}); what was there before is untouched. Free space there, or choose "
+        "another folder (for runs: IRONLOGIC_RUNS), and run this again"
     )
 
 

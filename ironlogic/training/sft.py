@@ -28,11 +28,11 @@ from ironlogic.training.runs import (
     RunError,
     find_run,
     read_record,
+    replacing,
     run_folder,
     save_adapter,
     start_or_join,
     write_json,
-    writing,
 )
 from ironlogic.training.stages import (
     Watch,
@@ -42,14 +42,12 @@ from ironlogic.training.stages import (
     finish_stage,
     finished_run,
     fit,
-    stage_callbacks,
     trainer_arguments,
     with_trained_adapter,
 )
 
 import datasets
 import torch
-import transformers
 import trl
 
 __all__ = ["prepare_sft", "train_prepared", "train_sft"]
@@ -88,21 +86,19 @@ def train_sft(
     stage = "sft" if burden is None else "ft"
     sha256 = _hash(chats)
     record = describe_stage(stage, loaded, len(chats), sha256, settings, burden=burden, processes=PROCESSES)
-    previous = find_run(folder, record)
-    if previous.get("finished"):
-        return finished_run(folder, previous, watch)
-    _check_processes(folder, previous)
+    if finished := finished_run(folder, record, watch):
+        return finished
     # before anything is written: bad rows claim no folder
     rows, batches, report = _prepare(loaded, chats, settings, burden, pictured is not None)
     if PROCESS == 0:
         _write_chats(folder, chats)
         start_or_join(folder, record)
-    transformers.set_seed(settings.seed)  # before any weight is drawn: TRL 1.14 doesn't
     loaded = with_trained_adapter(loaded, settings.lora, seed=settings.seed)
-    trainer = _trainer(loaded, rows, batches, settings, folder, watch)
+    trainer = _trainer(loaded, rows, batches, settings, folder)
     if settings.padding_free:
         _check_rows_are_apart(trainer, rows)
-    seconds = fit(trainer, folder, may_halve=PROCESSES == 1)  # the others would wait for one that halves alone
+    # alone: the other processes would wait for one that halves its batch
+    seconds = fit(trainer, folder, watch, may_halve=PROCESSES == 1)
     if PROCESS == 0:
         save_adapter(loaded, folder)
     return finish_stage(folder, record, trainer, loaded, data=report, seconds=round(seconds, 3))
@@ -129,8 +125,7 @@ def prepare_sft(
     record = describe_inputs(stage, str(model), four_bit, len(chats), sha256, settings, burden)
     if not find_run(folder, record):
         _write_chats(folder, chats)
-        with writing(folder):
-            write_json(folder / "run.json", record)
+        write_json(folder / "run.json", record)
     return folder
 
 
@@ -138,9 +133,9 @@ def train_prepared(run: str | Path, *, watch: Watch | None = None) -> Run:
     """`train_sft` on what the folder carries. Raises `RunError` when there is nothing, or it was changed."""
     folder = run_folder(run)
     record, path = read_record(folder), folder / "chats.jsonl"
-    missing = [name for name in ("run.json", "chats.jsonl") if not (folder / name).is_file()]
-    if missing:
-        raise RunError(f"{folder}: no {missing[0]} here; expected a folder written by train_sft or prepare_sft")
+    for name in ("run.json", "chats.jsonl"):
+        if not (folder / name).is_file():
+            raise RunError(f"{folder}: no {name} here; expected a folder written by train_sft or prepare_sft")
     try:
         chats = load_chats(path)
         settings = TrainSettings(**record["settings"] | {"lora": LoraSettings(**record["settings"]["lora"])})
@@ -181,16 +176,12 @@ def _write_chats(folder: Path, chats: Chats) -> None:
     if (folder / "run.json").exists():
         return
     keys = chats.rows["row"][:] if "row" in chats.rows.column_names else None  # they key the burden
-    beside = folder / "chats.part"
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8", newline="\n") as file:
-            for index, messages in enumerate(chats):
-                for part in image_parts(messages):
-                    part["image"] = _carry(part.get("image"), folder)
-                row = {"messages": messages} | ({"row": keys[index]} if keys else {})
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        beside.replace(folder / "chats.jsonl")
+    with replacing(folder / "chats.jsonl") as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
+        for index, messages in enumerate(chats):
+            for part in image_parts(messages):
+                part["image"] = _carry(part.get("image"), folder)
+            row = {"messages": messages} | ({"row": keys[index]} if keys else {})
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _carry(picture: Any, folder: Path) -> str | None:
@@ -203,15 +194,6 @@ def _carry(picture: Any, folder: Path) -> str | None:
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
     return f"pictures/{file.name}"
-
-
-def _check_processes(folder: Path, previous: dict[str, Any]) -> None:
-    before = previous.get("processes", PROCESSES)
-    if before != PROCESSES:
-        raise RunError(
-            f"{folder} was begun with {before} process{'es' * (before > 1)}, here are {PROCESSES}: a step would "
-            "take another number of rows. Go on with as many, or choose another name for this run"
-        )
 
 
 # --- data -------------------------------------------------------------------------------------------------
@@ -262,7 +244,11 @@ def _training_order(rows: datasets.Dataset, settings: TrainSettings) -> list[tup
 
 # --- training ---------------------------------------------------------------------------------------------
 def _trainer(
-    loaded, rows, batches: PictureBatches | None, settings: TrainSettings, folder: Path, watch: Watch | None
+    loaded: LoadedModel,
+    rows: datasets.Dataset,
+    batches: PictureBatches | None,
+    settings: TrainSettings,
+    folder: Path,
 ) -> trl.SFTTrainer:
     steps = math.ceil(len(rows) / (settings.batch_size * settings.accumulation * PROCESSES))
     arguments = trl.SFTConfig(
@@ -284,7 +270,6 @@ def _trainer(
         train_dataset=rows,
         processing_class=loaded.tokenizer,
         data_collator=batches,
-        callbacks=stage_callbacks(folder, watch)[0 if PROCESS == 0 else 1 :],  # the recorder comes first
     )
 
 

@@ -30,6 +30,7 @@ from ironlogic.training.runs import (
     Run,
     RunError,
     drop_later_steps,
+    find_run,
     has_room,
     newest_whole_checkpoint,
     no_room,
@@ -45,18 +46,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.integrations import integration_utils
 
-__all__ = [
-    "Watch",
-    "content_hash",
-    "describe_inputs",
-    "describe_stage",
-    "finish_stage",
-    "finished_run",
-    "fit",
-    "stage_callbacks",
-    "trainer_arguments",
-    "with_trained_adapter",
-]
+__all__ = ["Watch", "content_hash", "describe_stage", "finish_stage", "finished_run", "fit", "trainer_arguments"]
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo")
 Watch = Callable[[list[dict[str, Any]]], None]  # called with all metrics at every logged step
@@ -77,8 +67,8 @@ def describe_inputs(
         "four_bit": four_bit,
         "rows": rows,
         "data_sha256": data_sha256,
-        "settings": json.loads(json.dumps(asdict(settings))),
-        "burden": None if burden is None else json.loads(json.dumps(asdict(burden))),
+        "settings": _as_json(settings),
+        "burden": burden and _as_json(burden),
         "finished": False,
     }
 
@@ -97,6 +87,10 @@ def describe_stage(
         "versions": {name: _version(name) for name in _PACKAGES},
         **more,
     }
+
+
+def _as_json(settings: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))  # as it will be read again: no tuples
 
 
 def _check_tracker(name: str) -> None:
@@ -124,7 +118,11 @@ def _version(package: str) -> str | None:
 
 
 def with_trained_adapter(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedModel:
-    """The model whose LoRA adapter, and nothing else, is trained: the one it carries, else a fresh one."""
+    """The model whose LoRA adapter, and nothing else, is trained: the one it carries, else a fresh one.
+
+    Seeds torch's global generators, before any weight is drawn: TRL 1.14 doesn't.
+    """
+    transformers.set_seed(seed)
     if not isinstance(loaded.model, peft.PeftModel):
         return add_lora(loaded, lora, seed=seed)
     if list(loaded.model.peft_config) != ["default"]:
@@ -168,46 +166,42 @@ def trainer_arguments(settings: TrainSettings, folder: Path, *, steps: int) -> d
     }
 
 
-def stage_callbacks(
-    folder: Path, watch: Watch | None, *, columns: Sequence[str] = ()
-) -> list[transformers.TrainerCallback]:
-    """Metrics on disk and shown; a stop before non-finite gradients reach the weights.
-
-    `columns`: names of the trainer's log that go into the metrics beside loss, learning rate and gradient norm.
-    """
-    return [_Recorder(folder, watch, columns), _StopOnNonFinite()]
-
-
 # --- training, going on, the end ------------------------------------------------------------------------------
-def fit(trainer: transformers.Trainer, folder: Path, *, may_halve: bool = False) -> float:
+def fit(
+    trainer: transformers.Trainer,
+    folder: Path,
+    watch: Watch | None,
+    *,
+    columns: Sequence[str] = (),
+    may_halve: bool = False,
+) -> float:
     """Trains, going on from the newest whole checkpoint; seconds that this took.
 
     Trained weights become float32 first: TRL makes the adapter of a 4-bit model bfloat16. The folder belongs to
-    this process until `finish_stage`; a killed one leaves no lock behind. When memory runs out and it `may_halve`,
-    it goes on with half the batch and twice the accumulation, which gives the same updates but for rounding.
+    this process until `finish_stage`; a killed one leaves no lock behind. Metrics are loss, learning rate, gradient
+    norm and `columns`, further names of the trainer's log. When memory runs out and it `may_halve`, it goes on with
+    half the batch and twice the accumulation, which gives the same updates but for rounding.
     Raises `RunError` when memory is short all the same, another process trains there, the folder can't be written
     or gradients are not finite.
     """
     if trainer.is_world_process_zero():
         _lock(folder)
+        trainer.add_callback(_Recorder(folder, watch, columns))
+    trainer.add_callback(_StopOnNonFinite())
     trainer.remove_callback(transformers.PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, integration_utils.TensorBoardCallback):
             callback.logging_dir = str(folder / "tensorboard")  # else in the checkpoints, which go at the end
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    began, fresh = time.perf_counter(), [p.detach().cpu().clone() for p in _trained(trainer.model)]
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    began, fresh = time.perf_counter(), [parameter.detach().cpu().clone() for parameter in trained]
     while not _train(trainer, folder):
         free_memory()
         _halve_batch(trainer, folder, may_halve)
-        for parameter, value in zip(_trained(trainer.model), fresh, strict=True):
+        for parameter, value in zip(trained, fresh, strict=True):
             parameter.data.copy_(value)
     return time.perf_counter() - began
-
-
-def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _train(trainer: transformers.Trainer, folder: Path) -> bool:
@@ -266,11 +260,17 @@ def _lock(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def finished_run(folder: Path, record: dict[str, Any], watch: Watch | None) -> Run:
-    """A run that had finished before: its metrics are shown again, its model stays on disk."""
+def finished_run(folder: Path, record: dict[str, Any], watch: Watch | None) -> Run | None:
+    """The same run if it has finished here before: its metrics are shown again, its model stays on disk.
+
+    Raises `RunError` when the folder holds another run.
+    """
+    previous = find_run(folder, record)
+    if not previous.get("finished"):
+        return None
     if watch and (lines := read_metrics(folder)):
         watch(lines)
-    return Run(folder, record)
+    return Run(folder, previous)
 
 
 def finish_stage(
@@ -307,14 +307,13 @@ class _Recorder(transformers.TrainerCallback):
     """Writes a line of metrics.jsonl at every logged step and shows it to `watch`."""
 
     def __init__(self, folder: Path, watch: Watch | None, columns: Sequence[str]) -> None:
-        self.folder, self.watch = folder, watch
+        self.path, self.watch = folder / "metrics.jsonl", watch
         self.columns = ("loss", "learning_rate", "grad_norm", *columns)
-        self.lines: list[dict[str, Any]] = []
 
     def on_train_begin(self, args, state, control, **_):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self.lines = drop_later_steps(self.folder / "metrics.jsonl", state.global_step)
+        self.lines = drop_later_steps(self.path, state.global_step)
         self.began = time.perf_counter() - (self.lines[-1]["seconds"] if self.lines else 0.0)
 
     def on_log(self, args, state, control, logs=None, **_):
@@ -325,7 +324,7 @@ class _Recorder(transformers.TrainerCallback):
         line["seconds"] = round(time.perf_counter() - self.began, 3)
         line["peak_gib"] = round(_memory_gib(), 3)
         self.lines.append(line)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.watch:
             self.watch(self.lines)

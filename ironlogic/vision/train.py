@@ -29,7 +29,6 @@ from ironlogic.training.stages import (
     finish_stage,
     finished_run,
     fit,
-    stage_callbacks,
     trainer_arguments,
 )
 from ironlogic.vision.answers import answer_pictures
@@ -150,10 +149,9 @@ def _train(
     content = [[row["input_ids"], row["labels"], row["picture_keys"]] for row in rows]
     content += [tower_key(loaded), _fingerprint(projector_of(loaded.model))]  # another start is another run
     record = describe_stage(stage, loaded, len(rows), content_hash(content), settings)
-    previous = start_or_join(folder, record)
-    if previous.get("finished"):
-        finished = finished_run(folder, previous, watch)
+    if finished := finished_run(folder, record, watch):
         return replace(finished, loaded=reopen(finished, loaded))
+    start_or_join(folder, record)
     features = None
     if cache is not None:
         keys = [key for row in rows for key in row["picture_keys"]]
@@ -163,8 +161,8 @@ def _train(
     trained = _with_trained(stage, loaded, settings.lora)
     try:
         with _shortcuts(trained, features) as head:
-            trainer = _trainer(trained, head, rows, PictureBatches(reader, features), settings, folder, watch)
-            seconds = fit(trainer, folder, may_halve=True)
+            trainer = _trainer(trained, head, rows, PictureBatches(reader, features), settings, folder)
+            seconds = fit(trainer, folder, watch, may_halve=True)
     except BaseException:  # an interrupt too: the next call begins with the model as it was
         if stage == "instruct":
             trained.model.unload()
@@ -294,7 +292,6 @@ def _trainer(
     batches: PictureBatches,
     settings: TrainSettings,
     folder: Path,
-    watch: Watch | None,
 ) -> _Trainer:
     lengths = [row["length"] for row in rows]
     order = order_by_length(lengths, settings.batch_size, seed=settings.seed, epochs=settings.epochs)
@@ -314,7 +311,6 @@ def _trainer(
         train_dataset=[rows[row] for row in order],
         data_collator=batches,
         compute_loss_func=partial(_loss, head),
-        callbacks=stage_callbacks(folder, watch),
     )
     trainer.projector_rate = settings.projector_learning_rate
     return trainer
