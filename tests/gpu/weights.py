@@ -1,11 +1,9 @@
 """Models to measure: random weights at the true shapes of the presets' models, written in the hub's own layout.
 
-Written as bytes, without building the model first: 51 GiB in less than a minute. `tiny` keeps the architecture and
-takes widths that a laptop holds, to try the scripts.
+Written without building the model first. `tiny` keeps the architecture and takes widths that a laptop holds.
 """
 
 import json
-import math
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 SPLICES = ("vqwen3-4b", "qwen3-smvl")
-SHARD_BYTES = 4_000_000_000
 TEXT = {
     **{"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1088},
@@ -64,77 +61,63 @@ def build(system: str, folder: Path, *, tiny: bool) -> float:
         model = auto.from_config(config, dtype=torch.bfloat16)
     config.architectures, config.dtype = [type(model).__name__], "bfloat16"
     config.save_pretrained(folder)
-    shapes = dict(tensors_of(model))
-    write_weights(shapes, folder)
     if sees:  # the text is what is trained here; a processor only has to be there
         write_processor(config, tokenizer, folder)
     else:
         tokenizer.save_pretrained(folder)
     if tiny:
         (folder / "tiny").touch()
-    return sum(map(size_of, shapes.values())) / 2**30
+    return write_weights(dict(tensors_of(model)), folder)
 
 
-def tensors_of(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(name, shape) as the hub has them: tied heads left out, fused experts one by one."""
+def tensors_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name, tensor without values) as the hub has them: tied heads left out, fused experts one by one."""
     tied = model.config.get_text_config().tie_word_embeddings or model.config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
-        shape = tuple(tensor.shape)
-        if tied and name == "lm_head.weight":
-            continue
         if name.endswith("experts.gate_up_proj"):
-            experts, both, width = shape
-            for i in range(experts):
-                for part in ("gate_proj", "up_proj"):
-                    yield name.replace("gate_up_proj", f"{i}.{part}.weight"), (both // 2, width)
+            for i, expert in enumerate(tensor):
+                for part, half in zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True):
+                    yield name.replace("gate_up_proj", f"{i}.{part}.weight"), half
         elif name.endswith("experts.down_proj"):
-            experts, width, inner = shape
-            for i in range(experts):
-                yield name.replace("down_proj", f"{i}.down_proj.weight"), (width, inner)
-        else:
-            yield name, shape
+            for i, expert in enumerate(tensor):
+                yield name.replace("down_proj", f"{i}.down_proj.weight"), expert
+        elif name != "lm_head.weight" or not tied:
+            yield name, tensor
 
 
-def size_of(shape: tuple[int, ...]) -> int:
-    """Bytes of a bfloat16 tensor."""
-    return 2 * math.prod(shape)
+def write_weights(tensors: dict[str, Any], folder: Path) -> float:
+    """safetensors shards of small random numbers (norms: ones); their GiB.
 
-
-def write_weights(shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """safetensors shards of small random numbers (norms: ones), by hand: the same noise over and over."""
+    By hand, the same noise over and over: `save_file` takes five times as long, of which a lent card has no time.
+    """
     import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
 
-    generator = torch.Generator().manual_seed(0)
-    noise = (torch.randn(2**24, generator=generator) * 0.02).bfloat16().view(torch.uint8).numpy().data
-    ones = torch.ones(2**20, dtype=torch.bfloat16).view(torch.uint8).numpy().data
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in shapes.items():
-        if sum(map(size_of, shards[-1].values())) + size_of(shape) > SHARD_BYTES and shards[-1]:
-            shards.append({})
-        shards[-1][name] = shape
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    noise = (torch.randn(2**24, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    noise, ones = (values.view(torch.uint8).numpy().data for values in (noise, torch.ones(2**20).bfloat16()))
 
-    def write(file: str, shard: dict[str, tuple[int, ...]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, shape in shard.items():
-            begin, end = end, end + size_of(shape)
-            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    def write(file: str) -> None:
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name in split.filename_to_tensors[file]:
+            begin, end = end, end + tensors[name].nbytes
+            header[name] = {"dtype": "BF16", "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with open(folder / file, "wb", buffering=0) as out:
             out.write(struct.pack("<Q", len(text)) + text)
-            for name, shape in shard.items():
-                source = ones if len(shape) == 1 and "norm" in name else noise
-                left = size_of(shape)
+            for name in split.filename_to_tensors[file]:
+                source, left = ones if "norm" in name and tensors[name].ndim == 1 else noise, tensors[name].nbytes
                 while left:
                     left -= out.write(source[: min(left, len(source))])
 
+    pattern = "model{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size="4GB", filename_pattern=pattern)
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(write, files, shards))
-    index = {"metadata": {"total_size": sum(map(size_of, shapes.values()))}}
-    index["weight_map"] = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        list(threads.map(write, split.filename_to_tensors))
+    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    if split.is_sharded:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return split.metadata["total_size"] / 2**30
 
 
 def write_processor(config: Any, tokenizer: Any, folder: Path) -> None:
