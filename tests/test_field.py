@@ -56,20 +56,19 @@ def built(config: str, **more) -> LoadedModel:
 
 
 @pytest.mark.parametrize(
-    "mark",
+    ("name", "value"),
     [
-        {"reasoning": "I look."},
-        {"reasoning_details": [{"type": "reasoning.text", "text": "I look."}]},
-        {"thought": "I look."},
-        {"refusal": "I can't."},
-        *({name: 0} for name in ("weight", "train", "training", "trainable")),
-        {"loss": False},
+        ("reasoning", "I look."),
+        ("reasoning_details", [{"type": "reasoning.text", "text": "I look."}]),
+        ("thought", "I look."),
+        ("refusal", "I can't."),
+        ("loss", False),
+        *((name, 0) for name in ("weight", "train", "training", "trainable")),
     ],
-    ids=lambda mark: next(iter(mark)),
 )
-def test_what_a_turn_says_of_itself_is_not_dropped(mark):
-    with pytest.raises(ChatError, match=rf"messages\[1\].{next(iter(mark))} is"):
-        load_chats([{"messages": [CHAT[0], CHAT[1] | mark, *CHAT]}])
+def test_what_a_turn_says_of_itself_is_not_dropped(name, value):
+    with pytest.raises(ChatError, match=rf"messages\[1\].{name} is"):
+        load_chats([{"messages": [CHAT[0], CHAT[1] | {name: value}, *CHAT]}])
     assert len(load_chats([{"messages": [CHAT[0], CHAT[1] | {"weight": 1, "train": True, "loss": None}]}])) == 1
 
 
@@ -96,19 +95,22 @@ def test_tables_with_odd_dates_saved_folders_and_a_home_are_read(tmp_path, monke
 # -- models as people have them
 
 
+def nano_copy(folder, **changed):
+    """nano in `folder`; `changed`: what its settings files say otherwise, by name."""
+    shutil.copytree(DATA / "nano", folder)
+    for name, change in changed.items():
+        settings = json.loads((folder / f"{name}.json").read_text())
+        (folder / f"{name}.json").write_text(json.dumps(settings | change))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("token", "number"), [("<|endoftext|>", 0), ("<|vision_end|>", 4)])
 def test_a_base_model_ends_an_answer_where_training_ends_it(tmp_path, token, number):
     """Its eos ends a document, as Qwen-Base's does; the template ends a turn with another token."""
-    folder = tmp_path / "base"
-    shutil.copytree(DATA / "nano", folder)
-    for file, change in (
-        ("tokenizer_config.json", {"eos_token": token}),
-        ("generation_config.json", {"eos_token_id": number}),
-        ("config.json", {"eos_token_id": number}),
-    ):
-        settings = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(settings | change))
+    end = {"eos_token_id": number}
+    settings = {"tokenizer_config": {"eos_token": token}, "generation_config": end, "config": end}
+    folder = nano_copy(tmp_path / "base", **settings)
     loaded = load_model(folder, four_bit=False)
     encoded = encode_chat(CHAT, loaded.tokenizer)
     assert [label for label in encoded.labels if label >= 0][-1] in end_ids(loaded)
@@ -124,17 +126,15 @@ def test_a_base_model_ends_an_answer_where_training_ends_it(tmp_path, token, num
 @pytest.mark.slow
 @pytest.mark.parametrize("several", ["a list in the settings", "a folder beside"])
 def test_of_several_named_templates_the_default_is_taken(tmp_path, several):
-    folder = tmp_path / "named"
-    shutil.copytree(DATA / "nano", folder)
-    text = (folder / "chat_template.jinja").read_text()
+    text = (DATA / "nano/chat_template.jinja").read_text()
     if several == "a folder beside":
+        folder = nano_copy(tmp_path / "named")
         (folder / "additional_chat_templates").mkdir()
         (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     else:
-        (folder / "chat_template.jinja").unlink()
-        settings = json.loads((folder / "tokenizer_config.json").read_text())
         named = [{"name": "tool_use", "template": "{{ messages }}"}, {"name": "default", "template": text}]
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
+        folder = nano_copy(tmp_path / "named", tokenizer_config={"chat_template": named})
+        (folder / "chat_template.jinja").unlink()
     loaded = load_model(folder, four_bit=False)
     assert loaded.tokenizer.chat_template == text
     assert check_splice(splice("nano-vision", loaded)).passed
@@ -142,13 +142,13 @@ def test_of_several_named_templates_the_default_is_taken(tmp_path, several):
 
 
 def test_without_a_template_there_is_one_sentence(tmp_path):
-    shutil.copytree(DATA / "nano", tmp_path / "none")
-    (tmp_path / "none/chat_template.jinja").unlink()
-    loaded = load_model(tmp_path / "none", four_bit=False)
+    folder = nano_copy(tmp_path / "none")
+    (folder / "chat_template.jinja").unlink()
+    loaded = load_model(folder, four_bit=False)
     for work in (
         lambda: generate(loaded, ["hi"]),
-        lambda: export_gguf(tmp_path / "none", tmp_path / "m.gguf", quantization="f16"),
-        lambda: write_modelfile(tmp_path / "m.gguf", tmp_path / "none"),
+        lambda: export_gguf(folder, tmp_path / "m.gguf", quantization="f16"),
+        lambda: write_modelfile(tmp_path / "m.gguf", folder),
     ):
         with pytest.raises(ModelError, match="no chat template"):
             work()
@@ -183,11 +183,11 @@ def test_adapters_that_do_not_fit_or_are_damaged_are_refused_with_the_reason(tmp
 
 
 def test_no_pickle_is_read_on_the_way_out(tmp_path):
-    shutil.copytree(DATA / "nano", tmp_path / "old")
-    torch.save(load_file(tmp_path / "old/model.safetensors"), tmp_path / "old/pytorch_model.bin")
-    (tmp_path / "old/model.safetensors").unlink()
+    old = nano_copy(tmp_path / "old")
+    torch.save(load_file(old / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
     with pytest.raises(ExportError, match="pickles are not read"):
-        merge_adapter(tmp_path / "old", tmp_path / "merged")
+        merge_adapter(old, tmp_path / "merged")
 
 
 def test_a_hub_model_called_nano_is_not_ours(tmp_path):
@@ -227,15 +227,11 @@ def test_routed_experts_carry_an_adapter_only_if_asked(config, more):
 
 
 def test_a_family_that_can_not_be_trained_is_refused_in_our_words():
-    deepseek = {
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 16,
-    }
-    deepseek |= {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4, "num_key_value_heads": 4}
-    deepseek |= {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    deepseek = (
+        ranks | experts | {"first_k_dense_replace": 1, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1}
+    )
     with pytest.raises(ModelError, match="experts weights carry an adapter, expected 0"):
         add_lora(built("DeepseekV3Config", **SMALL | deepseek), LoraSettings(rank=4), seed=1)
     gpt2 = built("GPT2Config", vocab_size=300, n_embd=64, n_layer=2, n_head=4)

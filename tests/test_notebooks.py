@@ -1,9 +1,10 @@
 """Every notebook top to bottom in a fresh kernel; then in a real JupyterLab, its widgets used as a person would.
 
 All share one results folder, as a person has it: later notebooks read the runs of earlier ones, and the browser
-those of the kernels, so nothing is trained twice. The browser is headless Chromium. Its tests wait for states that
-the page itself reports (kernel idle, execution counts, texts shown), never for a time, and know no pixels: pictures
-of the pages are kept for people, in the folder that IRONLOGIC_SHOTS names or a temporary one.
+those of the kernels, so nothing is trained twice. They are trained as briefly as every cell allows: what only holds
+at full size is checked by `python -m ironlogic run`. The browser is headless Chromium. Its tests wait for states
+that the page itself reports (kernel idle, execution counts, texts shown), never for a time, and know no pixels:
+pictures of the pages are kept for people, in the folder that IRONLOGIC_SHOTS names or a temporary one.
 """
 
 import contextlib
@@ -13,11 +14,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ironlogic.notebooks import NOTEBOOKS, execute, find_notebooks, read_notebook, set_parameters
+from ironlogic.notebooks import execute, find_notebooks, read_notebook, set_parameters
 from ironlogic.session import ROOT
 
 import nbformat
@@ -30,6 +31,14 @@ with contextlib.suppress(ImportError):  # conftest skips what is marked `browser
 
 pytestmark = pytest.mark.slow
 in_browser = pytest.mark.browser
+
+BRIEF = {
+    "02": {"ROWS": 160, "SEEDS": 2},
+    "03": {"ROWS": 64, "SEEDS": 1},
+    "05": {"ROWS": 160, "SEEDS": 2},
+    "06": {"ROWS": 160, "STEPS": 2, "PROBLEMS": 16, "QUESTIONS": 17},
+    "07": {"PROMPTS": 4},
+}
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = os.environ.get("IRONLOGIC_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -59,8 +68,6 @@ RAN = f"""() => {{
         outputs.some(output => output.output_type === 'error')));
 }}"""
 NEXT = ("Alt+ArrowDown", "ArrowDown", "Enter")  # of a drop-down: JupyterLab takes a bare arrow for itself
-# What would take long although it is trained already: the browser's tests are hands on widgets.
-SMALL = {"03": {"ROWS": 64, "SEEDS": 1}, "06": {"QUESTIONS": 17}}
 SCRIPTS = '<img src="data:," onerror="window.caught = 1"><script>window.caught = 1</script>'
 
 
@@ -72,11 +79,10 @@ def shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- in a kernel
 
 
-def checkout() -> set[str]:
+def checkout() -> set[Path]:
     """What lies in the folders that a notebook could write into by mistake."""
-    folders = (NOTEBOOKS, ROOT / "data", ROOT / "ironlogic")
-    files = {str(path) for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts}
-    return files | {str(path) for path in ROOT.iterdir() if not path.name.startswith(".")}
+    files = [path for name in ("notebooks", "data", "ironlogic") for path in (ROOT / name).rglob("*")]
+    return {path for path in (*files, *ROOT.iterdir()) if "__pycache__" not in path.parts and path.name[0] != "."}
 
 
 @pytest.mark.parametrize("path", find_notebooks(), ids=lambda path: path.stem)
@@ -85,7 +91,8 @@ def test_notebook_top_to_bottom(path, shared_runs, monkeypatch, network_attempts
     monkeypatch.delenv("OMP_NUM_THREADS")  # as a person has it
     before = checkout()
     notebook = read_notebook(path)
-    execute(notebook, path, timeout=1200)
+    set_parameters(notebook, BRIEF.get(path.stem[:2], {}))
+    execute(notebook, path, timeout=600)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert [output for output in outputs if output.output_type == "error"] == []
     assert [output for output in outputs if output.get("name") == "stderr"] == []
@@ -101,14 +108,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory, shared_runs: Path) -> Iterator
     """A JupyterLab with nobody's settings on a copy of the notebooks (it saves what it runs): address and token."""
     folder = tmp_path_factory.mktemp("lab")
     work, log = folder / "work", folder / "lab.log"
-    shutil.copytree(NOTEBOOKS, work / "notebooks")
+    (work / "notebooks").mkdir(parents=True)
+    for path in find_notebooks():
+        notebook = read_notebook(path)
+        set_parameters(notebook, BRIEF.get(path.stem[:2], {}))
+        nbformat.write(notebook, work / "notebooks" / path.name)
     for name in ("data", "ironlogic"):
         (work / name).symlink_to(ROOT / name, target_is_directory=True)
-    for number, parameters in SMALL.items():
-        (small,) = find_notebooks([number], folder=work / "notebooks")
-        notebook = read_notebook(small)
-        set_parameters(notebook, parameters)
-        nbformat.write(notebook, small)
     notices = folder / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     notices.parent.mkdir(parents=True)
     notices.write_text(SETTINGS)
@@ -144,13 +150,6 @@ def browser() -> Iterator["sync_api.Browser"]:
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = Path(os.environ.get("IRONLOGIC_SHOTS") or tmp_path_factory.mktemp("shots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 @contextmanager
 def window(browser: "sync_api.Browser") -> Iterator["sync_api.Page"]:
     """A fresh page. In the end it must have asked this machine only, and none of its scripts may have failed."""
@@ -170,39 +169,35 @@ def window(browser: "sync_api.Browser") -> Iterator["sync_api.Page"]:
     assert broken == [], "scripts of the page that failed"
 
 
-@contextmanager
-def run_all(
-    number: str, lab: tuple[str, str], browser: "sync_api.Browser", shots: Path, *, seconds: float = 120
-) -> Iterator["sync_api.Page"]:
-    """The page of that notebook after all its cells ran without an error or a word on stderr."""
-    (path,) = find_notebooks([number])
-    with window(browser) as page:
-        page.set_default_timeout(60_000)
-        page.goto(f"{lab[0]}/lab/workspaces/test{number}/tree/notebooks/{path.name}?reset&{lab[1]}")
-        try:
-            page.wait_for_function(CELLS)
-            page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
-            page.wait_for_function(RAN, timeout=seconds * 1000)
-            outputs = [output for _, outputs in page.evaluate(CELLS) for output in outputs]
-            assert [output for output in outputs if output["output_type"] == "error"] == []
-            assert [output for output in outputs if output.get("name") == "stderr"] == []
-            yield page
-            page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-        except BaseException:
-            page.screenshot(path=shots / f"{number}-failed.png")
-            raise
+@pytest.fixture
+def opened(lab, browser, tmp_path_factory) -> Callable:
+    """opened(number, widget): page of the notebook after all its cells ran; text and picture of the widget."""
+    shots = Path(os.environ.get("IRONLOGIC_SHOTS") or tmp_path_factory.mktemp("shots"))
+    shots.mkdir(parents=True, exist_ok=True)
 
+    @contextmanager
+    def open_notebook(number: str, widget: str) -> Iterator[tuple]:
+        (path,) = find_notebooks([number])
+        with window(browser) as page:
+            page.set_default_timeout(60_000)
+            page.goto(f"{lab[0]}/lab/workspaces/test{number}/tree/notebooks/{path.name}?reset&{lab[1]}")
+            try:
+                page.wait_for_function(CELLS)
+                page.evaluate("() => void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+                page.wait_for_function(RAN, timeout=600_000)
+                outputs = [output for _, outputs in page.evaluate(CELLS) for output in outputs]
+                assert [output for output in outputs if output["output_type"] == "error"] == []
+                assert [output for output in outputs if output.get("name") == "stderr"] == []
+                text = page.locator(f".il-{widget}-text .widget-html-content")
+                text.scroll_into_view_if_needed()
+                page.screenshot(path=shots / f"{number}-as-it-comes.png")
+                yield page, text, page.locator(f".il-{widget}-plot img")
+                page.wait_for_function(CELLS)  # a callback sends its text first and its picture a moment later
+                page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+            finally:
+                page.screenshot(path=shots / f"{number}-in-the-end.png")
 
-def shown(page: "sync_api.Page", name: str) -> tuple["sync_api.Locator", "sync_api.Locator"]:
-    """The text and the picture of a widget, the text scrolled into view."""
-    text = page.locator(f".il-{name}-text .widget-html-content")
-    text.scroll_into_view_if_needed()
-    return text, page.locator(f".il-{name}-plot img")
-
-
-def shoot(page: "sync_api.Page", path: Path) -> None:
-    page.wait_for_function(CELLS)  # a callback sends its text first and its picture a moment later
-    page.screenshot(path=path)
+    return open_notebook
 
 
 def press(control: "sync_api.Locator", *keys: str) -> None:
@@ -211,6 +206,13 @@ def press(control: "sync_api.Locator", *keys: str) -> None:
     for key in keys:
         control.page.keyboard.press(key)
     expect(control).to_be_focused()
+
+
+@contextmanager
+def redrawn(picture: "sync_api.Locator") -> Iterator[None]:
+    source = picture.get_attribute("src")
+    yield
+    expect(picture).not_to_have_attribute("src", source)
 
 
 def retype(box: "sync_api.Locator", text: str) -> None:
@@ -231,21 +233,18 @@ def upload(page: "sync_api.Page", button: str, file: Path) -> None:
 
 
 @in_browser
-def test_burden_widget_by_keyboard_and_hostile_text_is_not_run(lab, browser, shots):
-    with run_all("01", lab, browser, shots) as page:
-        text, picture = shown(page, "burden")
-        after = text.locator("[dir=auto]")
-        ratio = page.locator(".il-burden-ratio [role=slider]")
+def test_burden_widget_by_keyboard_and_hostile_text_is_not_run(opened):
+    with opened("01", "burden") as (page, text, picture):
+        after, ratio = text.locator("[dir=auto]"), page.locator(".il-burden-ratio [role=slider]")
+        box = page.locator(".il-burden-text textarea")
         expect(text).to_contain_text("asked for 70%")
-        shoot(page, shots / "01-as-it-comes.png")
-        source = picture.get_attribute("src")
-        press(ratio, *["ArrowLeft"] * 8)
+        with redrawn(picture):
+            press(ratio, *["ArrowLeft"] * 8)
         expect(text).to_contain_text("asked for 30%")
-        expect(picture).not_to_have_attribute("src", source)
         expect(picture).to_have_attribute("alt", re.compile(r"ratio 0\.3"))
 
         mine = "please keep `a b c d e f g h` as it is my dear old friend"
-        retype(page.locator(".il-burden-text textarea"), mine)
+        retype(box, mine)
         press(ratio, "Home")
         expect(text).to_contain_text("asked for 0%")
         expect(after).to_have_text(mine)
@@ -255,7 +254,6 @@ def test_burden_widget_by_keyboard_and_hostile_text_is_not_run(lab, browser, sho
         expect(after.locator("span")).not_to_have_count(0)
         expect(after).to_contain_text("`a b c d e f g h`")
         assert sorted(after.inner_text().split()) == sorted(mine.split()), "words were added or lost"
-        shoot(page, shots / "01-my-text.png")
 
         press(page.locator(".il-burden-protect input"), "Space")
         expect(after).not_to_contain_text("`a b c d e f g h`")
@@ -264,16 +262,13 @@ def test_burden_widget_by_keyboard_and_hostile_text_is_not_run(lab, browser, sho
         expect(unit.locator("option:checked")).to_have_text("char")
         expect(after).not_to_contain_text("please")
         assert sorted(after.inner_text()) == sorted(mine), "letters were added or lost"
-        source = picture.get_attribute("src")
-        press(page.locator(".il-burden-draw [role=slider]"), "ArrowRight")
-        expect(picture).not_to_have_attribute("src", source)
-        shoot(page, shots / "01-letters.png")
+        with redrawn(picture):
+            press(page.locator(".il-burden-draw [role=slider]"), "ArrowRight")
 
-        retype(page.locator(".il-burden-text textarea"), f"look {SCRIPTS} <b>here</b> &amp; now")
-        press(page.locator(".il-burden-ratio [role=slider]"), "Home")
-        expect(text.locator("[dir=auto]")).to_have_text(f"look {SCRIPTS} <b>here</b> &amp; now")
+        retype(box, f"look {SCRIPTS} <b>here</b> &amp; now")
+        press(ratio, "Home")
+        expect(after).to_have_text(f"look {SCRIPTS} <b>here</b> &amp; now")
         expect(text.locator("img, script, [dir=auto] b")).to_have_count(0)
-        shoot(page, shots / "01-hostile.png")
         assert page.evaluate("() => window.caught") is None
         # The same text would have run as markup: this test can fail.
         page.evaluate("html => document.body.insertAdjacentHTML('beforeend', html)", SCRIPTS)
@@ -281,32 +276,23 @@ def test_burden_widget_by_keyboard_and_hostile_text_is_not_run(lab, browser, sho
 
 
 @in_browser
-def test_memory_widget_by_keyboard(lab, browser, shots):
-    with run_all("00", lab, browser, shots) as page:
-        text, picture = shown(page, "memory")
-        shoot(page, shots / "00-as-it-comes.png")
+def test_memory_widget_by_keyboard(opened):
+    with opened("00", "memory") as (page, text, picture):
         card = page.locator(".il-memory-card_gib [role=slider]")
         press(card, "Home")
         expect(text).to_contain_text("does not fit")
-        source = picture.get_attribute("src")
-        press(card, "End")
+        with redrawn(picture):
+            press(card, "End")
         expect(text).not_to_contain_text("does not fit")
-        expect(picture).not_to_have_attribute("src", source)
-        source = picture.get_attribute("src")
-        press(page.locator(".il-memory-length [role=slider]"), "ArrowLeft")
-        expect(picture).not_to_have_attribute("src", source)
-        shoot(page, shots / "00-large-card.png")
+        with redrawn(picture):
+            press(page.locator(".il-memory-length [role=slider]"), "ArrowLeft")
 
 
 @in_browser
-def test_answers_widget_by_keyboard(lab, browser, shots):
-    with run_all("02", lab, browser, shots, seconds=600) as page:
-        text, _ = shown(page, "answers")
-        expect(text.locator("th")).to_have_text(
-            ["asked", "answer", "base", "SFT", "FT", "FT mixed", "FT as the seed"]
-        )
-        shoot(page, shots / "02-as-it-comes.png")
-        asked = text.locator("td").first
+def test_answers_widget_by_keyboard(opened):
+    with opened("02", "answers") as (page, text, _):
+        asked, arms = text.locator("td").first, ["base", "SFT", "FT", "FT mixed", "FT as the seed"]
+        expect(text.locator("th")).to_have_text(["asked", "answer", *arms])
         scrambled = asked.inner_text()
         press(page.locator(".il-answers-ratio [role=slider]"), "Home")
         expect(asked).not_to_have_text(scrambled)
@@ -314,92 +300,72 @@ def test_answers_widget_by_keyboard(lab, browser, shots):
         assert sorted(clean.split()) == sorted(scrambled.split())
         press(page.locator(".il-answers-problem select"), *NEXT)
         expect(asked).not_to_have_text(clean)
-        shoot(page, shots / "02-in-order.png")
 
 
 @in_browser
-def test_lens_widget_by_keyboard(lab, browser, shots):
-    with run_all("04", lab, browser, shots, seconds=300) as page:
-        text, picture = shown(page, "lens")
+def test_lens_widget_by_keyboard(opened):
+    with opened("04", "lens") as (page, text, picture):
         expect(text).to_contain_text("base, layer 4")
         expect(text).to_contain_text("adapter, layer 4")
-        shoot(page, shots / "04-as-it-comes.png")
         press(page.locator(".il-lens-layer [role=slider]"), "Home")
         expect(text).to_contain_text("adapter, layer 0")
-        source = picture.get_attribute("src")
-        press(page.locator(".il-lens-position [role=slider]"), *["ArrowLeft"] * 3)
-        expect(picture).not_to_have_attribute("src", source)
+        with redrawn(picture):
+            press(page.locator(".il-lens-position [role=slider]"), *["ArrowLeft"] * 3)
         press(page.locator(".il-lens-model select"), "Alt+ArrowDown", "Home", "Enter")
         expect(text).not_to_contain_text("adapter, layer")
         box = page.locator(".il-lens-text textarea")
         retype(box, "What is the color of the fox please? <b>bold</b>")
         box.blur()
         expect(text).to_contain_text("<b>")
-        shoot(page, shots / "04-my-prompt.png")
 
 
 @in_browser
-def test_picture_widget_by_keyboard(lab, browser, shots, tmp_path):
-    with run_all("03", lab, browser, shots, seconds=600) as page:
-        text, _ = shown(page, "picture")
-        shoot(page, shots / "03-as-it-comes.png")
-        source = text.locator("img").get_attribute("src")
-        press(page.locator(".il-picture-picture select"), *NEXT)
-        expect(text.locator("img")).not_to_have_attribute("src", source)
-
+def test_picture_widget_by_keyboard(opened, tmp_path):
+    with opened("03", "picture") as (page, text, _):
+        shown, mine = text.locator("img"), tmp_path / "mine.png"
+        with redrawn(shown):
+            press(page.locator(".il-picture-picture select"), *NEXT)
         retype(page.locator(".il-picture-question input"), f"what color {SCRIPTS}")
         page.keyboard.press("Enter")
         expect(text).to_contain_text("<script>")
         assert page.evaluate("() => window.caught") is None
-
-        source, mine = text.locator("img").get_attribute("src"), tmp_path / "mine.png"
         Image.new("RGB", (40, 20), "red").save(mine)
-        upload(page, "picture-upload", mine)
-        expect(text.locator("img")).not_to_have_attribute("src", source)
-        shoot(page, shots / "03-my-picture.png")
+        with redrawn(shown):
+            upload(page, "picture-upload", mine)
         mine.write_bytes(b"no picture")
         upload(page, "picture-upload", mine)
         expect(text).to_contain_text("Error")
-        shoot(page, shots / "03-no-picture.png")
 
 
 @in_browser
-def test_robustness_widget_by_keyboard(lab, browser, shots):
-    with run_all("05", lab, browser, shots, seconds=600) as page:
-        text, picture = shown(page, "robustness")
-        shoot(page, shots / "05-as-it-comes.png")
+def test_robustness_widget_by_keyboard(opened):
+    with opened("05", "robustness") as (page, text, picture):
         for control in ("sort", "measure"):
-            source = picture.get_attribute("src")
-            press(page.locator(f".il-robustness-{control} select"), *NEXT)
-            expect(picture).not_to_have_attribute("src", source)
-        arms = page.locator(".il-robustness-arms select")
-        press(arms, "Alt+Home", "Home")
+            with redrawn(picture):
+                press(page.locator(f".il-robustness-{control} select"), *NEXT)
+        press(page.locator(".il-robustness-arms select"), "Alt+Home", "Home")
         expect(text).to_contain_text("trainings: base 1")
         expect(text).not_to_contain_text("SFT")
-        shoot(page, shots / "05-base-alone.png")
-        row = page.locator("details:has(summary)").first
+        row = page.locator("details:has(summary)").first  # of the table of claims
         press(row.locator("summary"), "Enter")
         expect(row).to_have_attribute("open", "")
-        shoot(page, shots / "05-a-claim.png")
 
 
 @in_browser
-def test_samples_widget_by_keyboard(lab, browser, shots):
-    with run_all("06", lab, browser, shots, seconds=600) as page:
-        text, _ = shown(page, "samples")
+def test_samples_widget_by_keyboard(opened):
+    with opened("06", "samples") as (page, text, _):
         expect(text.locator("th")).to_have_count(5)  # the start and four arms
         expect(text.locator("tr")).to_have_count(9)
         before = text.locator("p").first.inner_text()
         press(page.locator(".il-samples-problem select"), *NEXT)
         expect(text.locator("p").first).not_to_have_text(before)
-        shoot(page, shots / "06-samples.png")
 
 
 @in_browser
-def test_chat_by_keyboard(lab, browser, shots):
-    with run_all("07", lab, browser, shots, seconds=600) as page:
-        shown(page, "chat")
+def test_chat_by_keyboard(opened):
+    with opened("07", "chat") as (page, _, _):
         talk, button = page.locator(".il-chat-talk .widget-html-content"), page.locator(".il-chat-ask")
+        model = page.locator(".il-chat-model select")
 
         def ask() -> None:
             button.focus()  # which it loses while the answer is written: it can't be pressed then
@@ -410,17 +376,16 @@ def test_chat_by_keyboard(lab, browser, shots):
         expect(talk).to_have_text("")
         press(page.locator(".il-chat-ratio [role=slider]"), "Home")
         retype(page.locator(".il-chat-text textarea"), f"What is the color of the fox? {SCRIPTS}")
-        press(page.locator(".il-chat-model select"), "Alt+ArrowDown", "Home", "Enter")
+        press(model, "Alt+ArrowDown", "Home", "Enter")
         ask()
         expect(talk).to_contain_text("tokens/s")
         expect(talk).to_contain_text("<script>")
         expect(talk).to_contain_text("base")
         assert page.evaluate("() => window.caught") is None
-        press(page.locator(".il-chat-model select"), "Alt+ArrowDown", "End", "Enter")
+        press(model, "Alt+ArrowDown", "End", "Enter")
         ask()
         expect(talk).to_contain_text("merged")
         expect(button).to_be_enabled()
-        shoot(page, shots / "07-chat.png")
 
 
 @in_browser
