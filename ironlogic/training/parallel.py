@@ -81,7 +81,8 @@ class _Outcome:
 
 def _processes_that_fit() -> int:
     by_memory = int(psutil.virtual_memory().available / 2**30 / _GIB_A_PROCESS)
-    return max(1, min(os.cpu_count() or 1, by_memory))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(cores, by_memory))
 
 
 def _check_importable(jobs: Mapping[str, Job]) -> None:
