@@ -368,7 +368,7 @@ def read_results(out: Path) -> dict[str, Result]:
 def add_result(out: Path, part: str, result: Result) -> None:
     line = {"part": part, "date": str(date.today()), "card": card_name(), "commit": commit()} | result
     with (out / "results.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(f"\n{json.dumps(line)}\n")  # a line of its own, also after one that was cut
     shown = {key: value for key, value in result.items() if key not in ("traceback", "log", "at_peak")}
     print(f"{part}: {json.dumps(shown)[:600]}", flush=True)
 
