@@ -1,7 +1,6 @@
 """The card script runs from end to end on tiny models without a card, and goes on where it stopped."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,9 @@ import pytest
 SCRIPT = Path(__file__).parent / "gpu" / "card.py"
 
 
-def card(out, *arguments, **environ):
+def card(out, *arguments):
     command = [sys.executable, SCRIPT, "--out", out, *arguments]
-    done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
