@@ -107,8 +107,8 @@ def test_the_vision_recipes_are_the_seeds():
 @pytest.mark.parametrize(
     ("name", "different"),
     [
-        ("vqwen3-4b", {"batch_size", "accumulation", "max_length"}),
-        ("qwen3-smvl", {"batch_size", "accumulation", "loss"}),
+        ("vqwen3-4b", {"batch_size", "accumulation", "max_length", "pictures"}),
+        ("qwen3-smvl", {"batch_size", "accumulation", "loss", "pictures"}),
     ],
 )
 def test_recommended_splices_take_the_seeds_rows_a_step(name, different):
@@ -119,4 +119,4 @@ def test_recommended_splices_take_the_seeds_rows_a_step(name, different):
     assert {field for field, value in vars(one).items() if value != vars(other)[field]} == different
     assert one.batch_size * one.accumulation == other.batch_size * other.accumulation
     if two := seed.instruct_stage:
-        assert ours.instruct_stage == replace(two, batch_size=4, accumulation=32)
+        assert ours.instruct_stage == replace(two, batch_size=4, accumulation=32, pictures=0)

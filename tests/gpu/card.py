@@ -245,8 +245,9 @@ def splice_stage(folder: Path, system: str, stage: int, length: int, steps: int)
     preset = VISION_PRESETS[system]
     settings = preset.projector_stage if stage == 1 else preset.instruct_stage
     settings = replace(settings, accumulation=1, max_length=min(length, settings.max_length), log_steps=1)
-    options = {"projector": preset.projector, "four_bit": preset.four_bit, "max_length": settings.max_length}
-    loaded = splice(tower_of(system, tiny=(folder / "tiny").exists()), folder, **options)
+    looks = {"projector": preset.projector, "tiles": preset.tiles, "four_bit": preset.four_bit}
+    tower = tower_of(system, tiny=(folder / "tiny").exists())
+    loaded = splice(tower, folder, max_length=settings.max_length, **looks)
     picture = {"type": "image", "image": Image.effect_noise((336, 336), 64).convert("RGB")}
     rows = conversations(settings.max_length, steps * settings.batch_size)
     for user, _ in rows:
