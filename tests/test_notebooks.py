@@ -105,7 +105,7 @@ def test_notebook_top_to_bottom(path, shared_runs, monkeypatch, network_attempts
     before, number, notebook = checkout(), path.stem[:2], read_notebook(path)
     set_parameters(notebook, BRIEF.get(number, {}))
     with contextlib.nullcontext() if number == "03" else one_core():
-        execute(notebook, path, timeout=600)
+        execute(notebook, path, timeout=1200)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert [output for output in outputs if output.output_type == "error"] == []
     assert [output for output in outputs if output.get("name") == "stderr"] == []
