@@ -5,6 +5,7 @@ from dataclasses import replace
 from ironlogic.burden import Burden
 from ironlogic.data.chats import load_chats, make_chats
 from ironlogic.models import load_model
+from ironlogic.presets import LoraSettings
 from ironlogic.training.picture_rows import PictureBatches, encode_pictures
 from ironlogic.training.runs import RunError
 from ironlogic.training.sft import prepare_sft, train_prepared, train_sft
@@ -19,7 +20,8 @@ from PIL import Image
 from test_systems import STEP, gemma3, qwen3_vl
 
 pytestmark = pytest.mark.slow
-SETTINGS = replace(STEP, batch_size=4, learning_rate=1e-2, warmup_steps=0, epochs=6, save_steps=1000)
+SETTINGS = replace(STEP, batch_size=4, learning_rate=8e-3, warmup_steps=0, epochs=12, save_steps=1000)
+SETTINGS = replace(SETTINGS, lora=LoraSettings(rank=16, alpha=32))
 BURDEN = Burden(ratio=0.7)
 
 
@@ -53,11 +55,13 @@ def test_ft_learns_from_the_right_picture_alone(system):
     _, run = system
     assert run.record["stage"] == "ft"
     held_out = conversations(32)[24:]
-    losses = {
-        name: loss(run.loaded, control_rows(held_out, name)) for name in ("image", "blank", "shuffled", "none")
-    }
-    assert losses.pop("image") < 0.5 * min(losses.values()), losses
-    assert answer_pictures(run.loaded, held_out, max_new_tokens=2) == [row[1]["content"] for row in held_out]
+    rows = {name: control_rows(held_out, name) for name in ("image", "blank", "shuffled", "none")}
+    losses = {name: loss(run.loaded, some) for name, some in rows.items()}
+    assert losses.pop("image") < min(losses.values()) - 0.3, losses
+    said = {name: answer_pictures(run.loaded, some, max_new_tokens=1) for name, some in rows.items()}
+    truth = [row[1]["content"] for row in held_out]
+    assert said["image"] == truth != said["shuffled"]
+    assert len(set(said["blank"])) == len(set(said["none"])) == 1, "one question, one answer"
     trained = [name for name, p in run.loaded.model.named_parameters() if p.requires_grad]
     assert trained
     assert not [name for name in trained if "vis" in name or "projector" in name]
@@ -67,6 +71,7 @@ def test_the_merged_whole_is_read_by_plain_transformers(system, tmp_path):
     _, run = system
     encoded, reader, _ = encode_pictures(run.loaded, make_chats(conversations(2)), max_length=256)
     batch = PictureBatches(reader)(encoded)
+    del batch["labels"]  # TRL's loss gives no logits
     again = load_model(run.adapter, four_bit=False, max_length=256).model
     merged = again.merge_and_unload()
     merged.save_pretrained(tmp_path)
