@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -49,9 +50,11 @@ __all__ = [
     "load_model",
     "load_processor",
     "load_tokenizer",
+    "longest",
     "lora_places",
     "model_inputs",
     "need_template",
+    "put_adapter",
     "real_size",
     "refuse_pickles",
     "resolve",
@@ -191,11 +194,11 @@ def load_model(
         refuse_pickles(folder)
     try:
         config = transformers.AutoConfig.from_pretrained(base, **_only_safe(base))
-        max_length = min(max_length, config.get_text_config().max_position_embeddings)
+        max_length = min(max_length, longest(config) or max_length)
         options = {"four_bit": four_bit, "max_length": max_length, "seed": seed}
         model, processor, backend = _load_weights(base, config, backend=backend, **options)
         if adapter:
-            model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
+            model = put_adapter(model, adapter)
     except ModelError:
         raise
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -267,6 +270,24 @@ def _made_safe(loaded: LoadedModel) -> LoadedModel:
     if loaded.tokenizer.pad_token is None:
         raise ModelError(f"{name}: the tokenizer has no pad token; set one that is not the end-of-turn token")
     return loaded
+
+
+def put_adapter(model: torch.nn.Module, folder: str | Path, **options: Any) -> peft.PeftModel:
+    """The model with the adapter of that folder. Raises `ModelError` where a part of it finds no place."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT goes on with half of the adapter
+        try:
+            return peft.PeftModel.from_pretrained(model, folder, **options)
+        except UserWarning as error:
+            raise ModelError(
+                f"{folder}: a part of the adapter finds no place in {type(model).__name__} as it is saved, which "
+                f"would be another model: {' '.join(str(error).split())[:200]}"
+            ) from error
+
+
+def longest(config: Any) -> int | None:
+    """Tokens that a model's positions reach to; None where they end nowhere (Bloom, Mamba)."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def refuse_pickles(folder: str | Path) -> None:
@@ -403,7 +424,8 @@ def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedMod
 
 # Where a language model can be trained: matrices, and stacks of them where experts lie in one tensor
 _FAMILIES = ("q_proj", "o_proj", "qkv_proj")  # every family that is trained here has one of these
-_SENSES = ("vision", "visual", "audio", "projector", "connector", "encoder_attn", "indexer")  # no loss on text
+# Parts beside the language model, and parts that an adapter on them would not reach
+_SENSES = ("vision", "visual", "audio", "projector", "connector", "encoder_attn", "indexer", "dt_proj")
 _IN_A_LAYER = re.compile(r"\.(?:layers|h|blocks)\.\d+\.(.+)$")
 _MIXES_TOKENS = re.compile(r"attn|attention|mixer|mamba|conv|rnn")
 _ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
@@ -460,7 +482,7 @@ def with_adapters(loaded: LoadedModel, adapters: Mapping[str, Path]) -> LoadedMo
     if isinstance(loaded.model, peft.PeftModel):
         raise ModelError(f"{loaded.source} carries an adapter already; load the base model for several of them")
     (first, folder), *others = adapters.items()
-    model = peft.PeftModel.from_pretrained(loaded.model, folder, adapter_name=first)
+    model = put_adapter(loaded.model, folder, adapter_name=first)
     for name, folder in others:
         model.load_adapter(folder, adapter_name=name)
     return replace(loaded, model=model)

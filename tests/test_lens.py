@@ -12,7 +12,7 @@ from ironlogic.lens.attention import read_attention, read_routing
 from ironlogic.lens.compare import compare_layers
 from ironlogic.lens.parts import decoder_layers, embedding, final_norm, lora_factors, output_head, routers
 from ironlogic.lens.probe import LensError, pick_positions, settled, sum_up
-from ironlogic.lens.read import check_reading, entropy_without_norm, read_generation, read_layers
+from ironlogic.lens.read import entropy_without_norm, read_generation, read_layers
 from ironlogic.models import ModelError, add_lora, load_model
 from ironlogic.presets import LoraSettings
 
@@ -21,150 +21,81 @@ import peft
 import pytest
 import torch
 import transformers
+from eyes import on_nano, picture
+from tiny import build, roughen
 
 IDS = torch.randint(5, 480, (12,), generator=torch.Generator().manual_seed(1))
 TEXT = {
-    "vocab_size": 500,
+    "vocab_size": 1024,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 16,
 }
-HEADS = {"head_dim": 16}
-EYES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def qwen3():
-    config = transformers.Qwen3Config(**TEXT, **HEADS, tie_word_embeddings=True)
-    return transformers.Qwen3ForCausalLM(config)
-
-
-def qwen3_untied():
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT, **HEADS, tie_word_embeddings=False))
-
-
-def qwen3_moe():
-    config = transformers.Qwen3MoeConfig(
-        **TEXT, **HEADS, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=2, mlp_only_layers=[1]
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
-def gemma3():
-    kinds = ["sliding_attention", "full_attention"] * 2
-    config = transformers.Gemma3TextConfig(
-        **TEXT, **HEADS, sliding_window=4, layer_types=kinds, final_logit_softcapping=5.0
-    )
-    return transformers.Gemma3ForCausalLM(config)
+EYES = {"hidden_size": 32, "intermediate_size": 48}
 
 
 def gemma3_multimodal():
     config = transformers.Gemma3Config(
-        text_config=TEXT | HEADS | {"layer_types": ["full_attention"] * 4},
-        vision_config=EYES | {"image_size": 28, "patch_size": 14},
+        text_config=TEXT | {"layer_types": ["full_attention"] * 4},
+        vision_config=EYES | {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
         image_token_index=499,
-        boi_token_index=498,
-        eoi_token_index=497,
         mm_tokens_per_image=4,
     )
-    return transformers.Gemma3ForConditionalGeneration(config)
+    return roughen(transformers.Gemma3ForConditionalGeneration(config))
 
 
 def qwen3_vl():
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 2, 2]}
+    eyes = {"depth": 2, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "deepstack_visual_indexes": [0, 1]}
     config = transformers.Qwen3VLConfig(
-        text_config=TEXT | HEADS | {"rope_parameters": rope},
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "deepstack_visual_indexes": [0, 1],
-            "num_position_embeddings": 16,
-        },
-        image_token_id=499,
-        video_token_id=498,
-        vision_start_token_id=497,
-        vision_end_token_id=496,
+        text_config=TEXT | {"rope_parameters": rope}, vision_config=EYES | eyes, image_token_id=499
     )
-    return transformers.Qwen3VLForConditionalGeneration(config)
+    return roughen(transformers.Qwen3VLForConditionalGeneration(config))
 
 
-def llava():
-    config = transformers.LlavaConfig(
-        text_config=TEXT | HEADS | {"model_type": "qwen3"},
-        vision_config=EYES
-        | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, "projection_dim": 32},
-        image_token_index=499,
-    )
-    return transformers.LlavaForConditionalGeneration(config)
+def dense_model(dtype=torch.float32):
+    return build("qwen3").to(dtype)
 
 
-def smolvlm():
-    config = transformers.SmolVLMConfig(
-        text_config=TEXT | {"model_type": "llama", "pad_token_id": 0},
-        vision_config=EYES | {"image_size": 32, "patch_size": 8},
-        scale_factor=2,
-        image_token_id=499,
-    )
-    return transformers.SmolVLMForConditionalGeneration(config)
+def mixture_model():
+    return build("qwen3_moe", num_experts=8, num_local_experts=8, mlp_only_layers=[1])
 
 
-def spliced():
-    """Seed 004's way: another language model and its head put into the class."""
-    model, other = smolvlm(), qwen3()
-    model.model.text_model, model.lm_head = other.model, other.lm_head
-    return model
+def with_lora(model, *targets, **more):
+    """The model with an adapter that does something."""
+    settings = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **more)
+    return peft.get_peft_model(model, settings).eval()
 
 
-FAMILIES = {
-    make.__name__: make
-    for make in (qwen3, qwen3_untied, qwen3_moe, gemma3, gemma3_multimodal, qwen3_vl, llava, smolvlm, spliced)
+FAMILIES = {  # plain ones are on the map: test_families.py
+    "gemma3": gemma3_multimodal,
+    "qwen3_vl": qwen3_vl,
+    "llava": lambda: on_nano().model,
+    "smolvlm": lambda: on_nano("shuffle").model,
 }
-
-
-def roughen(model):
-    """Uneven norms and large weights, so that a norm missed, doubled or taken from elsewhere shows."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-            else:
-                parameter.mul_(3)
-    assert sum(p.numel() for p in model.parameters()) < 600_000  # tiny in truth
-    return model.eval()
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    torch.manual_seed(0)
-    return roughen(FAMILIES[request.param]())
+    return FAMILIES[request.param]()
 
 
 @pytest.fixture(scope="module")
 def dense():
-    torch.manual_seed(0)
-    return roughen(qwen3())
+    return dense_model()
 
 
 @pytest.fixture(scope="module")
 def mixture():
-    torch.manual_seed(0)
-    return roughen(qwen3_moe())
+    return mixture_model()
 
 
 @pytest.fixture
 def adapted():
-    """A tiny model with an adapter that does something."""
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
-    return peft.get_peft_model(roughen(qwen3()), lora).eval()
+    return with_lora(dense_model(), "q_proj", "v_proj", "up_proj")
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +180,7 @@ def test_every_architecture_reads_as_its_hidden_states_do(family):
     kl = (right[-1].exp() * (right[-1] - right)).sum(-1).numpy()
     assert reading.kl_to_final == pytest.approx(kl, abs=1e-4)
     assert (reading.active == (right.exp() > 0.01).sum(-1).numpy()).all()
-    assert reading.vocabulary == 500
+    assert reading.vocabulary == 1024
     assert max(reading.checks.values()) < 1e-4
     assert hook_count(family) == before
 
@@ -272,8 +203,7 @@ def test_many_positions_are_read_in_blocks(dense, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_read_in_float32(dtype):
-    torch.manual_seed(0)
-    model = roughen(qwen3_untied()).to(dtype)
+    model = dense_model(dtype)
     states = []
     handles = [
         layer.register_forward_hook(lambda _, args, out: states.append(out.clone()))
@@ -300,12 +230,6 @@ def test_a_reading_knows_what_its_type_may_be_off(nano, dtype):
     assert not replace(reading, checks={}).proved
 
 
-def test_large_heads_are_multiplied_block_by_block(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    rows, weight = torch.randn(7, 32, generator=generator), torch.randn(1300, 32, generator=generator).bfloat16()
-    assert torch.allclose(probe._blockwise(rows, weight), rows @ weight.float().T, atol=1e-5)
-
-
 # --- adapters, 4 bit, nano --------------------------------------------------------------------------------------
 def variants():
     plain = {"r": 4, "init_lora_weights": False}
@@ -316,8 +240,7 @@ def variants():
 
 @pytest.mark.parametrize(("settings", "fed"), [v[1:] for v in variants()], ids=[v[0] for v in variants()])
 def test_adapters_are_read_where_they_sit(settings, fed):
-    torch.manual_seed(0)
-    base = roughen(qwen3_untied())
+    base = dense_model()
     before = read_layers(base, IDS)
     model = peft.get_peft_model(base, peft.LoraConfig(**settings)).eval()
     with torch.no_grad():
@@ -330,12 +253,6 @@ def test_adapters_are_read_where_they_sit(settings, fed):
     assert (after.entropy[1:] != before.entropy[1:]).all()
     assert (np.abs(after.entropy[0] - before.entropy[0]) > 1e-3).all() == fed
     compare_layers(model, IDS, null_adapters=1)
-
-
-def test_merged_model_reads_as_the_adapter(adapted):
-    before = read_layers(adapted, IDS, positions=None)
-    after = read_layers(adapted.merge_and_unload(), IDS, positions=None)
-    assert after.entropy == pytest.approx(before.entropy, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -389,24 +306,20 @@ def test_generation_in_one_pass_equals_one_pass_per_token(nano):
 
 
 def test_picture_positions_read_what_the_projector_puts_out():
-    torch.manual_seed(0)
-    model = roughen(llava())
-    ids = torch.tensor([5, 499, 499, 499, 499, 7, 8, 9])
-    prompt = {
-        "input_ids": ids[None],
-        "pixel_values": torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0)),
-    }
-    reading = read_layers(model, prompt, positions=range(8))
+    loaded = on_nano()
+    text = f"{loaded.processor.image_token}What is it?"
+    prompt = loaded.processor(text=text, images=[picture()], return_tensors="pt")
+    places = (prompt["input_ids"][0] == loaded.model.config.image_token_index).nonzero()[:, 0].tolist()
     seen = []
-    handle = model.model.multi_modal_projector.register_forward_hook(lambda _, args, out: seen.append(out[0]))
-    pictures = read_layers(model, prompt, positions=[2, 3])  # no text among them
+    projector = loaded.model.model.multi_modal_projector
+    handle = projector.register_forward_hook(lambda _, args, out: seen.append(out[0]))
+    reading = read_layers(loaded, prompt, positions=places)
     handle.remove()
     with torch.no_grad():
-        right = output_head(model)(final_norm(model)(seen[0])).log_softmax(-1)
-    entropy = -(right.exp() * right).sum(-1)
-    assert reading.entropy[0, 1:5] == pytest.approx(entropy.numpy(), abs=1e-4)
-    assert pictures.entropy == pytest.approx(reading.entropy[:, 2:4], abs=1e-5)
-    assert pictures.positions == (2, 3)
+        right = output_head(loaded.model)(final_norm(loaded.model)(seen[0])).log_softmax(-1)
+    assert len(places) > 1
+    assert reading.entropy[0] == pytest.approx(-(right.exp() * right).sum(-1).numpy(), abs=1e-4)
+    assert read_layers(loaded, prompt).entropy.shape == (5, 1)
 
 
 # --- injected mistakes ------------------------------------------------------------------------------------------
@@ -487,10 +400,6 @@ def half_softmax(dtype):
     return sums
 
 
-def without_softcap(monkeypatch):
-    monkeypatch.setattr(probe, "adjust_logits", lambda model, logits: logits)
-
-
 def renamed(key, change):
     def sums(logits, top_k):
         found = RIGHT_SUMS(logits, top_k)
@@ -514,11 +423,11 @@ MISTAKES = {
     "layers in reverse": wrong_states(lambda s, norm: s[::-1]),
     "wrong position": earlier_position,
     "entropy in bits": wrong_sums(other_base),
-    "entropy divided by ln V": wrong_sums(renamed("entropy", lambda h: h / math.log(500))),
+    "entropy divided by ln V": wrong_sums(renamed("entropy", lambda h: h / math.log(1024))),
     "softmax in bfloat16": wrong_sums(half_softmax(torch.bfloat16)),
     "softmax in float16": wrong_sums(half_softmax(torch.float16)),
     "temperature": wrong_sums(lambda logits, k: RIGHT_SUMS(logits / 1.01, k)),
-    "token ids off by one": wrong_sums(renamed("top_ids", lambda ids: (ids + 1) % 500)),
+    "token ids off by one": wrong_sums(renamed("top_ids", lambda ids: (ids + 1) % 1024)),
     "least probable first": wrong_sums(renamed("top_probs", lambda p: p[..., ::-1])),
     "active count of the final row everywhere": wrong_sums(renamed("active", lambda n: n * 0 + 99)),
     "not a number": wrong_sums(renamed("entropy", lambda h: h * np.nan)),
@@ -528,8 +437,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_mistake_is_caught(monkeypatch, mistake, dtype):
-    torch.manual_seed(0)
-    model = roughen(qwen3_untied()).to(dtype)
+    model = dense_model(dtype)
     assert read_layers(model, IDS).entropy.shape == (5, 1)
     MISTAKES[mistake](monkeypatch)
     with pytest.raises(LensError, match="refused|not finite|more than ln V"):
@@ -538,9 +446,9 @@ def test_each_mistake_is_caught(monkeypatch, mistake, dtype):
 
 
 def test_missing_softcap_is_caught(monkeypatch):
-    torch.manual_seed(0)
-    model = roughen(gemma3())
-    without_softcap(monkeypatch)
+    model = build("gemma3_text", final_logit_softcapping=5.0)
+    read_layers(model, IDS)
+    monkeypatch.setattr(probe, "adjust_logits", lambda model, logits: logits)
     with pytest.raises(LensError, match="refused"):
         read_layers(model, IDS)
 
@@ -550,8 +458,7 @@ def test_the_seeds_mistake_is_shown_on_purpose(nano):
     right = read_layers(nano, "Tom is taller than Anna. So", positions=None)
     assert (silent[0] > 0.9 * right.ln_vocabulary).all()  # the embedding says nothing, as it seems
     assert right.entropy[0, -1] < 0.1
-    torch.manual_seed(0)
-    dense = roughen(qwen3())
+    dense = dense_model()
     with torch.no_grad():
         states = dense(input_ids=IDS[None], output_hidden_states=True).hidden_states
         log_p = output_head(dense)(states[2][0, -1]).log_softmax(-1)
@@ -576,31 +483,6 @@ def test_norm_missed_for_the_adapter_only_is_caught(adapted, monkeypatch):
         read_layers(adapted, IDS)
 
 
-def test_each_end_alone_lets_mistakes_through(dense, monkeypatch):
-    """Why both are checked."""
-    caught = {}
-    for end in ("last", "embedding"):
-        for name, inject in MISTAKES.items():
-            with pytest.MonkeyPatch.context() as patch:
-                inject(patch)
-
-                def one_end(reading, proof, end=end):
-                    other = {"last": ("lookup", "lookup_slack"), "embedding": ("own", "own_slack")}[end]
-                    loose = {other[0]: getattr(proof, other[0]), other[1]: 1e9}
-                    return check_reading(reading, replace(proof, **loose))
-
-                patch.setattr(lens, "check_reading", one_end)
-                try:
-                    read_layers(dense, IDS)
-                    caught[end, name] = False
-                except LensError:
-                    caught[end, name] = True
-    assert not caught["last", "one scale for all rows"]
-    assert not caught["last", "layers shifted by one"]
-    assert not caught["embedding", "norm twice on the last row only (hidden states)"]
-    assert not caught["embedding", "layers shifted the other way"]
-
-
 def test_base_and_adapter_must_agree_at_the_embedding(adapted, monkeypatch):
     calls = []
 
@@ -622,8 +504,8 @@ def test_base_and_adapter_must_agree_at_the_embedding(adapted, monkeypatch):
         (torch.ones(2, 3, dtype=torch.long), "one sequence at a time"),
         (torch.ones(1, 2, 3, dtype=torch.long), "one sequence at a time"),
         (torch.tensor([1.0]), "expected token ids"),
-        (torch.tensor([1, 500]), "the model knows 0 to 499"),
-        (torch.tensor([-1]), "the model knows 0 to 499"),
+        (torch.tensor([1, 1024]), "the model knows 0 to 1023"),
+        (torch.tensor([-1]), "the model knows 0 to 1023"),
         ({"input_ids": torch.ones(1, 2, dtype=torch.long), "attention_mask": torch.tensor([[0, 1]])}, "padded"),
         ({"pixel_values": torch.ones(1)}, "no input_ids"),
         ("text", "without its tokenizer"),
@@ -666,10 +548,7 @@ def test_positions_that_are_not_there(dense, positions, message):
 
 
 def test_training_mode_comes_back_and_dropout_stays_out():
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.9, init_lora_weights=False)
-    model = peft.get_peft_model(roughen(qwen3()), lora)
-    model.train()
+    model = with_lora(dense_model(), "q_proj", lora_dropout=0.9).train()
     first, second = read_layers(model, IDS), read_layers(model, IDS)
     assert model.training
     assert (first.entropy == second.entropy).all()
@@ -696,11 +575,10 @@ def test_no_hook_is_left_behind(mixture, read):
 def test_models_without_the_parts_are_refused(dense):
     with pytest.raises(ModelError, match="Linear is no transformers or PEFT model"):
         decoder_layers(torch.nn.Linear(2, 2))
-    torch.manual_seed(0)
-    headless = qwen3().model
+    headless = dense_model().model
     with pytest.raises(ModelError, match="no output head"):
         read_layers(headless, IDS)
-    normless = roughen(qwen3())
+    normless = dense_model()
     del normless.model.norm
     with pytest.raises(ModelError, match="no final norm found beside its layers"):
         final_norm(normless)
@@ -739,7 +617,7 @@ def test_a_model_by_its_folder_brings_its_tokenizer(nano, dense):
 # --- attention --------------------------------------------------------------------------------------------------
 def test_attention_equals_the_eager_one(family):
     reading = read_attention(family, IDS, positions=(-1, 4))
-    assert reading.weights.shape == (4, 4, 2, 12)
+    assert reading.weights.shape[::2] == (4, 2)
     family.set_attn_implementation("eager")
     try:
         with torch.no_grad():
@@ -758,8 +636,6 @@ def test_attention_with_an_adapter(adapted):
     with adapted.disable_adapter():
         off = read_attention(adapted, IDS).weights
     assert np.abs(on - off).max() > 1e-3
-    merged = read_attention(adapted.merge_and_unload(), IDS).weights
-    assert merged == pytest.approx(on, abs=1e-4)
 
 
 @pytest.mark.parametrize("fault", ["scaling", "position", "mask"])
@@ -846,10 +722,8 @@ def test_comparison_is_of_one_model(adapted):
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_null_updates_have_the_norm_of_the_trained(experts):
-    torch.manual_seed(0)
     target = {"target_parameters": ["mlp.experts.gate_up_proj"]} if experts else {}
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **target)
-    model = peft.get_peft_model(roughen(qwen3_moe()), lora)
+    model = with_lora(mixture_model(), "q_proj", **target)
     layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
 
     def norms():
@@ -875,9 +749,7 @@ def test_a_failed_null_brings_the_trained_adapter_back(adapted):
 
 
 def test_comparison_of_a_mixture_has_routing():
-    torch.manual_seed(0)
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    found = compare_layers(peft.get_peft_model(roughen(qwen3_moe()), lora).eval(), IDS, null_adapters=2)
+    found = compare_layers(with_lora(mixture_model(), "q_proj", "v_proj"), IDS, null_adapters=2)
     assert found.routing_shift.shape == (3,)
     assert found.null_routing_shift.shape == (2, 3)
     assert found.routing_shift[0] > 0  # attention alone moves the routing

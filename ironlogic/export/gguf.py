@@ -25,6 +25,7 @@ from ironlogic.models import load_tokenizer
 
 import gguf
 import numpy as np
+import peft
 import torch
 import transformers
 from jinja2 import TemplateError
@@ -37,6 +38,11 @@ __all__ = ["ExportError", "gguf_readers", "llama_answers", "plain_template", "wh
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
+)
+# Settings of a plain low-rank adapter; any other that isn't PEFT's default says that it is more than that
+_OF_ANY_PAIR = set(
+    "auto_mapping base_model_name_or_path exclude_modules inference_mode init_lora_weights layers_pattern "
+    "layers_to_transform lora_alpha lora_dropout peft_version r revision target_modules task_type".split()
 )
 _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 
@@ -96,9 +102,9 @@ def write_lora_gguf(adapter: Path, base: Path, path: Path) -> None:
     """
     _, weights, names = _open_qwen3(base, adapter)
     settings = _json(adapter / "adapter_config.json")
-    special = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    if found := [name for name in special if settings.get(name)]:
-        raise ExportError(f"{adapter}: {', '.join(found)} can't be written as a LoRA file")
+    if special := _beyond_pairs(settings):
+        raise ExportError(f"{adapter}: {', '.join(special)} can't be written as a LoRA file; merge it")
+    tied = _json(base / "config.json").get("tie_word_embeddings")
     writer = gguf.GGUFWriter(path, "qwen3")
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)
@@ -109,6 +115,8 @@ def write_lora_gguf(adapter: Path, base: Path, path: Path) -> None:
             layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
             if part not in ("A.weight", "B.weight"):
                 raise ExportError(f"{adapter}: {key} is no low-rank pair")
+            if tied and layer == "lm_head":
+                raise ExportError(f"{adapter}: it changes the head, which the base ties to its embedding")
             name = f"{_gguf_name(names, layer + '.weight')}.lora_{part[0].lower()}"
             writer.add_tensor(name, file.get_tensor(key).float().numpy())
         writer.write_header_to_file()
@@ -116,6 +124,14 @@ def write_lora_gguf(adapter: Path, base: Path, path: Path) -> None:
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _beyond_pairs(settings: dict[str, Any]) -> list[str]:
+    """Names of an adapter's settings that make it more than low-rank pairs beside an unchanged base."""
+    plain = json.loads(json.dumps(peft.LoraConfig().to_dict(), default=list))
+    changed = [name for name, value in settings.items() if name not in _OF_ANY_PAIR and value != plain.get(name)]
+    start = settings.get("init_lora_weights", True)
+    return changed + ["init_lora_weights"] * (start not in (True, False, "gaussian"))
 
 
 # --- what a file says about its model -----------------------------------------------------------------------

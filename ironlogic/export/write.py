@@ -37,6 +37,7 @@ from ironlogic.models import (
     load_tokenizer,
     model_inputs,
     need_template,
+    put_adapter,
     refuse_pickles,
     resolve,
     split_adapter,
@@ -103,8 +104,8 @@ def merge_adapter(run_or_path: Run | str | Path, out: str | Path, *, base: str |
     if source.adapter:
         try:
             model = model.merge_and_unload(safe_merge=True)
-        except ValueError as error:
-            raise ExportError(f"{source.adapter}: {error}; the adapter is broken, train it again") from error
+        except (RuntimeError, ValueError) as error:
+            raise ExportError(f"{source.adapter} can't be merged ({error}); train another") from error
     kind = _TYPES[model.dtype]
     # transformers 5.17 can't undo how it read a 4-bit checkpoint: such models keep transformers' own tensor names
     original = not hasattr(_read_config(source.base), "quantization_config")
@@ -400,11 +401,15 @@ def _with_adapter(model: Any, source: _Source) -> Any:
     """The base with the adapter beside it; every tensor of the adapter has found its place."""
     advice = f"the adapter {source.adapter} was not trained on {source.base}; name its base (base=...)"
     try:
-        model = peft.PeftModel.from_pretrained(model, source.adapter).eval()
-    except (RuntimeError, ValueError) as error:
+        model = put_adapter(model, source.adapter).eval()
+    except (ModelError, RuntimeError, ValueError) as error:
         raise ExportError(f"{advice}: {' '.join(str(error).split())[:200]}") from error
+    if model.active_peft_config.is_prompt_learning:
+        kind = model.active_peft_config.peft_type.value
+        raise ExportError(f"{source.adapter}: {kind} learns a prompt, no weights: there is nothing to merge")
     with safe_open(source.adapter / "adapter_model.safetensors", framework="pt") as tensors:
         strays = set(tensors.keys()) ^ set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    strays = {name for name in strays if ".base_layer." not in name}  # PEFT saves the base of an adapted head too
     if strays:
         raise ExportError(f"{advice}: {len(strays)} tensors fit only one of them, {min(strays)} for one")
     return model

@@ -71,9 +71,9 @@ def encode_prompt(loaded: LoadedModel, prompt: Any) -> dict[str, Tensor]:
     `prompt`: text (tokenized as it stands, no chat template), messages (with the template, up to where the answer
     begins), a processor's output, or a tensor of ids (T,) or (1, T). Raises LensError when it can't be read.
     """
-    extra: dict[str, Any] = {}
+    extra = dict(prompt) if isinstance(prompt, Mapping) else {}
     if isinstance(prompt, Mapping):
-        ids, extra = _from_processor(prompt)
+        ids = _ids_of(prompt)
     elif isinstance(prompt, Tensor | np.ndarray):
         ids = torch.as_tensor(prompt)
     elif isinstance(prompt, str) or (
@@ -85,23 +85,18 @@ def encode_prompt(loaded: LoadedModel, prompt: Any) -> dict[str, Tensor]:
             f"the prompt is a {type(prompt).__name__}; expected text, messages, a processor's output or token ids"
         )
     ids = _checked_ids(ids, embedding(loaded.model))
-    return {"input_ids": ids.to(loaded.device), **extra} if not extra else _moved(loaded, ids, extra)
+    inputs = {"input_ids": ids} | {name: value for name, value in extra.items() if name not in _SHARED}
+    return {name: v.to(loaded.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
-def _from_processor(prompt: Mapping) -> tuple[Tensor, dict[str, Any]]:
+def _ids_of(prompt: Mapping) -> Tensor:
+    """The token ids in what a processor returned."""
     if "input_ids" not in prompt:
         raise LensError(f"the prompt has {', '.join(map(str, prompt)) or 'nothing'} but no input_ids")
     mask = prompt.get("attention_mask")
     if mask is not None and not bool(torch.as_tensor(mask).bool().all()):
         raise LensError("the prompt is padded (its attention_mask has zeros); pass it without padding")
-    return torch.as_tensor(prompt["input_ids"]), {
-        name: value for name, value in prompt.items() if name not in _SHARED
-    }
-
-
-def _moved(loaded: LoadedModel, ids: Tensor, extra: Mapping[str, Any]) -> dict[str, Any]:
-    moved = {name: v.to(loaded.device) if isinstance(v, Tensor) else v for name, v in extra.items()}
-    return {"input_ids": ids.to(loaded.device), **moved}
+    return torch.as_tensor(prompt["input_ids"])
 
 
 def _tokenize(loaded: LoadedModel, prompt: Any) -> list[int]:

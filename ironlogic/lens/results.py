@@ -7,7 +7,7 @@ Layers are numbered by how many the token has passed: 0 is the embedding, L is a
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -110,26 +110,11 @@ class LayerReading:
 
     def to_json(self) -> str:
         """Everything, token texts as they are."""
-        return json.dumps(
-            {
-                "vocabulary": self.vocabulary,
-                "ln_vocabulary_nats": self.ln_vocabulary,
-                "layers": self.layers,
-                "positions": self.positions,
-                "ids": self.ids,
-                "tokens": self.tokens,
-                "settle_layer": self.settle_layer.tolist(),
-                "entropy_nats": self.entropy.tolist(),
-                "kl_to_final_nats": self.kl_to_final.tolist(),
-                "active": self.active.tolist(),
-                "top_ids": self.top_ids.tolist(),
-                "top_tokens": self.top_tokens,
-                "top_probs": self.top_probs.tolist(),
-                "checks": dict(self.checks),
-                "allowed": dict(self.allowed),
-            },
-            ensure_ascii=False,
-        )
+        units = {"entropy": "entropy_nats", "kl_to_final": "kl_to_final_nats"}
+        values = {units.get(one.name, one.name): getattr(self, one.name) for one in fields(self)}
+        values["ln_vocabulary_nats"] = self.ln_vocabulary
+        plain = {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in values.items()}
+        return json.dumps(plain, ensure_ascii=False)
 
 
 @dataclass(frozen=True, eq=False)
