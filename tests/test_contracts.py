@@ -34,10 +34,26 @@ LOADERS = ("modeling_utils", "configuration_utils", "processing_utils", "tokeniz
 
 @cache
 def our_calls():
-    """(callee as written, keywords by name) of every call in the package."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "ironlogic").rglob("*.py"))]
-    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return [(ast.unparse(node.func), [one.arg for one in node.keywords if one.arg]) for node in calls]
+    """(callee as written, keywords by name) of every call in the package, `**dictionary` among them."""
+    calls = []
+    for path in sorted((ROOT / "ironlogic").rglob("*.py")):
+        for scope in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(scope, ast.FunctionDef):
+                calls += calls_in(scope)
+    return calls
+
+
+def calls_in(function):
+    keys = {}  # of the dictionaries that this function makes, by their name
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            texts = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+            keys |= {target.id: texts for target in node.targets if isinstance(target, ast.Name)}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call):
+            spread = [keys.get(ast.unparse(one.value), []) for one in node.keywords if one.arg is None]
+            names = [one.arg for one in node.keywords if one.arg]
+            yield ast.unparse(node.func), names + [name for some in spread for name in some]
 
 
 def unknown(callee, names):
