@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 from ironlogic.data.chats import make_chats
+from ironlogic.data.scenes import make_scenes, question_chat, save_scenes
 from ironlogic.models import ModelError, load_model
-from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.presets import VISION_PRESETS, LoraSettings, TrainSettings
 from ironlogic.training.runs import Run, RunError, newest_whole_checkpoint, open_run
 from ironlogic.vision.answers import answer_pictures, control_rows
 from ironlogic.vision.splice import SpliceError, projector_of, splice, tower_of
@@ -253,6 +254,34 @@ def test_the_smolvlm_class_goes_through_both_stages_and_reloads(kind, tmp_path):
     assert type(again.model).__name__ == "SmolVLMForConditionalGeneration"
     ours, reloaded = (answer_pictures(one, CHATS[:3], max_new_tokens=3) for one in (two.loaded, again))
     assert ours == reloaded
+
+
+def test_tiles_read_a_digit_that_is_too_small_for_one_view(tmp_path):
+    """Unseen scans on a canvas twice as wide and high, in one view seven pixels; chance is .1."""
+    rows = {}
+    for split, count in (("train", 1920), ("test", 120)):
+        scenes = make_scenes(count, seed=1, split=split, tiles=2)
+        paths = save_scenes(scenes, tmp_path / split)
+        rows[split] = [question_chat(scene, path, "number") for scene, path in zip(scenes, paths, strict=True)]
+    tests = {name: control_rows(rows["test"], name) for name in ("image", "blank", "shuffled")}
+    settings = VISION_PRESETS["nano-vision"].instruct_stage
+    right = {}
+    for tiles in (4, 0):
+        look = {"projector": "pixel_shuffle", "shuffle_factor": 1, "tiles": tiles}
+        answers = train_and_answer(
+            partial(splice, "nano-siglip", "nano", **look),
+            tests,
+            instruct=(make_chats(rows["train"]), settings),
+            run=tmp_path / str(tiles),
+            seed=1,
+            cache=tmp_path / "features",
+            max_new_tokens=6,
+        )
+        for name, said in answers.items():
+            hits = [answer == row[1]["content"] for answer, row in zip(said, rows["test"], strict=True)]
+            right[tiles, name] = sum(hits) / len(hits)
+    assert right.pop((4, "image")) > 0.6
+    assert max(right.values()) < 0.35, right
 
 
 def test_both_stages_over_a_4_bit_base_merge_into_its_16_bit_weights(tmp_path):
