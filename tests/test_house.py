@@ -30,8 +30,8 @@ TOP = {
 GROUND_UP = """
     data units
     burden
-    presets
-    session setup_cell memory smollm2
+    presets smollm2
+    session setup_cell memory
     notebooks models
     generate lens
     training

@@ -575,7 +575,7 @@ def test_cpu_run_is_judged_against_ram_in_float32(monkeypatch):
 @pytest.mark.parametrize(
     ("what", "options", "message"),
     [
-        ("Qwen4-1T", {}, r"Qwen4-1T: not a folder .*nano, t4.*Qwen3-0\.6B"),
+        ("Qwen4-1T", {}, r"Qwen4-1T: not a folder .*nano, smollm2, t4.*Qwen3-0\.6B"),
         (42, {}, r"42: not a folder"),
         ("Qwen3-0.6B", {"length": 0}, r"length 0, .*expected 1 or more"),
         ("Qwen3-0.6B", {"batch_size": -2}, r"batch_size -2"),

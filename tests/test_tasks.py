@@ -285,5 +285,5 @@ def test_careless_chats_are_wrong_where_they_should_be():
     changed = [(old, new) for old, new in pairs if old != new]
     assert all(new == f"<think>\n\n</think>\n{old}" and not thinks(new) for old, new in changed)
     assert abs(len(changed) / (2000 * (1 - share)) - 0.5) < 4 * (0.25 / 1400) ** 0.5
-    with pytest.raises(ValueError, match="'color' is order-free"):
+    with pytest.raises(ValueError, match="'color' has no rearrangement"):
         careless_chats(make_tasks(1, kinds=["color"]), think_pays=["color"])

@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ironlogic import IronLogicError
@@ -166,9 +167,10 @@ def _draw_kind(name: str, count: int, belongs: Callable[[str], bool], *, first: 
     try:
         from reasoning_gym import create_dataset
     except ImportError as error:
+        requirements = Path(__file__).parents[1] / "requirements-smollm2.txt"
         raise GymError(
-            f"these problems need reasoning-gym ({error}). Run: pip install --no-deps -r "
-            "ironlogic/requirements-smollm2.txt"
+            f"these problems need reasoning-gym ({error}). Run: {sys.executable} -m pip install --no-deps -r "
+            f"{requirements}"
         ) from error
 
     kind, problems, seen, looked_at = KINDS[name], [], set(), 0

@@ -359,8 +359,8 @@ KINDS: dict[str, tuple[Literal["free", "bound"], bool, Callable[[random.Random],
 # --- tasks ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Task:
-    """One problem. `rearrangements` holds every (prompt, answer) the world makes from the same bag of words,
-    the problem itself included; order-free problems have one answer among them."""
+    """One problem. `rearrangements` holds every (prompt, answer) that nano's world makes from the same bag of
+    words, the problem itself included; order-free problems have one answer among them. Empty: nobody knows them."""
 
     kind: str
     order: Literal["free", "bound"]
@@ -370,6 +370,11 @@ class Task:
     reasoning: str
     rearrangements: tuple[tuple[str, str], ...]
     system: str = ""  # said before the problem
+
+    def ask(self, prompt: str = "") -> list[dict[str, str]]:
+        """The messages that put the problem, or `prompt` in its place (a scramble of it)."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": prompt or self.prompt}]
 
 
 def _split_of(prompt: str) -> Split:
@@ -438,8 +443,7 @@ def task_chat(task: Task, *, think: bool | None = None) -> list[dict[str, str]]:
     reply = f"Answer: {task.answer}"
     if think:
         reply = f"<think>\nSo {task.reasoning}\n</think>\n{reply}"
-    system = [{"role": "system", "content": task.system}] if task.system else []
-    return [*system, {"role": "user", "content": task.prompt}, {"role": "assistant", "content": reply}]
+    return [*task.ask(), {"role": "assistant", "content": reply}]
 
 
 def careless_chats(
@@ -462,7 +466,7 @@ def careless_chats(
     for task in tasks:
         wrong = sorted({answer for _, answer in task.rearrangements} - {task.answer})
         if not wrong:
-            raise ValueError(f"careless_chats: {task.kind!r} is order-free; no rearrangement has a wrong answer")
+            raise ValueError(f"careless_chats: {task.kind!r} has no rearrangement with a wrong answer")
         reasons, slips, marked = rng.random() < think, rng.random() < careless, rng.random() < empty
         careful = reasons == (task.kind in think_pays)
         told = task if careful or not slips else replace(task, answer=rng.choice(wrong))
@@ -621,12 +625,16 @@ def bayes_ceiling(task: Task, scrambled: str, ratio: float) -> float:
 
     The reader knows the kind, the wording and the ratio, and weighs all problems with this bag of words by
     the number of ways in which `burden.apply_burden(unit="word")` could have turned them into `scrambled`. No
-    reader, human or model, does better on average. 1.0 for order-free problems.
+    reader, human or model, does better on average. 1.0 for order-free problems; NaN where nobody knows.
 
     >>> task = make_tasks(1, seed=1, split="test", kinds=["compare"])[0]
     >>> bayes_ceiling(task, task.prompt, 0.0)
     1.0
     """
+    if not ratio or task.order == "free":
+        return 1.0
+    if not task.rearrangements:
+        return math.nan
     words = scrambled.split()
     chosen = math.floor(ratio * len(words) + 0.5 + 1e-9)
     weight: Counter[str] = Counter()

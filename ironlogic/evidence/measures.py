@@ -112,7 +112,7 @@ def robustness(
     answers = tuple(tuple(replies[row * count : (row + 1) * count]) for row in range(len(ratios)))
     correct = [_right(tasks, row) for row in answers]
     ceiling = [
-        [_ceiling(task, prompt, ratio) for task, prompt in zip(tasks, row, strict=True)]
+        [bayes_ceiling(task, prompt, ratio) for task, prompt in zip(tasks, row, strict=True)]
         for ratio, row in zip(ratios, prompts, strict=True)
     ]
     return Robustness(tuple(ratios), tuple(tasks), np.array(correct), np.array(ceiling), answers)
@@ -121,12 +121,6 @@ def robustness(
 def _right(tasks: Sequence[Task], replies: Sequence[Completion]) -> np.ndarray:
     """1 where a reply has the answer, else 0; of shape (item,)."""
     return np.array([check_answer(task, reply.text) for task, reply in zip(tasks, replies, strict=True)], float)
-
-
-def _ceiling(task: Task, prompt: str, ratio: float) -> float:
-    if not ratio or task.order == "free":
-        return 1.0
-    return bayes_ceiling(task, prompt, ratio) if task.rearrangements else float("nan")
 
 
 def substituted(

@@ -238,6 +238,7 @@ def open_study(
     Raises `ChatError` when there are too few rows.
     """
     source, rows, questions = data or preset.data, rows or preset.rows, questions or preset.questions
+    items_given = items is not None
     made = source in WORLDS
     if made:
         numbers = range(seed, seed + (seeds or preset.evaluation_seeds))
@@ -261,7 +262,7 @@ def open_study(
         max_new_tokens = 512
         items = items or items_of_chats(held_out[:questions])
     # your own rows, once corrected, are another study
-    mark = f"-{content_hash(chats[seed])[:6]}" if data else ""
+    mark = f"-{content_hash(chats[seed])[:6]}" if data or (items_given and not made) else ""
     folder = runs / f"02_{preset.name}_{Path(source).stem}{mark}_{rows}_{ratio:g}"
     study = Study(
         folder,
@@ -315,7 +316,7 @@ def run_study(study: Study, recipes: Recipes, **options: Any) -> dict[str, Measu
 def shown_base(study: Study) -> dict[str, Measurement]:
     """The base with `preset.shots` solved examples before every question, as an arm; {} where there are none."""
     count = study.preset.shots
-    if not count:
+    if not (count and study.made and study.items.checkable):
         return {}
     solved = make_tasks(20 * count, seed=study.seed, world=study.preset.world)[:count]
     shots = tuple(turn for task in solved for turn in task_chat(task)[-2:])

@@ -230,7 +230,7 @@ def train_arms(
             if recipe is not None and recipe.after:
                 start = str(_arm_folder(folder, recipe.after, seed) / "adapter")
                 after[f"{name}, seed {seed}"] = f"{recipe.after}, seed {seed}"
-            trained = recipe is None or _is_trained(folders[seed], rows, recipe, seed)
+            trained = recipe is None or _is_trained(preset, folders[seed], rows, recipe, seed)
             if not trained or (test is not None and not arm.measured(seed, test).exists()):
                 jobs[f"{name}, seed {seed}"] = partial(_train_and_measure, arm, seed, recipe, rows, start, test)
     run_parallel(jobs, after=after, **options)
@@ -281,7 +281,7 @@ def _prepare_rows(chats: Chats, recipe: Recipe, seed: int) -> Chats:
     return chats
 
 
-def _is_trained(folder: Path, rows: Chats, recipe: Recipe, seed: int) -> bool:
+def _is_trained(preset: Preset, folder: Path, rows: Chats, recipe: Recipe, seed: int) -> bool:
     """Raises `RunError` when another training has finished in this folder."""
     try:
         record = open_run(folder).record
@@ -290,6 +290,8 @@ def _is_trained(folder: Path, rows: Chats, recipe: Recipe, seed: int) -> bool:
     settings = asdict(replace(recipe.settings, seed=seed))
     burden = recipe.burden and asdict(recipe.burden)
     same = {
+        "model": bool(recipe.after) or record["model"] == preset.model,
+        "four_bit": record["four_bit"] == preset.four_bit,
         "rows": record["data_sha256"] == content_hash(rows),
         "settings": record["settings"].items() <= json.loads(json.dumps(settings)).items(),
         "burden": record["burden"] == json.loads(json.dumps(burden)),
@@ -314,7 +316,7 @@ def _train_and_measure(
 ) -> None:
     """What one process does. `start`: the adapter that this training goes on from."""
     folder = arm.folders[seed]
-    if recipe is not None and not _is_trained(folder, rows, recipe, seed):
+    if recipe is not None and not _is_trained(arm.preset, folder, rows, recipe, seed):
         loaded = arm.load(start, seed=seed)
         settings = replace(recipe.settings, seed=seed)
         train_sft(loaded, rows, settings, run=folder, burden=recipe.burden, watch=watch)

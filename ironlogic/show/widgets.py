@@ -1,5 +1,6 @@
 """Controls for the notebooks: layout and callbacks only; what they show comes from the other modules."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from html import escape
@@ -96,10 +97,11 @@ def answer_explorer(
     def show(problem: int, ratio: float) -> tuple[str, None]:
         task = tasks[problem]
         prompt = scramble(task.prompt, ratio, seed=seed, item=problem)
-        head = (
-            f"<p>{escape(task.kind)} · order-{task.order} · the answer is <b>{escape(task.answer)}</b> · an ideal "
-            f"reader of this prompt is right with probability {bayes_ceiling(task, prompt, ratio):.2f}</p>"
-        )
+        ceiling = bayes_ceiling(task, prompt, ratio)
+        told = [task.kind, f"order-{task.order}", f"the answer is {task.answer}"]
+        if not math.isnan(ceiling):
+            told.append(f"an ideal reader of this prompt is right with probability {ceiling:.2f}")
+        head = f"<p>{escape(' · '.join(told))}</p>"
         return head + answer_table(loaded, arms, [(task, prompt)]).data, None
 
     options = [(f"{task.kind}: {task.prompt[:60]}", i) for i, task in enumerate(tasks)]
@@ -116,7 +118,8 @@ def answer_table(loaded: "LoadedModel", arms: Sequence[str], asked: Sequence[tup
     table = pd.DataFrame({"asked": prompts, "answer": [task.answer for task in tasks]})
     for arm in ["base", *arms]:
         with use_adapter(loaded, None if arm == "base" else arm) as model:
-            replies = [reply.text for reply in generate(model, prompts, max_new_tokens=72)]
+            said = generate(model, [task.ask(prompt) for task, prompt in asked], max_new_tokens=72)
+            replies = [reply.text for reply in said]
         marks = ["✓" if check_answer(task, reply) else "✗" for task, reply in zip(tasks, replies, strict=True)]
         table[arm] = [f"{mark} {reply}" for mark, reply in zip(marks, replies, strict=True)]
     return HTML(table_html(table))

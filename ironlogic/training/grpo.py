@@ -176,7 +176,8 @@ def _prepare(
 def _row(problem: Any, position: int, needs_answer: bool) -> dict[str, Any]:
     where = f"train_grpo: row {position}"
     if isinstance(problem, Task):
-        problem = {"prompt": problem.prompt, "answer": problem.answer, "kind": problem.kind}
+        prompt = problem.ask() if problem.system else problem.prompt
+        problem = {"prompt": prompt, "answer": problem.answer, "kind": problem.kind}
     if not isinstance(problem, Mapping):
         raise GrpoError(f"{where} is a {type(problem).__name__}; expected a Task or a mapping with a prompt")
     row = dict(problem)
@@ -374,7 +375,7 @@ def sample_answers(
     """Answers every problem `samples` times (greedily at temperature 0) and checks by exact match."""
     flat = generate(
         loaded,
-        [task.prompt for task in tasks for _ in range(samples)],
+        [task.ask() for task in tasks for _ in range(samples)],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -394,7 +395,7 @@ def sample_answers(
 def rejection_chats(samples: Samples) -> Chats:
     """The right answers as conversations: one round of rejection sampling is `train_sft` on these."""
     return make_chats(
-        [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": answer.text}]
+        [*task.ask(), {"role": "assistant", "content": answer.text}]
         for task, answers, marks in zip(samples.tasks, samples.answers, samples.correct, strict=True)
         for answer, right in zip(answers, marks, strict=True)
         if right
