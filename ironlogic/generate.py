@@ -5,12 +5,21 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ironlogic.models import LoadedModel, as_loaded, free_memory, inference, model_inputs, need_template
+from ironlogic.models import (
+    LoadedModel,
+    ModelError,
+    as_loaded,
+    free_memory,
+    inference,
+    model_inputs,
+    need_template,
+)
 
 import torch
 import transformers
+from jinja2 import TemplateError
 
-__all__ = ["Completion", "chat_ids", "end_ids", "generate", "stream", "visible_text"]
+__all__ = ["Completion", "chat_ids", "end_ids", "generate", "prompt_text", "stream", "visible_text"]
 
 Prompt = str | Sequence[dict[str, Any]]
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -52,7 +61,7 @@ def generate(
     ids = chat_ids(loaded.tokenizer, prompts)
     sampling = _GREEDY
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": float(temperature), "top_p": 1.0, "top_k": 0}
         transformers.set_seed(seed)
     ends = end_ids(loaded)
     spoken: list[list[int]] = [[] for _ in ids]
@@ -76,13 +85,22 @@ def generate(
     return [_completion(loaded.tokenizer, *answer, ends) for answer in zip(spoken, seconds, strict=True)]
 
 
+def prompt_text(processor: Any, messages: Sequence[dict[str, Any]]) -> str:
+    """The messages as the chat template writes them, up to where the answer begins. Raises `ModelError`."""
+    try:
+        return processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise ModelError(f"the chat template refuses turns of these roles: {roles} ({error})") from error
+
+
 def chat_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of every prompt (text of a user turn, or messages) up to where the answer begins."""
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
     if [] in chats:
         raise ValueError(f"generate: prompt {chats.index([])} is empty")
     need_template(tokenizer)
-    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    texts = [prompt_text(tokenizer, chat) for chat in chats]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
@@ -105,7 +123,7 @@ def stream(
         inputs = {"input_ids": torch.tensor(chat_ids(loaded.tokenizer, [messages]))}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     else:
-        text = loaded.processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = prompt_text(loaded.processor, messages)
         seen = {"images": list(pictures)} if pictures else {}
         inputs = loaded.processor(text=text, **seen, add_special_tokens=False, return_tensors="pt")
     ends, asked = end_ids(loaded), inputs["input_ids"].shape[1]

@@ -1,8 +1,10 @@
 """Decoding: order, independence of the batch, limits and refusals."""
 
+import copy
+
 from ironlogic.data.problems import make_tasks
-from ironlogic.generate import generate
-from ironlogic.models import load_model, model_inputs
+from ironlogic.generate import chat_ids, generate
+from ironlogic.models import ModelError, load_model, model_inputs
 
 import pytest
 import torch
@@ -53,6 +55,13 @@ def test_limits_and_wrong_prompts(nano):
         generate(nano, [PROMPTS[0], []])
     with pytest.raises(TypeError, match="expected a list"):
         generate(nano, PROMPTS[0])
+
+
+def test_a_template_that_refuses_is_told_in_our_words(nano):
+    strict = copy.deepcopy(nano.tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ModelError, match="refuses turns of these roles: user, user .roles must alternate"):
+        chat_ids(strict, [[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]])
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("Gemma3ForConditionalGeneration", 2), ("Qwen3ForCausalLM", 1)])

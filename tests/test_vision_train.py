@@ -323,6 +323,15 @@ def test_an_interrupted_stage_goes_on_with_equal_bytes(stage, tmp_path, capsys):
     assert [line["step"] for line in resumed.metrics] == [1, 2, 3, 4]
 
 
+def test_a_stage_that_breaks_leaves_the_projector_in_its_type(tmp_path):
+    """It is trained in float32 beside a model in 16 bit; here that breaks the first pass, for want of autocast."""
+    loaded = tiny()
+    loaded.model.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        train_projector(loaded, ROWS, SETTINGS, run=tmp_path / "a")
+    assert {tensor.dtype for tensor in projector_of(loaded.model).parameters()} == {torch.bfloat16}
+
+
 IN_A_CHILD = """
 import os, signal, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]

@@ -23,7 +23,7 @@ from ironlogic.evidence.twins import Arm, Recipe, as_preset, make_recipes, train
 from ironlogic.models import LoadedModel, free_memory, resolve, split_adapter
 from ironlogic.presets import Preset, TrainSettings
 from ironlogic.training.runs import RunError, open_run, write_json
-from ironlogic.training.stages import content_hash
+from ironlogic.training.sft import rows_hash
 
 import numpy as np
 
@@ -262,7 +262,7 @@ def open_study(
         max_new_tokens = 512
         items = items or items_of_chats(held_out[:questions])
     # your own rows, once corrected, are another study
-    mark = f"-{content_hash(chats[seed])[:6]}" if data or (items_given and not made) else ""
+    mark = f"-{rows_hash(chats[seed])[:6]}" if data or (items_given and not made) else ""
     folder = runs / f"02_{preset.name}_{Path(source).stem}{mark}_{rows}_{ratio:g}"
     study = Study(
         folder,

@@ -27,8 +27,7 @@ from ironlogic.models import LoadedModel, free_memory, load_model, load_tokenize
 from ironlogic.presets import PRESETS, Preset, TrainSettings
 from ironlogic.training.parallel import run_parallel
 from ironlogic.training.runs import Run, RunError, open_run, run_folder, write_json
-from ironlogic.training.sft import train_sft
-from ironlogic.training.stages import content_hash
+from ironlogic.training.sft import rows_hash, train_sft
 
 import numpy as np
 
@@ -292,7 +291,7 @@ def _is_trained(preset: Preset, folder: Path, rows: Chats, recipe: Recipe, seed:
     same = {
         "model": bool(recipe.after) or record["model"] == preset.model,
         "four_bit": record["four_bit"] == preset.four_bit,
-        "rows": record["data_sha256"] == content_hash(rows),
+        "rows": record["data_sha256"] == rows_hash(rows),
         "settings": record["settings"].items() <= json.loads(json.dumps(settings)).items(),
         "burden": record["burden"] == json.loads(json.dumps(burden)),
     }

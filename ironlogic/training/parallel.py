@@ -121,7 +121,7 @@ def _side_by_side(
                 worker, name, began = busy[connection]
                 try:
                     kind, *content = connection.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):  # the latter: it never read its job
                     kind, content = "ended", [None, worker.last_words()]
                     worker = _Worker(watched=watch is not None)
                 if kind == "metrics":

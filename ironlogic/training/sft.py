@@ -84,7 +84,7 @@ def train_sft(
         error = ChatError(f"holds a picture, but {loaded.source} takes none", field="messages")
         raise RunError(f"{chats.reject(pictured, error)}; load a model that sees, or leave such rows out")
     stage = "sft" if burden is None else "ft"
-    sha256 = _hash(chats)
+    sha256 = rows_hash(chats)
     record = describe_stage(stage, loaded, len(chats), sha256, settings, burden=burden, processes=PROCESSES)
     if finished := finished_run(folder, record, watch):
         return finished
@@ -121,7 +121,7 @@ def prepare_sft(
     folder = run_folder(run)
     _find_picture(chats)
     stage = "sft" if burden is None else "ft"
-    sha256 = _hash(chats)
+    sha256 = rows_hash(chats)
     record = describe_inputs(stage, str(model), four_bit, len(chats), sha256, settings, burden)
     if not find_run(folder, record):
         _write_chats(folder, chats)
@@ -140,7 +140,7 @@ def train_prepared(run: str | Path, *, watch: Watch | None = None) -> Run:
         chats = load_chats(path)
         settings = TrainSettings(**record["settings"] | {"lora": LoraSettings(**record["settings"]["lora"])})
         burden = record["burden"] and Burden(**record["burden"])
-        unchanged = _hash(chats) == record["data_sha256"]
+        unchanged = rows_hash(chats) == record["data_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{folder}: run.json or chats.jsonl is damaged ({error!r:.200}); prepare it again"
@@ -159,7 +159,7 @@ def _find_picture(chats: Chats) -> int | None:
     return next((row for row, messages in enumerate(chats) if image_parts(messages)), None)
 
 
-def _hash(chats: Chats) -> str:
+def rows_hash(chats: Chats) -> str:
     """sha256 of the conversations; a picture counts by what it shows, not by where it lies."""
 
     def named(messages: list[dict]) -> list[dict]:

@@ -103,10 +103,11 @@ def _check_tracker(name: str) -> None:
 
 
 def content_hash(rows: Iterable[Any]) -> str:
-    """sha256 of rows that JSON can hold, in their order."""
+    """sha256 of rows, in their order, as JSON writes them (what it can't hold, by its `repr`)."""
     content = hashlib.sha256()
     for row in rows:
-        content.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+        text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=repr)
+        content.update(text.encode("utf-8", "surrogatepass"))
     return content.hexdigest()
 
 

@@ -15,6 +15,7 @@ from ironlogic.training.picture_rows import PictureBatches, PictureReader
 from ironlogic.training.runs import run_folder
 from ironlogic.vision.shortcuts import cached_tower, compute_features
 
+from jinja2 import TemplateError
 from PIL import Image
 
 __all__ = ["answer_pictures", "control_rows", "last_question", "load_questions"]
@@ -103,7 +104,10 @@ def _prompt(messages: Sequence[dict[str, Any]], reader: PictureReader, max_lengt
         messages = messages[:-1]
     keys = reader.take(messages)
     parts = [dict(turn, content=_parts(turn["content"])) for turn in messages]
-    ids = reader.tokenizer.apply_chat_template(parts, add_generation_prompt=True, return_dict=False)
+    try:
+        ids = reader.tokenizer.apply_chat_template(parts, add_generation_prompt=True, return_dict=False)
+    except TemplateError as error:
+        raise ChatError(f"the chat template refuses these turns ({error})") from error
     reader.check(ids, keys)
     length = len(ids) + sum(len(reader.block(key)) - 1 for key in keys)
     if length >= max_length:

@@ -22,6 +22,7 @@ import tokenizers
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 
 # transformers.AutoImageProcessor asks for torchvision, the class itself doesn't
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -150,8 +151,9 @@ def _load_tower(name: Any) -> tuple[Any, Any]:
         model = _take_tower(transformers.AutoModel.from_pretrained(source, **local, use_safetensors=True))
         size = _side(model.config, "image_size")
         image_processor = _load_image_processor(source, size, config.model_type, local)
-    except (OSError, ValueError, KeyError) as error:
-        raise SpliceError(f"{source} can't be loaded as a vision tower: {str(error).splitlines()[0]}") from error
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SpliceError(f"{source} can't be loaded as a vision tower: {reason[0]}") from error
     return model.eval(), image_processor
 
 

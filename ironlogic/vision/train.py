@@ -167,6 +167,8 @@ def _train(
         if stage == "instruct":
             trained.model.unload()
         projector_of(loaded.model).load_state_dict(before)
+        for name, parameter in projector_of(loaded.model).named_parameters():
+            parameter.data = parameter.data.to(before[name].dtype)  # it was trained in float32
         raise
     _cast_back(trained)
     if stage == "instruct":
