@@ -8,6 +8,7 @@ without custom code. Whether it sees is for `check_splice` to say; whether it le
 import contextlib
 import copy
 import json
+import logging
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +50,9 @@ __all__ = [
     "tower_name",
     "tower_of",
 ]
+
+# SmolVLM's default configuration, which transformers makes beside ours as it writes it, names a token it hasn't
+logging.getLogger("transformers.configuration_utils").addFilter(lambda told: "got 128002" not in told.getMessage())
 
 # --- the parts: tower, projector, image token, chat template ----------------------------------------------------
 _PROBE = "zxq probe"
