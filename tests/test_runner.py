@@ -137,7 +137,16 @@ def test_ctrl_c_ends_cleanly(tmp_path, make_notebook):
     path = make_notebook(tmp_path / "01_x.ipynb", code)
     runs = tmp_path / "runs"
     command = [sys.executable, "-m", "ironlogic", "run", str(path), "--out", str(runs)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a job in the background has none
+    )
     while not (tmp_path / "begun").exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
