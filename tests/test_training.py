@@ -41,7 +41,8 @@ def losses(run_or_folder):
 
 
 def prepare(chats, settings, burden=None):
-    return _prepare(nano(), chats, settings, burden)
+    rows, _, _ = _prepare(nano(), chats, settings, burden, pictures=False)
+    return rows
 
 
 def interrupt(lines):
@@ -58,19 +59,19 @@ def python(*words, **environ):
 # --- what is trained ----------------------------------------------------------------------------------------
 def test_answers_with_their_end_are_trained_and_prompts_are_not():
     tokenizer = nano().tokenizer
-    for row in prepare(CHATS, SETTINGS)[0]:
+    for row in prepare(CHATS, SETTINGS):
         text = tokenizer.decode([token for token in row["labels"] if token >= 0])
         assert text.endswith("<|im_end|>")
         assert text.count("<|im_end|>") == 1
         assert "<|im_start|>" not in text
         assert "Answer:" in text
-    all_tokens, _ = prepare(CHATS, replace(SETTINGS, loss="all"))  # as the seeds train
+    all_tokens = prepare(CHATS, replace(SETTINGS, loss="all"))  # as the seeds train
     assert all(row["labels"] == row["input_ids"] for row in all_tokens)
 
 
 def test_burden_is_drawn_anew_every_epoch_unless_told_not_to():
     def epochs(burden):
-        rows, _ = prepare(CHATS, replace(SETTINGS, epochs=3, batch_size=1), burden)
+        rows = prepare(CHATS, replace(SETTINGS, epochs=3, batch_size=1), burden)
         third = len(rows) // 3
         return [{tuple(ids) for ids in rows["input_ids"][e * third : (e + 1) * third]} for e in range(3)]
 
@@ -89,8 +90,8 @@ def test_twin_sees_the_same_rows_in_the_same_order_and_a_cut_moves_no_other_row(
     for given, whole in ((CHATS, True), (make_chats(chats), False)):
         prompts, answers = [], []
         for burden in (None, Burden()):
-            rows, report = prepare(given, SETTINGS, burden)
-            assert (report.dropped == 0) == whole
+            rows = prepare(given, SETTINGS, burden)
+            assert (len(rows) == SETTINGS.epochs * len(given)) == whole
             prompts.append(rows["input_ids"][:])
             answers.append([tuple(token for token in labels if token >= 0) for labels in rows["labels"]])
         both = {answer for answer in set(answers[0]) & set(answers[1]) if answer[-1] == end}
