@@ -93,6 +93,7 @@ def test_the_base_is_shown_examples_where_the_preset_says_so(tmp_path):
     assert shown_base(open_study(NANO, tmp_path, rows=24, seeds=1, questions=10)) == {}
 
 
+@pytest.mark.slow
 def test_every_claim_has_its_runs_in_the_full_plan(tmp_path):
     study = open_study(NANO, tmp_path, seeds=5, rows=1200)
     curves, sizes = study.curves()
