@@ -8,7 +8,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # An older Python installs every package and fails somewhere inside: it is told at the door.
 if sys.version_info < (3, 11):  # noqa: UP036

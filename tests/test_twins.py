@@ -167,6 +167,8 @@ def test_from_training_to_verdict_and_again_from_disk(studied):
     arms = study.train(recipes)
     ft, sft = (arms[name].runs[0].record for name in ("FT", "SFT"))
     assert {name for name in ft if ft[name] != sft[name]} <= {"stage", "burden", "seconds", "peak_gib", "data"}
+    with pytest.raises(RunError, match="trained otherwise: it differs in model"):
+        replace(study, preset=replace(NANO, model="nano-moe")).train(recipes)
     other = replace(study, chats={3407: study.chats[3407][::-1]})
     with pytest.raises(RunError, match="trained otherwise: it differs in rows"):
         run_study(other, study.twins())

@@ -69,7 +69,7 @@ def train_projector(
     `chats` come from `load_chats` or `make_chats`; a row without a picture, or with one that can't be read, is left
     out and told in `run.json`. `cache` is a folder, by default one of the results folder, where features of the
     tower are kept; None: the tower runs at every step. The folder of a finished run is read, an interrupted one
-    goes on, with the same bytes as if it had not been interrupted.
+    goes on, with the same bytes as if it had not been interrupted; either wants the splice as it was before.
 
     Raises `RunError`, `SpliceError` if the splice fails its check, `ChatError` if no row is left.
     """
