@@ -9,6 +9,7 @@ from typing import Literal
 
 from ironlogic import IronLogicError
 from ironlogic.burden import Burden
+from ironlogic.data.problems import WORLDS
 
 __all__ = [
     "PRESETS",
@@ -84,7 +85,7 @@ class Preset:
     @property
     def world(self) -> str:
         """Where made problems for this model come from (`data.make_tasks`), whatever it is trained on."""
-        return "reasoning-gym" if self.data == "reasoning-gym" else "problems"
+        return self.data if self.data in WORLDS else "problems"
 
 
 # "As the seed": the published script (seed 001), line by line. It is the only one of its author: seeds 000 and 002

@@ -30,6 +30,7 @@ __all__ = [
     "OBJECTS",
     "OPPOSITE",
     "SUPERLATIVE",
+    "WORLDS",
     "Task",
     "accuracy_reward",
     "answer_mark",
