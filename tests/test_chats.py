@@ -236,7 +236,7 @@ def test_sources_that_lead_nowhere(tmp_path):
     refuse([], "the rows: nothing to train on: it is empty")
 
 
-def test_the_hub_is_asked_plainly_and_its_failures_are_one_message(monkeypatch):
+def test_the_hub_is_asked_plainly_and_its_failures_are_one_message(monkeypatch, tmp_path):
     asked = []
 
     def hub(*args, **options):
@@ -247,7 +247,12 @@ def test_the_hub_is_asked_plainly_and_its_failures_are_one_message(monkeypatch):
 
     monkeypatch.setattr(chats, "load_dataset", hub)
     assert len(load("org/chats", split="test")[0]) == 1
-    assert asked == [(("org/chats",), {"split": "test"})]  # and no trust_remote_code
+    assert len(load("org/many/one.part")[0]) == 1
+    asked_for = [(("org/chats", None), {"split": "test"}), (("org/many", "one.part"), {"split": "train"})]
+    assert asked == asked_for  # and no trust_remote_code
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/many").mkdir(parents=True)
+    refuse("org/many/one.part", "org/many/one.part: not a kind of file that is read here")
     refuse(
         "org/down",
         "org/down: no such file here, and the split 'train' of a hub dataset",
@@ -255,7 +260,7 @@ def test_the_hub_is_asked_plainly_and_its_failures_are_one_message(monkeypatch):
         "the hub is switched off here, set HF_HUB_OFFLINE=0",
     )
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    refuse("org/down", "ConnectionError", "check the name, or give the path of a local file")
+    refuse("org/down", "ConnectionError", "or give the path of a local file")
 
 
 def test_the_real_loader_offline(monkeypatch, tmp_path):
@@ -350,6 +355,10 @@ def test_a_summary_counts_reasons_by_frequency():
     assert lines[:2] == ["11 rows left out", "  5 x messages[1].role is 'bot'; expected user (line 1, 2, 3, ...)"]
     assert lines[-2:] == ["  1 x d has no user turn (line 9)", "  and 2 more reasons"]
     assert str(RejectedRows([])) == "0 rows left out"
+    gone = [
+        Rejected("f", i, "picture 1", "", f"coco/{name}.jpg: no such picture in d") for i, name in enumerate("abc")
+    ]
+    assert len(str(RejectedRows(gone)).split("\n")) == 2
 
 
 def split_chats(dataset: datasets.Dataset, holdout=0.1, **options):
@@ -441,12 +450,14 @@ def test_llava_json(folder):
 
 
 def test_a_bad_picture_costs_its_row_only(folder):
-    (folder / "deep").mkdir()
-    good = llava("x.png", "<image>\nWhat?", "A cat.")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.new("RGB", (9000, 20)).save(folder / "wide.png")
+    good = llava("dot.png", "<image>\nWhat?", "A cat.")
     bad = {
         "../x.png": "leads out of",
         "none.png": "no such picture",
         "cut.png": "cut off",
+        "wide.png": "9000 x 20 pixels",
         5: "expected a path",
     }
     bad_rows = [llava(image, "<image>\nWhat?", "A cat.") for image in bad]
@@ -461,11 +472,13 @@ def test_a_bad_picture_costs_its_row_only(folder):
         assert re.search(reason, str(one))
 
 
-def test_the_folder_of_pictures_can_be_another_one(folder, tmp_path_factory):
+def test_the_folder_of_pictures_can_be_another_one(folder, tmp_path_factory, monkeypatch):
     path = tmp_path_factory.mktemp("text") / "data.jsonl"
     path.write_text(json.dumps(llava("x.png", "<image>\nWhat?", "A cat.")))
-    dataset, _ = load(path, images=folder)
-    assert image_parts(dataset[0]["messages"])[0]["image"] == str((folder / "x.png").resolve())
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for images in (folder, f"~/{folder.name}"):
+        dataset, _ = load(path, images=images)
+        assert image_parts(dataset[0]["messages"])[0]["image"] == str((folder / "x.png").resolve())
 
 
 CAULDRON = {
@@ -535,6 +548,7 @@ def test_images_and_messages_as_trl_has_them():
 
 UNSEEN = [
     (CAULDRON | {"images": [png()[:99]]}, "picture 1 the picture: is damaged or cut off"),
+    (CAULDRON | {"images": [png(), None]}, "picture 2 is null"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
         "messages holds 1 places for pictures",

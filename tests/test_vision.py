@@ -11,10 +11,12 @@ from ironlogic.data.chats import ChatError, make_chats
 from ironlogic.data.masking import IGNORED
 from ironlogic.data.scenes import KINDS, make_scenes, question_chat, save_scenes
 from ironlogic.models import ModelError, load_model
+from ironlogic.presets import TrainSettings
 from ironlogic.show.picture_widget import picture_explorer
+from ironlogic.show.vision import plot_answers
 from ironlogic.training.picture_rows import PictureBatches, PictureReader, encode_pictures
 from ironlogic.training.runs import RunError
-from ironlogic.vision.answers import answer_pictures, control_rows, last_question, load_questions
+from ironlogic.vision.answers import answer_pictures, control_rows, control_tests, last_question, load_questions
 from ironlogic.vision.shortcuts import (
     Features,
     cached_tower,
@@ -25,8 +27,11 @@ from ironlogic.vision.shortcuts import (
     tower_key,
 )
 from ironlogic.vision.splice import splice
+from ironlogic.vision.train import train_and_answer
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from eyes import chat, on_nano, picture
@@ -151,6 +156,21 @@ def test_the_length_that_a_refused_row_asks_for_is_enough_and_one_less_is_not(ki
     assert row["length"] == batch["input_ids"].shape[1] == needed + 20
     views = 5 * 4 if kind == "tiles" else 16
     assert batch["input_ids"].eq(reader.image_id).sum() == 2 * views
+
+
+@pytest.mark.parametrize("kind", ["clip", "shuffle", "tiles"])
+def test_a_picture_of_few_pixels_keeps_its_colour(kind):
+    """Three pixels are easily taken for the three colours."""
+    reader = PictureReader(on_nano(kind))
+
+    def means(size):
+        key = reader.add(Image.new("RGB", size, (250, 120, 10)))
+        views = reader.pixels([key])["pixel_values"]
+        assert len(reader.block(key)) >= len(views)
+        return views.mean((0, 2, 3))
+
+    for size in ((1, 1), (3, 3), (1, 90), (90, 1), (3, 50)):
+        torch.testing.assert_close(means(size), means((64, 64)), atol=0.02, rtol=0)
 
 
 def test_models_without_eyes_or_of_unknown_kinds_are_refused(loaded):
@@ -421,3 +441,54 @@ def test_own_questions_are_split_and_too_few_are_told(rows, tmp_path, capsys):
     path.write_text(json.dumps({"messages": chats[0]}) + "\n")
     with pytest.raises(ChatError, match="too few to hold out one with a picture"):
         load_questions(path, train=40, test=3)
+
+
+def test_held_out_questions_that_one_control_could_not_ask_are_told(capsys):
+    loaded = on_nano("tiles", max_length=100)
+    wide, square = Image.new("RGB", (96, 40)), Image.new("RGB", (32, 32))  # in three views and in five
+    rows = [chat("What is it?", "a", wide), chat("What is it?", "b", square), chat("why " * 16, "c", wide)]
+    rows += [chat("What is <image>?", "d", wide), chat("Which is it?", "e", square)]
+    tests = control_tests(loaded, rows)
+    told = capsys.readouterr().out
+    assert "held-out questions: 2 rows left out" in told
+    assert "(line 3)" in told
+    assert "a text holds it (line 4)" in told
+    replies = [[row[1]["content"] for row in test] for test in tests.values()]
+    assert replies == [["a", "b", "e"]] * 3
+    assert all(len(answer_pictures(loaded, test, max_new_tokens=1)) == 3 for test in tests.values())
+    with pytest.raises(ChatError, match="no question is left to ask: 1 row left out"):
+        control_tests(loaded, rows[3:4])
+
+
+def test_200_rows_of_the_cauldron_go_from_parquet_through_both_stages_to_answers(tmp_path, capsys):
+    rows = []
+    for row in range(200):
+        files = [io.BytesIO() for _ in range(1 + (row % 5 == 0))]
+        for file in files:
+            picture().resize((20 + row % 30, 20)).save(file, "JPEG")
+        texts = [{"user": f"{i}: what is it?", "assistant": "so", "source": "s"} for i in range(1 + row % 3)]
+        rows.append({"images": [{"bytes": file.getvalue(), "path": None} for file in files], "texts": texts})
+    rows[7]["images"][0]["bytes"] = rows[7]["images"][0]["bytes"][:300]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    train, held_out = load_questions(tmp_path / "x.parquet", train=24, test=6)
+    said = capsys.readouterr().out
+    assert "199 rows. 1 row left out" in said
+    assert "(line 8)" in said
+    settings = TrainSettings(batch_size=8, accumulation=1, max_length=128)
+    tests = control_tests(on_nano(), held_out)
+    stages = {"projector": (train, settings), "instruct": (train, settings), "run": tmp_path / "run"}
+    answers = train_and_answer(
+        lambda seed: on_nano(), tests, **stages, seed=1, cache=tmp_path / "features", max_new_tokens=2
+    )
+    assert {name: len(said) for name, said in answers.items()} == dict.fromkeys(tests, 6)
+    for stage in ("projector", "instruct"):
+        record = json.loads((tmp_path / "run" / stage / "run.json").read_text())
+        assert (record["rows"], record["data"]) == (24, "all 24 rows")
+
+
+def test_answers_without_a_truth_are_not_judged():
+    pictures, words = [Image.new("L", (8, 8)), png("red")], ["a", "b"]
+    judged, told = plot_answers(pictures, words, words, ["a", "c"]), plot_answers(pictures, words, words)
+    colors = [[panel.title.get_color() for panel in figure.axes[:2]] for figure in (judged, told)]
+    assert len(set(colors[0])) == 2
+    assert colors[1] == ["black"] * 2

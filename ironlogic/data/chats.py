@@ -31,7 +31,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 
-__all__ = ["ChatError", "Chats", "Rejected", "RejectedRows", "check_chat", "load_chats", "make_chats"]
+__all__ = [
+    "ChatError",
+    "Chats",
+    "Rejected",
+    "RejectedRows",
+    "check_chat",
+    "load_chats",
+    "make_chats",
+    "picture_turn",
+]
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -73,7 +82,8 @@ class RejectedRows(tuple[Rejected, ...]):
     def __str__(self) -> str:
         groups: dict[str, list[Rejected]] = {}
         for row in self:
-            kind = re.sub(r"\d+", "#", f"{row.field} {row.reason}")
+            field, reason = re.sub(r"\d+", "#", row.field), re.sub(r"\S*[\d/.]\S*", "#", row.reason)
+            kind = f"{field} {reason}"  # without what differs from row to row: numbers and files
             groups.setdefault(kind, []).append(row)
         lines = [f"{len(self)} row{'s' * (len(self) != 1)} left out"]
         for group in sorted(groups.values(), key=len, reverse=True)[:5]:
@@ -172,6 +182,11 @@ def image_parts(messages: list[dict]) -> list[dict]:
     return [part for part in chain.from_iterable(lists) if part["type"] == "image"]
 
 
+def picture_turn(picture: Any, question: str) -> dict[str, Any]:
+    """A turn of the user: a picture (whatever `read_picture` reads), then a question about it."""
+    return {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}
+
+
 def make_chats(conversations: Iterable[Sequence[Mapping]]) -> Chats:
     """Chats from conversations in memory, each a list of turns. Raises ChatError naming the first bad one.
 
@@ -190,7 +205,8 @@ def load_chats(
 ) -> Chats:
     """Chats from a .jsonl, .json or .parquet file, a folder of `save_to_disk`, a hub dataset "org/name", or memory.
 
-    In memory they are a list of dicts, or a `Dataset`. `split` is for the hub.
+    In memory they are a list of dicts, or a `Dataset`. `split` is for the hub, where "org/name/configuration" takes
+    one of several parts, such as "HuggingFaceM4/the_cauldron/ai2d".
 
     `rows` of the result has the columns `messages`, `source_row` (1-based: the line of a JSONL file, else the row)
     and each further column of scalars of one type (at most 64; missing ones are null). A content is a string; if
@@ -212,7 +228,9 @@ def load_chats(
     name = ""
     if isinstance(source, str | os.PathLike):
         source = name = os.path.expanduser(source)
-    if images is None and os.path.isfile(name):
+    if images is not None:
+        images = os.path.expanduser(images)
+    elif os.path.isfile(name):
         images = Path(source).parent
     rows, bad = [], []
     try:
@@ -416,9 +434,11 @@ def _place_pictures(turns: list[dict], row: Mapping, field: str) -> None:
     if (pictures or any("image" not in part for part in parts)) and len(pictures) != len(parts):
         reason = f"holds {len(parts)} places for pictures (<image>), but the row has {len(pictures)} pictures"
         raise ChatError(reason, field=field)
-    for part, picture in zip(parts, pictures, strict=False):
+    for number, (part, picture) in enumerate(zip(parts, pictures, strict=False), 1):
         if picture is not None:
             part["image"] = picture
+        elif "image" not in part:
+            raise ChatError("is null", field=f"picture {number}")
 
 
 def _split_marks(text: str) -> list[dict]:
@@ -559,8 +579,9 @@ def _open_source(source: Any, split: str) -> Rows:
         raise ChatError(f"{path} is a directory; name one file in it ({', '.join(files) or 'it has no data file'})")
     if path.suffix.lower() in _READERS:
         return _READERS[path.suffix.lower()](path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.exists():
-        return _read_hub(str(source), split)
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", str(source))
+    if hub and not os.path.exists(hub[1]):
+        return _read_hub(*hub.groups(), split)
     raise ChatError(f"{path}: not a kind of file that is read here; expected {', '.join(_READERS)}")
 
 
@@ -607,13 +628,13 @@ def _read_tables(tables: Iterable[pa.Table | pa.RecordBatch]) -> Rows:
             yield next(number), row
 
 
-def _read_hub(name: str, split: str) -> Rows:
+def _read_hub(name: str, configuration: str | None, split: str) -> Rows:
     try:
-        dataset = load_dataset(name, split=split)
+        dataset = load_dataset(name, configuration, split=split)
     except Exception as error:  # whatever the hub, the network, a cache or a loader has to say
         tried = f"no such file here, and the split {split!r} of a hub dataset of this name could not be loaded"
-        why = f"{type(error).__name__}: {_short(str(error))}"
-        advice = "check the name, or give the path of a local file"
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        advice = "check the name (org/name, or org/name/configuration), or give the path of a local file"
         if datasets.config.HF_HUB_OFFLINE:
             advice = "the hub is switched off here, set HF_HUB_OFFLINE=0 before the first cell"
         raise ChatError(f"{name}: {tried} ({why}); {advice}") from error

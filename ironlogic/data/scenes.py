@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from ironlogic.data.chats import picture_turn
+
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -134,5 +136,4 @@ def question_chat(scene: Scene, picture: Path | str, kind: str) -> list[dict[str
 
 
 def _chat(picture: Path | str, question: str, answer: str) -> list[dict[str, Any]]:
-    content = [{"type": "image", "image": str(picture)}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return [picture_turn(str(picture), question), {"role": "assistant", "content": answer}]

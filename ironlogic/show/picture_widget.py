@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ironlogic.data.chats import picture_turn
 from ironlogic.data.pictures import read_picture
 from ironlogic.show.explorer import Explorer, picture_html, uploaded, wide
 from ironlogic.show.plots import png_bytes
@@ -41,8 +42,7 @@ def picture_explorer(
         image = read_picture(mine if mine is not None else offered[picture][0])
         if not question.strip():
             return picture_html(_enlarged(image), "the picture") + "<p>type a question</p>", None
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        (answer,) = answer_pictures(loaded, [[{"role": "user", "content": content}]], max_new_tokens=max_new_tokens)
+        (answer,) = answer_pictures(loaded, [[picture_turn(image, question)]], max_new_tokens=max_new_tokens)
         truth = known.get((picture, question)) if mine is None else None
         verdict = ""
         if truth is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ironlogic.data.pictures import read_picture
 from ironlogic.evidence.statistics import share_interval
 from ironlogic.show.plots import _Picture
 
@@ -21,22 +22,26 @@ def plot_answers(
     pictures: Sequence[Any],
     questions: Sequence[str],
     answers: Sequence[str],
-    truths: Sequence[str],
+    truths: Sequence[str] | None = None,
     *,
     columns: int = 6,
 ) -> Figure:
-    """A grid of pictures (PIL images or arrays), each with question, answer and, where it is wrong, the truth."""
+    """A grid of pictures, each with question, answer and, where it is wrong, the truth.
+
+    A picture is whatever `read_picture` reads. Without `truths` nothing is judged, and all is black.
+    """
     rows = -(-len(pictures) // columns)
     figure = _Picture(figsize=(1.6 * columns, 2.1 * rows), layout="constrained", dpi=110)
     axes = figure.subplots(rows, columns, squeeze=False)
     for panel in axes.flat:
         panel.axis("off")
-    shown = zip(axes.flat, pictures, questions, answers, truths, strict=False)
+    shown = zip(axes.flat, pictures, questions, answers, answers if truths is None else truths, strict=False)
     for panel, picture, question, answer, truth in shown:
-        panel.imshow(np.asarray(picture), interpolation="nearest")
+        panel.imshow(np.asarray(read_picture(picture)), interpolation="nearest")
         right = answer == truth
         caption = f"{question}\n{answer}" if right else f"{question}\n{answer}\n(truth: {truth})"
-        panel.set_title(caption, fontsize=7, color=_RIGHT if right else _WRONG, parse_math=False)
+        color = "black" if truths is None else _RIGHT if right else _WRONG
+        panel.set_title(caption, fontsize=7, color=color, parse_math=False)
     return figure
 
 

@@ -8,7 +8,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ironlogic.data.chats import ChatError, Chats, load_chats
+from ironlogic.data.chats import ChatError, Chats, Rejected, RejectedRows, load_chats
 from ironlogic.data.masking import IGNORED
 from ironlogic.models import LoadedModel, inference
 from ironlogic.training.picture_rows import PictureBatches, PictureReader
@@ -18,7 +18,7 @@ from ironlogic.vision.shortcuts import cached_tower, compute_features
 from jinja2 import TemplateError
 from PIL import Image
 
-__all__ = ["answer_pictures", "control_rows", "last_question", "load_questions"]
+__all__ = ["answer_pictures", "control_rows", "control_tests", "last_question", "load_questions"]
 
 _EMPTY_THOUGHT = re.compile(r"^\s*<think>\s*</think>")  # Qwen3's template has it trained
 
@@ -74,12 +74,15 @@ def answer_pictures(
     return answers
 
 
-def load_questions(source: Any, *, train: int, test: int, seed: int = 0) -> tuple[Chats, Chats]:
+def load_questions(
+    source: Any, *, train: int, test: int, images: str | Path | None = None, seed: int = 0
+) -> tuple[Chats, Chats]:
     """(rows to train on, held-out rows that have a picture) of what `load_chats` takes, at most so many of each.
 
-    Says how many rows there are and what was left out. Raises `ChatError` when there are too few.
+    `images` as in `load_chats`. Says how many rows there are and what was left out. Raises `ChatError` when there
+    are too few.
     """
-    rows = load_chats(source)
+    rows = load_chats(source, images=images)
     print(f"{len(rows)} rows. {rows.rejected}")
     kept, apart = rows.split(seed=seed)
     pictured = (index for index, row in enumerate(apart) if last_question(row)[0] is not None)
@@ -145,6 +148,31 @@ def control_rows(
     elif control != "image":
         raise ValueError(f"control_rows: control is {control!r}; expected image, blank, shuffled or none")
     return chats
+
+
+def control_tests(
+    loaded: LoadedModel, rows: Iterable[Sequence[dict[str, Any]]], *, seed: int = 0
+) -> dict[str, list[list[dict]]]:
+    """The same questions with "the right picture", with "a grey picture" and with "another row's picture".
+
+    A row that `answer_pictures` would refuse in one of them is left out of all, and printed with its reason. Raises
+    `ChatError` when none is left.
+    """
+    controls = {"the right picture": "image", "a grey picture": "blank", "another row's picture": "shuffled"}
+    tests = {name: control_rows(rows, control, seed=seed) for name, control in controls.items()}
+    reader, refused = PictureReader(loaded), {}
+    for number, messages in chain.from_iterable(enumerate(test, 1) for test in tests.values()):
+        try:
+            _prompt(messages, reader, loaded.max_length)
+        except ChatError as error:
+            refused.setdefault(number, Rejected("", number, error.field, error.value, error.reason))
+    told = RejectedRows(refused[number] for number in sorted(refused))
+    kept = {name: [row for i, row in enumerate(test, 1) if i not in refused] for name, test in tests.items()}
+    if not all(kept.values()):
+        raise ChatError(f"no question is left to ask: {told}")
+    if told:
+        print(f"held-out questions: {told}")
+    return kept
 
 
 def _copy(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
