@@ -42,6 +42,7 @@ __all__ = [
     "ModelError",
     "add_lora",
     "as_loaded",
+    "bare",
     "card_has_bfloat16",
     "four_bit_share",
     "free_memory",
@@ -54,6 +55,8 @@ __all__ = [
     "lora_places",
     "model_inputs",
     "need_template",
+    "projector_name",
+    "projector_of",
     "put_adapter",
     "real_size",
     "refuse_pickles",
@@ -550,9 +553,23 @@ def _call(module: str, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
 def model_inputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch on the model's device. `token_type_ids` only where they are asked for: to Gemma 3 they say where a
     picture is, most models refuse them, and tokenizers give them to all."""
-    plain = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    taken = inspect.signature(plain.forward).parameters
+    taken = inspect.signature(bare(model).forward).parameters
     return {n: t.to(model.device) for n, t in batch.items() if n != "token_type_ids" or n in taken}
+
+
+def bare(model: Any) -> Any:
+    """The model inside an adapter, or the model as it is."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+def projector_name(model: Any) -> str:
+    """What stands between tower and language model is called so: `multi_modal_projector` or `connector`."""
+    return "connector" if model.config.model_type == "smolvlm" else "multi_modal_projector"
+
+
+def projector_of(model: Any) -> torch.nn.Module:
+    """The part of a splice between tower and language model."""
+    return getattr(bare(model).model, projector_name(bare(model)))
 
 
 @contextlib.contextmanager

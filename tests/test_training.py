@@ -15,8 +15,9 @@ from ironlogic.data.chats import ChatError, load_chats, make_chats
 from ironlogic.models import ModelError, load_model, resolve, with_adapters
 from ironlogic.presets import LoraSettings
 from ironlogic.training.__main__ import main
+from ironlogic.training.prepared import prepare_sft, train_prepared
 from ironlogic.training.runs import RunError, newest_whole_checkpoint, open_run, read_metrics, run_folder
-from ironlogic.training.sft import _prepare, prepare_sft, train_prepared, train_sft
+from ironlogic.training.sft import _prepare, train_sft
 
 import peft
 import pytest
@@ -304,7 +305,7 @@ def test_interrupted_run_goes_on_to_the_same_bytes(small_run, tmp_path, monkeypa
     with pytest.raises(RunError, match="has not finished"):
         open_run(folder)
     with monkeypatch.context() as patch:  # a step would take another number of rows
-        patch.setattr("ironlogic.training.sft.PROCESSES", 2)
+        patch.setattr("ironlogic.training.stages.PROCESSES", 2)
         with pytest.raises(RunError, match=r"differs in processes \(1, now 2\)"):
             train_prepared(folder)
     again = train_ft(folder)

@@ -4,6 +4,8 @@ import io
 import json
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from ironlogic.show.picture_widget import picture_explorer
 from ironlogic.show.vision import plot_answers
 from ironlogic.training.picture_rows import PictureBatches, PictureReader, encode_pictures
 from ironlogic.training.runs import RunError
+from ironlogic.vision import shortcuts
 from ironlogic.vision.answers import answer_pictures, control_rows, control_tests, last_question, load_questions
 from ironlogic.vision.shortcuts import (
     Features,
@@ -211,6 +214,25 @@ def test_features_are_computed_once_of_each_picture_alone_and_give_the_same_logi
     monkeypatch.setattr(PictureReader, "open", None)  # whoever opens a picture now fails
     again = compute_features(loaded, reader, keys * 2, tmp_path / "b", batch_size=2)
     assert torch.equal(again[keys[1]], alone[keys[1]])
+
+
+def test_of_several_processes_one_computes_and_the_others_wait(loaded, tmp_path, monkeypatch):
+    """Here threads, which hold the same lock on the file."""
+    runs, tower = [], shortcuts._run_tower
+
+    def slowly(*args):
+        runs.append(args)
+        time.sleep(0.1)
+        return tower(*args)
+
+    monkeypatch.setattr(shortcuts, "_run_tower", slowly)
+    reader = PictureReader(loaded)
+    keys = [reader.add(picture()) for _ in range(4)]
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(compute_features, loaded, reader, keys, tmp_path, batch_size=2) for _ in range(3)]
+        features = [one.result() for one in waiting]
+    assert len(runs) == 2
+    assert all(torch.equal(one[key], features[0][key]) for one in features for key in keys)
 
 
 def test_the_key_follows_weights_layer_and_preparation(loaded):

@@ -7,8 +7,9 @@ from ironlogic.data.chats import load_chats, make_chats
 from ironlogic.models import load_model
 from ironlogic.presets import LoraSettings
 from ironlogic.training.picture_rows import PictureBatches, encode_pictures
+from ironlogic.training.prepared import prepare_sft, train_prepared
 from ironlogic.training.runs import RunError
-from ironlogic.training.sft import prepare_sft, train_prepared, train_sft
+from ironlogic.training.sft import train_sft
 from ironlogic.vision.answers import answer_pictures, control_rows
 
 import numpy as np

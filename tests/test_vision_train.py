@@ -9,16 +9,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ironlogic.burden import Burden
 from ironlogic.data.chats import make_chats
 from ironlogic.data.scenes import make_scenes, question_chat, save_scenes
 from ironlogic.models import ModelError, load_model
 from ironlogic.presets import VISION_PRESETS, LoraSettings, TrainSettings
+from ironlogic.training.prepared import prepare_sft, train_prepared
 from ironlogic.training.runs import Run, RunError, newest_whole_checkpoint, open_run
 from ironlogic.vision.answers import answer_pictures, control_rows
 from ironlogic.vision.splice import SpliceError, projector_of, splice, tower_of
 from ironlogic.vision.train import reopen, save_spliced, train_and_answer, train_instruct, train_projector
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import transformers
@@ -206,7 +209,8 @@ def test_rows_that_cant_be_used_are_told_and_the_rest_is_trained(tmp_path):
     run = train_projector(
         tiny(), make_chats([*CHATS[:8], bad, *conversations(1)[-1:]]), SETTINGS, run=tmp_path / "a", cache=None
     )
-    assert run.record["rows"] == 8
+    assert run.record["rows"] == 10
+    assert run.record["data"].startswith("8 rows")
     assert "2 rows left out" in run.record["data"]
     assert "no such picture" in run.record["data"]
     assert "holds no picture" in run.record["data"]
@@ -227,9 +231,9 @@ def test_another_run_in_the_same_folder_is_refused(runs):
         loaded = tiny()
         with torch.no_grad():
             next(part(loaded.model).parameters()).add_(0.01)
-        with pytest.raises(RunError, match="differs in data_sha256"):
+        with pytest.raises(RunError, match="differs in splice_sha256"):
             train_projector(loaded, ROWS, SETTINGS, run=one.folder)
-    with pytest.raises(RunError, match="differs in data_sha256"):
+    with pytest.raises(RunError, match="differs in splice_sha256"):
         train_instruct(tiny(), MORE, RATES, run=two.folder)  # not from stage 1's projector
 
 
@@ -359,6 +363,92 @@ def test_a_killed_stage_goes_on_with_equal_bytes(tmp_path):
         assert train(run).returncode == 0
     one, other = (tmp_path / run / "projector.safetensors" for run in ("a", "b"))
     assert one.read_bytes() == other.read_bytes()
+
+
+# --- prepared, and in several processes ---------------------------------------------------------------------
+ALONE = replace(SETTINGS, batch_size=2, epochs=4, accumulation=4, lora=LoraSettings(rank=4, alpha=8, dropout=0.0))
+TOGETHER = replace(ALONE, accumulation=2)
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ironlogic.training")
+
+
+def torchrun(folder, *, kill_at=0):
+    """What a user types, in a process of its own; at that step all of its trainings are killed. What it printed."""
+    root, results = Path(__file__).resolve().parent.parent, folder.parent / "results"
+    paths = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(root)])
+    environ = os.environ | {
+        "PYTHONPATH": paths,
+        "IRONLOGIC_BACKEND": "transformers",
+        "IRONLOGIC_RUNS": str(results),
+    }
+    command, printed = [sys.executable, *TORCHRUN, str(folder)], []
+    with open(folder.parent / "errors.txt", "w+") as errors:
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True)
+        for line in process.stdout:
+            printed.append(line)
+            if line.startswith(f"step {kill_at} of"):
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+        process.wait()
+        errors.seek(0)
+        assert (process.returncode == 0) == (not kill_at), errors.read()[-3000:]
+    return "".join(printed)
+
+
+def test_two_processes_train_both_stages_as_one_with_twice_the_accumulation(tmp_path, monkeypatch):
+    """Stage 2 is killed and goes on. One process adds the same numbers up in another order, by which a float32
+    changes in its seventh digit. Adam divides by small numbers: eight steps later it is the loss' sixth."""
+    monkeypatch.setenv("IRONLOGIC_RUNS", str(tmp_path / "results"))
+    eyes = save_spliced(splice("nano-vision", "nano", max_length=128, seed=5), tmp_path / "eyes")
+    mixed = make_chats(conversations(2)[2:])  # two rows of text share a batch: the projector sits it out
+    folders, runs = {}, {}
+    for name, settings in (("together", TOGETHER), ("alone", ALONE)):
+        options = {"settings": settings, "four_bit": False}
+        one = prepare_sft(eyes, ROWS, run=tmp_path / f"{name}-1", stage="projector", **options)
+        two = prepare_sft(one, mixed, run=tmp_path / f"{name}-2", stage="instruct", **options)
+        folders[name] = one, two
+    with pytest.raises(RunError, match="together-1: this run has not finished"):
+        train_prepared(folders["together"][1])
+    runs["alone"] = [train_prepared(folder) for folder in folders["alone"]]
+    (file,) = (tmp_path / "results" / "features").glob("*/*.safetensors")
+    file.unlink()
+    first, second = folders["together"]
+    printed = torchrun(first)
+    looked_at = file.stat().st_mtime_ns
+    torchrun(second, kill_at=2)
+    resumed = torchrun(second)
+    assert "step 1 of 8" not in resumed
+    for text in (printed, resumed):
+        assert text.count("step 8 of 8") == text.count("finished: ") == 1, "one process alone speaks"
+    runs["together"] = [open_run(folder) for folder in folders["together"]]
+    for alone, together in zip(*runs.values(), strict=True):
+        assert [run.record["processes"] for run in (alone, together)] == [1, 2]
+        assert [line["step"] for line in together.metrics] == list(range(1, 9))
+        for name, apart in (("loss", 1e-5), ("grad_norm", 1e-4), ("learning_rate", 0)):
+            ours, theirs = ([line[name] for line in run.metrics] for run in (together, alone))
+            assert ours == pytest.approx(theirs, rel=apart)
+    one, two = runs["together"]
+    assert file.stat().st_mtime_ns == looked_at
+    begun = one.load_model()
+    assert same(tensors(projector_of(begun.model)), load_file(one.folder / "projector.safetensors"))
+    again, theirs = two.load_model(), runs["alone"][1].loaded
+    torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-3, atol=1e-3)
+
+
+def test_what_cant_be_prepared_is_refused(runs, tmp_path):
+    one, *_ = runs
+    for options, message in (
+        ({"stage": "projektor"}, "stage is 'projektor'; expected sft, projector or instruct"),
+        ({"stage": "instruct", "burden": Burden()}, "a burden with stage 'instruct'"),
+    ):
+        with pytest.raises(RunError, match=message):
+            prepare_sft("nano", ROWS, SETTINGS, run=tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists()
+    in_memory = prepare_sft(one.folder, MORE, RATES, run=tmp_path / "b", stage="instruct")
+    with pytest.raises(RunError, match="holds a projector alone.*save_spliced"):
+        train_prepared(in_memory)
+    blind = prepare_sft("nano", ROWS, RATES, run=tmp_path / "c", stage="projector")
+    with pytest.raises(SpliceError, match="got Qwen3ForCausalLM"):
+        train_prepared(blind)
 
 
 def test_a_splice_in_4_bit_is_saved_in_16_and_whatever_else_lies_there_stays(tmp_path):

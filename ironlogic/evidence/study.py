@@ -22,8 +22,8 @@ from ironlogic.evidence.results import Measurement
 from ironlogic.evidence.twins import Arm, Recipe, as_preset, make_recipes, train_arms
 from ironlogic.models import LoadedModel, free_memory, resolve, split_adapter
 from ironlogic.presets import Preset, TrainSettings
+from ironlogic.training.prepared import rows_hash
 from ironlogic.training.runs import RunError, open_run, write_json
-from ironlogic.training.sft import rows_hash
 
 import numpy as np
 

@@ -26,8 +26,9 @@ from ironlogic.evidence.results import Columns, Measurement
 from ironlogic.models import LoadedModel, free_memory, load_model, load_tokenizer
 from ironlogic.presets import PRESETS, Preset, TrainSettings
 from ironlogic.training.parallel import run_parallel
+from ironlogic.training.prepared import rows_hash
 from ironlogic.training.runs import Run, RunError, open_run, run_folder, write_json
-from ironlogic.training.sft import rows_hash, train_sft
+from ironlogic.training.sft import train_sft
 
 import numpy as np
 

@@ -11,7 +11,8 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "runs": "Run RunError open_run",
-        "sft": "prepare_sft train_prepared train_sft",
+        "sft": "train_sft",
+        "prepared": "prepare_sft train_prepared",
         "grpo": "GrpoError GrpoSettings Samples read_completions rejection_chats sample_answers train_grpo",
         "parallel": "run_parallel",
     },

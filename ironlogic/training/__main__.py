@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ironlogic import IronLogicError
-from ironlogic.training.sft import PROCESS, train_prepared
+from ironlogic.training.prepared import train_prepared
+from ironlogic.training.runs import PROCESS
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     except IronLogicError as error:
         raise SystemExit(str(error)) from error
     if PROCESS == 0:
-        print(f"finished: {run.adapter}")
+        print(f"finished: {run.folder}")
 
 
 if __name__ == "__main__":

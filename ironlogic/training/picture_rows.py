@@ -14,9 +14,8 @@ from typing import Any, Literal
 from ironlogic.data.chats import ChatError, Chats, Rejected, RejectedRows, image_parts
 from ironlogic.data.masking import IGNORED, encode_chats
 from ironlogic.data.pictures import PictureError, check_picture, picture_bytes, read_picture
-from ironlogic.models import LoadedModel, ModelError
+from ironlogic.models import LoadedModel, ModelError, bare
 
-import peft
 import torch
 from datasets import List, Value
 from PIL import Image
@@ -34,7 +33,7 @@ class PictureReader:
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
-        model = loaded.model.get_base_model() if isinstance(loaded.model, peft.PeftModel) else loaded.model
+        model = bare(loaded.model)
         self.kind = model.config.model_type
         if loaded.processor is None or self.kind not in _TYPES:
             raise ModelError(f"{type(model).__name__} takes no pictures here; known are {', '.join(_TYPES)}")

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "RunError", "open_run", "read_metrics", "replacing", "run_folder", "save_adapter", "write_json"]
 
+# As torchrun numbers them; DDP adds up what they see, so P of them train P times the rows a step.
+PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 # What has to agree, with every setting, for a folder to hold "the same run".
-_SAME = ("stage", "model", "four_bit", "rows", "data_sha256", "burden", "processes")
+_SAME = ("stage", "model", "four_bit", "rows", "data_sha256", "burden")
+_SAME_ONCE_BEGUN = ("processes", "splice_sha256")
 
 
 class RunError(IronLogicError, RuntimeError):
@@ -54,15 +57,30 @@ class Run:
         """Logged steps: step, loss (nats per trained token), learning_rate, grad_norm, seconds, ..."""
         return read_metrics(self.folder)
 
-    def load_model(self) -> "LoadedModel":
-        """The trained model: the one in memory, else base and adapter loaded from disk."""
-        from ironlogic.models import load_model  # heavy; a folder is read without it
+    def load_model(self, **options: Any) -> "LoadedModel":
+        """The trained model: the one in memory, else from disk, with `options` of `models.load_model`.
 
-        return self.loaded or load_model(
-            self.adapter,
-            four_bit=self.record["four_bit"],
-            max_length=self.record["settings"]["max_length"],
-        )
+        That is base and adapter; of a splice's first stage the splice, which has to be on disk, and the projector.
+        """
+        from ironlogic.models import ModelError, load_model, projector_of  # heavy; a folder is read without it
+
+        from safetensors.torch import load_file
+
+        if self.loaded:
+            return self.loaded
+        max_length = self.record["settings"]["max_length"]
+        options = {"four_bit": self.record["four_bit"], "max_length": max_length} | options
+        if self.record["stage"] != "projector":
+            return load_model(self.adapter, **options)
+        try:
+            loaded = load_start(self.record["model"], **options)
+        except ModelError as error:
+            raise RunError(
+                f"{self.folder} holds a projector alone, and its splice can't be loaded: {error}. If that was made "
+                "in memory, make it again and call reopen(run, splice), or save_spliced once and load that"
+            ) from error
+        projector_of(loaded.model).load_state_dict(load_file(self.folder / "projector.safetensors"))
+        return replace(loaded, source=str(self.folder))
 
 
 def open_run(folder: str | Path) -> Run:
@@ -74,6 +92,16 @@ def open_run(folder: str | Path) -> Run:
     if not record.get("finished"):
         raise RunError(f"{folder}: this run has not finished; call its training cell again, it goes on by itself")
     return Run(folder, record)
+
+
+def load_start(model: str, **options: Any) -> "LoadedModel":
+    """What a prepared run begins with: what `load_model` takes, or the result of the run in that folder."""
+    from ironlogic.models import load_model
+
+    folder = Path(model).expanduser()
+    if not (folder / "run.json").is_file():
+        return load_model(model, **options)
+    return replace(open_run(folder.absolute()).load_model(**options), source=model)
 
 
 def run_folder(run: str | Path) -> Path:
@@ -111,9 +139,8 @@ def find_run(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     previous = read_record(folder)
     if not previous:
         return {}
-    pairs = {name: (previous.get(name), record.get(name)) for name in _SAME}
-    if "processes" not in previous:  # only prepared
-        del pairs["processes"]
+    names = [*_SAME, *(name for name in _SAME_ONCE_BEGUN if name in previous)]
+    pairs = {name: (previous.get(name), record.get(name)) for name in names}
     for name, value in previous["settings"].items():  # an older version knew fewer
         pairs[f"settings.{name}"] = (value, record["settings"].get(name))
     pairs.pop("settings.report_to", None)  # a tracker changes nothing that is learned
@@ -182,9 +209,9 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     parts = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-    return (
-        state.get("global_step") == _step_of(checkpoint) and len(parts) > 2 and all(map(zipfile.is_zipfile, parts))
-    )
+    if len(parts) < 2 + PROCESSES:  # a process may write its random state after the first has ended the rest
+        return False
+    return state.get("global_step") == _step_of(checkpoint) and all(map(zipfile.is_zipfile, parts))
 
 
 # --- whole or not at all, on a disk that may be full or read-only -------------------------------------------

@@ -1,43 +1,25 @@
 """Supervised fine-tuning of a LoRA adapter; with a `Burden` it is Fragmented Training.
 
 Model + conversations + settings -> a run folder (`runs`). Calling the same stage again on the same folder goes on
-where it stopped. The folder carries what goes in (`run.json`, `chats.jsonl`), so that it can be trained elsewhere:
-`python -m ironlogic.training FOLDER` in one process, `torchrun --nproc_per_node 2 -m ironlogic.training FOLDER` in
-two, each with its own card and a whole copy of the model (data parallel; a model that is too large for one card is
-not split; where the rows don't come out even, the last step repeats some). `prepare_sft` writes such a folder
-without loading a model.
+where it stopped. The folder carries what goes in (`run.json`, `chats.jsonl`), so that it can be trained elsewhere,
+and in several processes (`prepared`).
 """
 
-import contextlib
-import json
 import math
-import os
 import random
 from pathlib import Path
 from typing import Any
 
 from ironlogic.burden import Burden
-from ironlogic.data.chats import ChatError, Chats, image_parts, load_chats
+from ironlogic.data.chats import ChatError, Chats, image_parts
 from ironlogic.data.masking import IGNORED, encode_chats
-from ironlogic.data.pictures import PictureError, check_picture, picture_bytes
-from ironlogic.models import LoadedModel, as_loaded, load_model
-from ironlogic.presets import LoraSettings, TrainSettings
+from ironlogic.models import LoadedModel, as_loaded
+from ironlogic.presets import TrainSettings
 from ironlogic.training.picture_rows import PictureBatches, encode_pictures
-from ironlogic.training.runs import (
-    Run,
-    RunError,
-    find_run,
-    read_record,
-    replacing,
-    run_folder,
-    save_adapter,
-    start_or_join,
-    write_json,
-)
+from ironlogic.training.prepared import rows_hash, write_chats
+from ironlogic.training.runs import PROCESS, PROCESSES, Run, RunError, run_folder, save_adapter, start_or_join
 from ironlogic.training.stages import (
     Watch,
-    content_hash,
-    describe_inputs,
     describe_stage,
     finish_stage,
     finished_run,
@@ -50,10 +32,7 @@ import datasets
 import torch
 import trl
 
-__all__ = ["prepare_sft", "train_prepared", "train_sft"]
-
-# As torchrun numbers them; DDP adds up what they see, so P of them train P times the rows a step.
-PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+__all__ = ["train_sft"]
 
 
 def train_sft(
@@ -78,122 +57,28 @@ def train_sft(
 
     Raises `RunError` when the folder holds another run, can't be written or the loss is no longer finite.
     """
-    loaded, folder = as_loaded(loaded), run_folder(run)
-    pictured = _find_picture(chats)
+    loaded, folder, sha256 = as_loaded(loaded), run_folder(run), rows_hash(chats)
+    pictured = next((row for row, messages in enumerate(chats) if image_parts(messages)), None)
     if pictured is not None and loaded.processor is None:
         error = ChatError(f"holds a picture, but {loaded.source} takes none", field="messages")
         raise RunError(f"{chats.reject(pictured, error)}; load a model that sees, or leave such rows out")
     stage = "sft" if burden is None else "ft"
-    sha256 = rows_hash(chats)
-    record = describe_stage(stage, loaded, len(chats), sha256, settings, burden=burden, processes=PROCESSES)
+    record = describe_stage(stage, loaded, len(chats), sha256, settings, burden=burden)
     if finished := finished_run(folder, record, watch):
         return finished
     # before anything is written: bad rows claim no folder
     rows, batches, report = _prepare(loaded, chats, settings, burden, pictured is not None)
     if PROCESS == 0:
-        _write_chats(folder, chats)
+        write_chats(folder, chats)
         start_or_join(folder, record)
     loaded = with_trained_adapter(loaded, settings.lora, seed=settings.seed)
     trainer = _trainer(loaded, rows, batches, settings, folder)
     if settings.padding_free:
         _check_rows_are_apart(trainer, rows)
-    # alone: the other processes would wait for one that halves its batch
-    seconds = fit(trainer, folder, watch, may_halve=PROCESSES == 1)
+    seconds = fit(trainer, folder, watch, may_halve=True)
     if PROCESS == 0:
         save_adapter(loaded, folder)
     return finish_stage(folder, record, trainer, loaded, data=report, seconds=round(seconds, 3))
-
-
-def prepare_sft(
-    model: str | Path,
-    chats: Chats,
-    settings: TrainSettings,
-    *,
-    run: str | Path,
-    burden: Burden | None = None,
-    four_bit: bool = True,
-) -> Path:
-    """A run folder that `python -m ironlogic.training` can train, here or on another machine; loads no model.
-
-    Arguments as in `train_sft`; `model` is what `load_model` takes. Raises `RunError` when the folder holds another
-    run or can't be written.
-    """
-    folder = run_folder(run)
-    _find_picture(chats)
-    stage = "sft" if burden is None else "ft"
-    sha256 = rows_hash(chats)
-    record = describe_inputs(stage, str(model), four_bit, len(chats), sha256, settings, burden)
-    if not find_run(folder, record):
-        _write_chats(folder, chats)
-        write_json(folder / "run.json", record)
-    return folder
-
-
-def train_prepared(run: str | Path, *, watch: Watch | None = None) -> Run:
-    """`train_sft` on what the folder carries. Raises `RunError` when there is nothing, or it was changed."""
-    folder = run_folder(run)
-    record, path = read_record(folder), folder / "chats.jsonl"
-    for name in ("run.json", "chats.jsonl"):
-        if not (folder / name).is_file():
-            raise RunError(f"{folder}: no {name} here; expected a folder written by train_sft or prepare_sft")
-    try:
-        chats = load_chats(path)
-        settings = TrainSettings(**record["settings"] | {"lora": LoraSettings(**record["settings"]["lora"])})
-        burden = record["burden"] and Burden(**record["burden"])
-        unchanged = rows_hash(chats) == record["data_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{folder}: run.json or chats.jsonl is damaged ({error!r:.200}); prepare it again"
-        ) from error
-    if not unchanged:
-        raise RunError(f"{path}: not the rows that run.json names; prepare the folder again")
-    loaded = load_model(record["model"], four_bit=record["four_bit"], max_length=settings.max_length)
-    return train_sft(loaded, chats, settings, run=folder.absolute(), burden=burden, watch=watch)
-
-
-# --- the folder -------------------------------------------------------------------------------------------
-def _find_picture(chats: Chats) -> int | None:
-    """The first row that holds a picture. Raises `RunError` for what are no chats."""
-    if not isinstance(chats, Chats):
-        raise RunError(f"the chats are a {type(chats).__name__}; expected what load_chats or make_chats returns")
-    return next((row for row, messages in enumerate(chats) if image_parts(messages)), None)
-
-
-def rows_hash(chats: Chats) -> str:
-    """sha256 of the conversations; a picture counts by what it shows, not by where it lies."""
-
-    def named(messages: list[dict]) -> list[dict]:
-        for part in image_parts(messages):
-            with contextlib.suppress(PictureError):  # one that can't be read is told when its row is encoded
-                part["image"] = check_picture(part.get("image"))
-        return messages
-
-    return content_hash(map(named, chats))
-
-
-def _write_chats(folder: Path, chats: Chats) -> None:
-    """chats.jsonl with its pictures, unless it is there: run.json, written after it, says whether it is whole."""
-    if (folder / "run.json").exists():
-        return
-    keys = chats.rows["row"][:] if "row" in chats.rows.column_names else None  # they key the burden
-    with replacing(folder / "chats.jsonl") as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
-        for index, messages in enumerate(chats):
-            for part in image_parts(messages):
-                part["image"] = _carry(part.get("image"), folder)
-            row = {"messages": messages} | ({"row": keys[index]} if keys else {})
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _carry(picture: Any, folder: Path) -> str | None:
-    """Its name inside the folder, where a copy lies; of one that can't be read, what came."""
-    try:
-        content = picture_bytes(picture)
-        file = folder / "pictures" / check_picture(content)
-    except PictureError:
-        return picture if isinstance(picture, str) else None
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(content)
-    return f"pictures/{file.name}"
 
 
 # --- data -------------------------------------------------------------------------------------------------

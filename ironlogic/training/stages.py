@@ -27,6 +27,7 @@ from ironlogic.models import (
 )
 from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.training.runs import (
+    PROCESSES,
     Run,
     RunError,
     drop_later_steps,
@@ -50,6 +51,9 @@ __all__ = ["Watch", "content_hash", "describe_stage", "finish_stage", "finished_
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "unsloth", "unsloth_zoo")
 Watch = Callable[[list[dict[str, Any]]], None]  # called with all metrics at every logged step
+
+# Of several processes without a card, each goes on at the place "cpu:0", which torch.load (2.13) doesn't know
+torch.serialization.register_package(11, lambda _: None, lambda storage, at: storage if at == "cpu:0" else None)
 
 
 # --- the record -----------------------------------------------------------------------------------------------
@@ -85,6 +89,7 @@ def describe_stage(
         "backend": loaded.backend,
         "device": torch.cuda.get_device_name() if loaded.device.type == "cuda" else platform.processor() or "cpu",
         "versions": {name: _version(name) for name in _PACKAGES},
+        "processes": PROCESSES,
         **more,
     }
 
@@ -181,7 +186,8 @@ def fit(
     Trained weights become float32 first: TRL makes the adapter of a 4-bit model bfloat16. The folder belongs to
     this process until `finish_stage`; a killed one leaves no lock behind. Metrics are loss, learning rate, gradient
     norm and `columns`, further names of the trainer's log. When memory runs out and it `may_halve`, it goes on with
-    half the batch and twice the accumulation, which gives the same updates but for rounding.
+    half the batch and twice the accumulation, which gives the same updates but for rounding; not in one of several
+    processes, for which the others would wait.
     Raises `RunError` when memory is short all the same, another process trains there, the folder can't be written
     or gradients are not finite.
     """
@@ -199,7 +205,7 @@ def fit(
     began, fresh = time.perf_counter(), [parameter.detach().cpu().clone() for parameter in trained]
     while not _train(trainer, folder):
         free_memory()
-        _halve_batch(trainer, folder, may_halve)
+        _halve_batch(trainer, folder, may_halve and PROCESSES == 1)
         for parameter, value in zip(trained, fresh, strict=True):
             parameter.data.copy_(value)
     return time.perf_counter() - began

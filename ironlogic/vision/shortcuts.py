@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ironlogic.data.masking import IGNORED
-from ironlogic.models import LoadedModel, ModelError
+from ironlogic.models import LoadedModel, ModelError, bare
 from ironlogic.training.picture_rows import PictureReader
 from ironlogic.training.runs import RunError, no_room
-from ironlogic.vision.splice import bare, tower_name, tower_of
+from ironlogic.vision.splice import tower_name, tower_of
 
+import filelock
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -104,11 +105,27 @@ def compute_features(
 
     A feature depends on its picture alone: the tower takes all tiles of one, or `batch_size` whole ones, the last
     batch filled up with its last picture. No room: they would take more than half of the free disk (seed 003's
-    558,128 pictures: 614 GiB), which is printed.
+    558,128 pictures: 614 GiB), which is printed. Of several processes one computes, and the others wait for it.
     """
-    features = Features(folder / tower_key(loaded))
-    missing = [key for key in dict.fromkeys(keys) if key not in features]
-    together = 1 if reader.tiled else batch_size
+    place = folder / tower_key(loaded)
+    features = Features(place)
+    if all(key in features for key in keys):
+        return features
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = filelock.FileLock(f"{place}.lock").acquire()  # a killed process leaves none behind
+    except OSError as error:
+        raise RunError(no_room(folder, error)) from error
+    with held:
+        features = Features(place)  # with what another process has computed meanwhile
+        missing = [key for key in dict.fromkeys(keys) if key not in features]
+        return _compute(loaded, reader, missing, features, 1 if reader.tiled else batch_size)
+
+
+def _compute(
+    loaded: LoadedModel, reader: PictureReader, missing: list[str], features: Features, together: int
+) -> Features | None:
+    """`features` with those of the missing pictures, so many of which the tower takes `together`."""
     for begin in range(0, len(missing), _SHARD):
         shard = missing[begin : begin + _SHARD]
         computed: dict[str, torch.Tensor] = {}
@@ -117,7 +134,9 @@ def compute_features(
             full = batch + batch[-1:] * (together - len(batch))
             emitted = _run_tower(loaded, reader.pixels(full)["pixel_values"])
             views = emitted.reshape(len(full), -1, *emitted.shape[1:])
-            if begin == first == 0 and not _fits_on_disk(views[0].nbytes * len(missing), len(missing), folder):
+            if begin == first == 0 and not _fits_on_disk(
+                views[0].nbytes * len(missing), len(missing), features.folder
+            ):
                 return None
             computed |= {key: feature.clone() for key, feature in zip(batch, views, strict=False)}
         features.add(computed)

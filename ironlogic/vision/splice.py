@@ -16,9 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ironlogic import models
-from ironlogic.models import LoadedModel, as_loaded, four_bit_share, load_model
+from ironlogic.models import (
+    LoadedModel,
+    as_loaded,
+    bare,
+    four_bit_share,
+    load_model,
+    projector_name,
+    projector_of,
+)
 
-import peft
 import tokenizers
 import torch
 import transformers
@@ -331,24 +338,9 @@ def image_token_ids(model: Any) -> dict[str, int]:
 # --- names inside the two classes
 
 
-def projector_name(model: Any) -> str:
-    """The name of the part between tower and language model: `multi_modal_projector` or `connector`."""
-    return "connector" if model.config.model_type == "smolvlm" else "multi_modal_projector"
-
-
 def tower_name(model: Any) -> str:
     """The name of the vision tower: `vision_tower` or `vision_model`."""
     return "vision_model" if model.config.model_type == "smolvlm" else "vision_tower"
-
-
-def bare(model: Any) -> Any:
-    """The LLaVA or SmolVLM model inside an adapter, or the model as it is."""
-    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
-
-
-def projector_of(model: Any) -> torch.nn.Module:
-    """The part between tower and language model."""
-    return getattr(bare(model).model, projector_name(model))
 
 
 def tower_of(model: Any) -> torch.nn.Module:

@@ -3,7 +3,8 @@
 Stage 1, `train_projector`: the tower and the language model are frozen, the projector learns (LLaVA's feature
 alignment, Liu et al. 2023, arXiv 2304.08485). Stage 2, `train_instruct`: the projector goes on, with LoRA on the
 language model; the adapter carries both. Both are a stock `Trainer` whose loss is `label_loss`, over features that
-are computed once. Each stage asks `check_splice` first, and refuses a splice that fails.
+are computed once. Each stage asks `check_splice` first, and refuses a splice that fails. In several processes:
+`prepare_sft(..., stage="projector")` or `"instruct"`.
 """
 
 import contextlib
@@ -18,10 +19,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ironlogic.data.chats import Chats
-from ironlogic.models import LoadedModel, ModelError, free_memory, load_model
+from ironlogic.models import (
+    LoadedModel,
+    ModelError,
+    bare,
+    free_memory,
+    load_model,
+    projector_name,
+    projector_of,
+)
 from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.training.picture_rows import PictureBatches, encode_pictures
-from ironlogic.training.runs import Run, RunError, no_room, run_folder, save_adapter, start_or_join, write_json
+from ironlogic.training.prepared import rows_hash
+from ironlogic.training.runs import (
+    PROCESS,
+    PROCESSES,
+    Run,
+    RunError,
+    no_room,
+    run_folder,
+    save_adapter,
+    start_or_join,
+    write_json,
+)
 from ironlogic.training.stages import (
     Watch,
     content_hash,
@@ -42,7 +62,6 @@ from ironlogic.vision.shortcuts import (
     order_by_length,
     tower_key,
 )
-from ironlogic.vision.splice import bare, projector_name, projector_of
 
 import peft
 import torch
@@ -135,7 +154,7 @@ def _train(
     watch: Watch | None,
     cache: str | Path | None,
 ) -> Run:
-    folder = run_folder(run)
+    folder, sha256 = run_folder(run), rows_hash(chats)
     _must_be_bare(loaded)
     check_splice(loaded, reload=False).require()
     rows, reader, rejected = encode_pictures(
@@ -146,12 +165,13 @@ def _train(
         needs_picture=stage == "projector",
         most=settings.pictures,
     )
-    content = [[row["input_ids"], row["labels"], row["picture_keys"]] for row in rows]
-    content += [tower_key(loaded), _fingerprint(projector_of(loaded.model))]  # another start is another run
-    record = describe_stage(stage, loaded, len(rows), content_hash(content), settings)
+    projector = [tensor.tolist() for tensor in projector_of(loaded.model).state_dict().values()]
+    start = content_hash([tower_key(loaded), projector])  # another start is another run
+    record = describe_stage(stage, loaded, len(chats), sha256, settings, splice_sha256=start)
     if finished := finished_run(folder, record, watch):
         return replace(finished, loaded=reopen(finished, loaded))
-    start_or_join(folder, record)
+    if PROCESS == 0:
+        start_or_join(folder, record)
     features = None
     if cache is not None:
         keys = [key for row in rows for key in row["picture_keys"]]
@@ -171,10 +191,8 @@ def _train(
             parameter.data = parameter.data.to(before[name].dtype)  # it was trained in float32
         raise
     _cast_back(trained)
-    if stage == "instruct":
-        save_adapter(trained, folder)
-    else:
-        _save_projector(trained, folder)
+    if PROCESS == 0:
+        (save_adapter if stage == "instruct" else _save_projector)(trained, folder)
     return finish_stage(
         folder,
         record,
@@ -193,10 +211,6 @@ def _must_be_bare(loaded: LoadedModel) -> None:
             f"{loaded.source}: an earlier run put an adapter into this model. Make or load it again for a new run; "
             "to go on from the adapter, save_spliced(run, folder) and load_model(folder)"
         )
-
-
-def _fingerprint(module: torch.nn.Module) -> str:
-    return content_hash(tensor.tolist() for tensor in module.state_dict().values())
 
 
 def _with_trained(stage: str, loaded: LoadedModel, lora: LoraSettings) -> LoadedModel:
@@ -297,7 +311,7 @@ def _trainer(
 ) -> _Trainer:
     lengths = [row["length"] for row in rows]
     order = order_by_length(lengths, settings.batch_size, seed=settings.seed, epochs=settings.epochs)
-    steps = math.ceil(len(order) / (settings.batch_size * settings.accumulation))
+    steps = math.ceil(len(order) / (settings.batch_size * settings.accumulation * PROCESSES))
     arguments = trainer_arguments(settings, folder, steps=steps)
     if loaded.device.type == "cuda":
         arguments |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -306,6 +320,8 @@ def _trainer(
         args=transformers.TrainingArguments(
             **arguments,
             train_sampling_strategy="sequential",  # the rows are in their order already
+            # a batch of text alone leaves the projector out, for which the other processes would wait
+            ddp_find_unused_parameters=not all(row["picture_keys"] for row in rows),
             neftune_noise_alpha=settings.neftune_alpha or None,
             remove_unused_columns=False,
             label_names=["labels"],
