@@ -182,14 +182,16 @@ ask(t.AutoModelForImageTextToText, t.AutoProcessor, eyes, [dict(type="image"), d
 
 
 @slow
-def test_a_spliced_model_is_merged_whole_and_gguf_is_refused(seeing, tmp_path):
+def test_a_spliced_model_is_merged_whole_and_its_gguf_wants_a_checkout(seeing, tmp_path):
     folder, adapter, out = seeing
     (found,) = check_export(out, adapter)
     assert found.mean_kl < 1e-6
     with pytest.raises(ExportError, match="is not the model it was made from"):
         check_export(folder, adapter)
-    with pytest.raises(ExportError, match="vision-language model.*Merged safetensors"):
-        export_gguf(out, tmp_path / "x.gguf")
+    with pytest.raises(ExportError, match="eye of a splice is written by a llama.cpp checkout"):
+        export_gguf(out, tmp_path / "x.gguf", llama_cpp="")
+    with pytest.raises(ExportError, match="adapts a model that sees"):
+        export_lora_gguf(adapter, tmp_path / "x.gguf")
     assert merge_adapter(folder, tmp_path / "copy").is_dir()  # nothing to merge: a checked copy
 
 
@@ -299,10 +301,10 @@ def test_what_can_t_be_written_is_told_with_the_command_to_run_later(merged, tmp
     with pytest.raises(ExportError, match="expected f16, q8_0 or q4_k_m"):
         export_gguf(merged, out, quantization="q3")
     with pytest.raises(ExportError, match=r"no checkout of llama\.cpp"):
-        export_gguf(merged, out, llama_cpp=tmp_path)
+        export_gguf("nano-moe", out, llama_cpp=tmp_path)
     (tmp_path / "convert_hf_to_gguf.py").write_text("raise SystemExit('pre-tokenizer not recognized')")
     with pytest.raises(ExportError, match="pre-tokenizer not recognized"):
-        export_gguf(merged, out, llama_cpp=tmp_path)
+        export_gguf("nano-moe", out, llama_cpp=tmp_path)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(ExportError, match=r"llama-quantize MODEL-f16\.gguf MODEL-q4_k_m\.gguf Q4_K_M"):

@@ -237,12 +237,12 @@ def _has_llama() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def convert(checkout: Path, folder: Path, path: Path, quantization: str) -> None:
+def convert(checkout: Path, folder: Path, path: Path, quantization: str, *options: str) -> None:
     """A model folder written as GGUF by the converter of a llama.cpp checkout, in a process of its own."""
     script = checkout / "convert_hf_to_gguf.py"
     if not script.is_file():
         raise ExportError(f"{checkout} is no checkout of llama.cpp (no convert_hf_to_gguf.py)")
-    _call([sys.executable, script, folder, "--outfile", path, "--outtype", quantization], path)
+    call([sys.executable, script, folder, "--outfile", path, "--outtype", quantization, *options], path)
 
 
 def find_quantizer(checkout: Path | None) -> Path | None:
@@ -265,12 +265,13 @@ def find_quantizer(checkout: Path | None) -> Path | None:
 def quantize(source: Path, path: Path, *, tool: Path | None) -> None:
     """An f16 file as q4_k_m. Matrices whose width is no multiple of 256 come out in other types."""
     if tool:
-        _call([tool, source, path, "Q4_K_M"], path)
+        call([tool, source, path, "Q4_K_M"], path)
     else:
-        _call([sys.executable, "-c", _QUANTIZE, source, path], path)  # it writes past Python's stderr
+        call([sys.executable, "-c", _QUANTIZE, source, path], path)  # it writes past Python's stderr
 
 
-def _call(command: Sequence[str | Path], path: Path) -> None:
+def call(command: Sequence[Any], path: Path) -> None:
+    """Runs a program that has to leave a file at `path`. Raises `ExportError` with its last words."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode or not path.is_file():
         last = " / ".join((done.stderr or done.stdout).strip().splitlines()[-3:])

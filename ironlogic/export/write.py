@@ -27,6 +27,15 @@ from ironlogic.export.gguf import (
     write_gguf,
     write_lora_gguf,
 )
+from ironlogic.export.mmproj import (
+    convert_eye,
+    find_eye_converter,
+    picture_mark,
+    splice_logits,
+    why_not_mmproj,
+    write_eye,
+    write_language_model,
+)
 from ironlogic.models import (
     LoadedModel,
     ModelError,
@@ -127,6 +136,7 @@ def check_export(
     reference: Run | str | Path,
     *,
     base: str | Path | None = None,
+    mmproj: str | Path | None = None,
     tolerance: float | None = None,
     as_trained: bool = False,
 ) -> list[Comparison]:
@@ -134,7 +144,8 @@ def check_export(
 
     `reference`: what it was made from (a run, an adapter, or the merged folder). A merged folder is read by
     transformers; a GGUF file by transformers where it can (head width 128) and by llama.cpp where `llama_cpp` is
-    installed, which also has to cut the probes into the same tokens. A mean divergence above `tolerance` (default:
+    installed, which also has to cut the probes into the same tokens; that of a splice beside its eye, `mmproj`, by
+    transformers, two of the probes with a picture. A mean divergence above `tolerance` (default:
     `TOLERANCE` of its kind), or no reader at all, is an `ExportError`. `as_trained`: the reference is loaded as it
     was trained, in 4 bit where it was; rounding is part of the difference then, and any is accepted.
     """
@@ -152,6 +163,12 @@ def check_export(
     if artefact.is_dir():
         loaded = _load_fresh(str(artefact))[0]
         kind, logits = _TYPES[loaded.dtype], {"transformers": _next_token_logits(loaded, probes)}
+    elif "pixel_values" in probes[0]:
+        if mmproj is None:
+            raise ExportError(f"{artefact.name} is the language model of a splice; name its eye too (mmproj=...)")
+        image_token = _read_config(source.base).image_token_id
+        kind, read = splice_logits(artefact, Path(mmproj), probes, image_token)
+        logits = {"transformers": read}
     else:
         rows = [probe["input_ids"][0].tolist() for probe in probes]
         kind, logits = gguf_logits(artefact, rows, getattr(processor, "tokenizer", processor))
@@ -168,20 +185,29 @@ def export_gguf(
     llama_cpp: str | Path | None = None,
     base: str | Path | None = None,
 ) -> Path:
-    """A run, an adapter or a merged folder as one GGUF file (f16, q8_0 or q4_k_m), compared before it is published.
+    """A run, an adapter or a merged folder as a GGUF file (f16, q8_0 or q4_k_m), compared before it is published.
 
-    `out`: the file, or a folder that gets `<name>-<quantization>.gguf`. Written by the converter of a llama.cpp
-    checkout (`llama_cpp`, or UNSLOTH_LLAMA_CPP_SCRIPTS_DIR; "": none); else, dense Qwen3 only, by `gguf`.
+    `out`: the file, or a folder that gets `<name>-<quantization>.gguf`. A dense Qwen3 is written by `gguf`, any
+    other model by the converter of a llama.cpp checkout (`llama_cpp`, or UNSLOTH_LLAMA_CPP_SCRIPTS_DIR; "": none).
     q4_k_m also needs a quantizer: `llama-quantize` or the package llama-cpp-python. Nothing is built in this
     process; what is missing is named with the command to run later (`ExportError`).
+
+    Of a splice this is the language model; its eye, in f16, is written beside it by a checkout, as
+    `mmproj-<name>-f16.gguf`. `llama-mtmd-cli -m FILE --mmproj EYE --image PICTURE -p "MARK QUESTION"` shows it a
+    picture; MARK is `picture` in export.json. What llama.cpp can't express of a splice is an `ExportError`, before
+    anything is written.
     """
     if quantization not in ("f16", "q8_0", "q4_k_m"):
         raise ExportError(f"quantization {quantization!r}: expected f16, q8_0 or q4_k_m")
     source, path = _find_source(run_or_path, base), Path(out).expanduser().absolute()
     if path.suffix != ".gguf":
         path = path / f"{source.name}-{quantization}.gguf"
-    checkout = os.environ.get("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR") if llama_cpp is None else llama_cpp
-    _check_sightless(source)
+    named = os.environ.get("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR") if llama_cpp is None else llama_cpp
+    checkout = Path(named) if named else None
+    config = _read_config(source.base)
+    sees = hasattr(config, "vision_config")
+    if sees:
+        processor, eye_script = _find_eye(source, config, checkout)
     _check_room(source, path.parent, quantization)
     with (
         replacing(path, ExportError) as part,
@@ -190,9 +216,19 @@ def export_gguf(
         whole = Path(source.base)
         if source.adapter or not whole.is_dir():
             whole = merge_adapter(run_or_path, Path(scratch) / source.name, base=base)
-        _write(whole, part, quantization, Path(checkout) if checkout else None)
-        found = check_export(part, whole)
-        _note(path.parent, path.name, source, [replace(c, artefact=path.name) for c in found])
+        more = {}
+        if sees:
+            eye = path.with_name(f"mmproj-{path.stem.removesuffix(f'-{quantization}')}-f16.gguf")
+            more = {"mmproj": eye.name, "picture": picture_mark(processor)}
+            with replacing(eye, ExportError) as eye_part:
+                halves = _halve(whole, Path(scratch))
+                _write(halves[0], part, quantization, checkout)
+                convert_eye(eye_script, halves[1], eye_part, processor.image_processor)
+                found = check_export(part, whole, mmproj=eye_part)
+        else:
+            _write(whole, part, quantization, checkout)
+            found = check_export(part, whole)
+        _note(path.parent, path.name, source, [replace(c, artefact=path.name) for c in found], **more)
     return path
 
 
@@ -204,7 +240,8 @@ def export_lora_gguf(run_or_path: Run | str | Path, out: str | Path, *, base: st
         raise ExportError(f"{source.base}: a whole model, no adapter; export_gguf writes it")
     if path.suffix != ".gguf":
         path = path / f"{source.name}-lora.gguf"
-    _check_sightless(source)
+    if hasattr(_read_config(source.base), "vision_config"):
+        raise ExportError(f"{source.name} adapts a model that sees: export_gguf writes it merged, with its eye")
     with replacing(path, ExportError) as part:
         write_lora_gguf(source.adapter, Path(source.base), part)
     return path
@@ -241,7 +278,7 @@ def _end_ids(place: str | Path) -> list[int]:
 
 
 def _write(folder: Path, path: Path, quantization: str, checkout: Path | None) -> None:
-    """A whole model as GGUF by the converter of the checkout, or by `gguf`; q4_k_m by way of f16."""
+    """A whole model as GGUF by `gguf`, or by the converter of the checkout; q4_k_m by way of f16."""
     if quantization == "q4_k_m":
         tool, first = find_quantizer(checkout), path.with_name(f"{path.name}.f16")
         try:
@@ -249,17 +286,26 @@ def _write(folder: Path, path: Path, quantization: str, checkout: Path | None) -
             quantize(first, path, tool=tool)
         finally:
             first.unlink(missing_ok=True)
+    elif not (reason := why_not_gguf(folder)):
+        write_gguf(folder, path, quantization=quantization)
     elif checkout:
         convert(checkout, folder, path, quantization)
-    elif reason := why_not_gguf(folder):
+    else:
         name = path.name.removesuffix(".f16").removesuffix(".part")
         raise ExportError(
             f"{folder.name}: {reason}, and no llama.cpp checkout was named (llama_cpp=...). To do it "
             "later: merge_adapter(..., 'MERGED'), then: python LLAMA_CPP/convert_hf_to_gguf.py MERGED "
             f"--outfile {name} --outtype {quantization}"
         )
-    else:
-        write_gguf(folder, path, quantization=quantization)
+
+
+def _halve(whole: Path, scratch: Path) -> tuple[Path, Path]:
+    """(folder of the language model, folder of the eye) of a splice."""
+    model, processor = _load_fresh(str(whole))
+    halves = scratch / "language" / whole.name, scratch / "eye" / whole.name
+    write_language_model(model, processor, halves[0])
+    write_eye(model, processor, halves[1])
+    return halves
 
 
 # --- what is exported ---------------------------------------------------------------------------------------
@@ -310,13 +356,15 @@ def _check_replaceable(out: Path, source: _Source) -> None:
         raise ExportError(f"{out} holds something that is no earlier merge; choose another folder")
 
 
-def _check_sightless(source: _Source) -> None:
-    if hasattr(_read_config(source.base), "vision_config"):
-        raise ExportError(
-            f"{source.name} is a vision-language model, of which no GGUF is written here: llama.cpp has no place "
-            "for a splice, and its convert_hf_to_gguf.py takes Gemma 3 and Qwen3-VL from the merged folder. Merged "
-            "safetensors (merge_adapter) are the way out: plain transformers loads them, eyes and all"
-        )
+def _find_eye(source: _Source, config: Any, checkout: Path | None) -> tuple[Any, Path]:
+    """The processor of a splice and the program for its eye, before anything is written."""
+    try:
+        processor = load_processor(source.base, config)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{source.base} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    if reason := why_not_mmproj(config, processor):
+        raise ExportError(f"{source.name} can't leave as GGUF: {reason}. merge_adapter keeps its eyes")
+    return processor, find_eye_converter(config, checkout)
 
 
 def _check_room(source: _Source, folder: Path, quantization: str = "") -> None:
@@ -326,10 +374,10 @@ def _check_room(source: _Source, folder: Path, quantization: str = "") -> None:
         count = sum(parameter.numel() for parameter in _auto(config).from_config(config).parameters())
     size = (config.dtype or torch.bfloat16).itemsize
     file = {"": 0, "f16": 2, "q8_0": 1.0625, "q4_k_m": 2.7}[quantization]  # bytes a weight; q4_k_m by way of f16
-    merged = size if source.adapter or not quantization else 0
+    copies = bool(source.adapter or not quantization) + (hasattr(config, "vision_config") and bool(quantization))
     there = next(place for place in (folder, *folder.parents) if place.exists())
     for what, where, free, wanted in (
-        ("disk", str(there), shutil.disk_usage(there).free, count * (merged + file) * 1.05),
+        ("disk", str(there), shutil.disk_usage(there).free, count * (copies * size + file) * 1.05),
         ("memory", "this machine", psutil.virtual_memory().available, count * size * 1.2),
     ):
         if free < wanted:
@@ -348,11 +396,11 @@ def read_notes(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{path} is damaged ({error!r:.200}); delete it, and export again") from error
 
 
-def _note(folder: Path, name: str, source: _Source, found: Sequence[Comparison]) -> None:
+def _note(folder: Path, name: str, source: _Source, found: Sequence[Comparison], **more: str) -> None:
     """export.json: what was written from what, and how far it is from it. The model card reads it."""
     base = Path(source.base)
     made = {"run": source.name, "base": base.name if base.exists() else source.base}
-    made |= read_notes(base).get(base.name, {})  # of a merged model: what it was merged from
+    made |= read_notes(base).get(base.name, {}) | more  # of a merged model: what it was merged from
     write_json(
         folder / "export.json",
         read_notes(folder) | {name: made | {"comparisons": [asdict(c) for c in found]}},

@@ -525,6 +525,7 @@ _TILE_TOKENS = {
     "<fake_token_around_image>": "<|vision_start|>",
     "<end_of_utterance>": "<|vision_end|>",
 }
+_WHOLE_TOKEN = {"<global-img>": "<|vision_pad|>"}  # words where none is reserved; llama.cpp wants a token
 
 
 def _rename_for_tiles(tokenizer: Any, image_token: str) -> tuple[Any, str]:
@@ -533,7 +534,7 @@ def _rename_for_tiles(tokenizer: Any, image_token: str) -> tuple[Any, str]:
     content, template = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template
     if template:
         template = template.replace(f"<|vision_start|>{image_token}<|vision_end|>", "<image>")
-    for name, reserved in (_TILE_TOKENS | {"<image>": image_token}).items():
+    for name, reserved in (_TILE_TOKENS | _WHOLE_TOKEN | {"<image>": image_token}).items():
         if reserved in tokenizer.get_added_vocab():
             content = content.replace(json.dumps(reserved), json.dumps(name))
     renamed = transformers.PreTrainedTokenizerFast(
