@@ -22,7 +22,7 @@ import gguf
 import pytest
 import torch
 import transformers
-from eyes import chat, language_model, on_nano, picture, tokenizer, tower
+from eyes import chat, on_nano, picture, tokenizer, tower
 
 CHECKOUT = os.environ.get("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR")
 needs_converter = pytest.mark.skipif(
@@ -185,8 +185,11 @@ def llama():
     file = gguf_file()
     words = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     words.eos_token, words.pad_token = "<|im_end|>", "<|endoftext|>"
-    lm, _ = language_model("Llama", vocab_size=len(words))
-    lm.generation_config.eos_token_id = lm.config.eos_token_id = words.eos_token_id
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**sizes, **ends, num_key_value_heads=2, vocab_size=len(words))
+    lm = transformers.LlamaForCausalLM(config).eval()
     return splice(tower("clip"), (lm, words), max_length=512)
 
 
