@@ -514,3 +514,14 @@ def test_answers_without_a_truth_are_not_judged():
     colors = [[panel.title.get_color() for panel in figure.axes[:2]] for figure in (judged, told)]
     assert len(set(colors[0])) == 2
     assert colors[1] == ["black"] * 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_answer_fits_over_its_picture():
+    said = ["a\x18b\n\n\uffffc $x$ \U000f0000", "long " * 200, "x" * 500, ""]
+    figure = plot_answers([Image.new("L", (8, 8))] * 4, ["What is it?"] * 4, said, columns=2)
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    captions = [panel.get_title() for panel in figure.axes]
+    assert captions[0] == "What is it?\na\\x18b \\uffffc $x$ \\U000f0000"
+    assert all(len(line) <= 30 for caption in captions for line in caption.split("\n"))
+    assert all(caption.count("\n") <= 4 for caption in captions)

@@ -1,10 +1,12 @@
 """What a spliced model sees, as figures: pictures with answers, checks that turn red, arms beside controls."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ironlogic.data.pictures import read_picture
 from ironlogic.evidence.statistics import share_interval
+from ironlogic.show.lens import _escaped, _fonts
 from ironlogic.show.plots import _Picture
 
 import numpy as np
@@ -39,10 +41,20 @@ def plot_answers(
     for panel, picture, question, answer, truth in shown:
         panel.imshow(np.asarray(read_picture(picture)), interpolation="nearest")
         right = answer == truth
-        caption = f"{question}\n{answer}" if right else f"{question}\n{answer}\n(truth: {truth})"
+        said = [question, answer] if right else [question, answer, f"(truth: {truth})"]
         color = "black" if truths is None else _RIGHT if right else _WRONG
-        panel.set_title(caption, fontsize=7, color=color, parse_math=False)
+        panel.set_title(_caption(said), fontsize=7, fontfamily=_fonts()[0], color=color, parse_math=False)
     return figure
+
+
+def _caption(texts: Sequence[str]) -> str:
+    """Each in at most four lines as wide as a picture; what no font has is written as \\uXXXX."""
+    known, lines = _fonts()[1], []
+    for text in texts:
+        line = " ".join(text.split())
+        line = "".join(c if c.isprintable() and ord(c) in known else _escaped(c) for c in line)
+        lines += textwrap.wrap(line, 30, max_lines=4, placeholder=" …")
+    return "\n".join(lines)
 
 
 def plot_checks(reports: "Mapping[str, SpliceReport]") -> Figure:
