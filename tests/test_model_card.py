@@ -79,7 +79,7 @@ def test_what_was_measured_stands_with_interval_and_verdict(run, tmp_path):
     study = tmp_path / "02_study"
     study.mkdir()
     page = study / "report.html"
-    page.with_suffix(".json").write_text(json.dumps([asdict(finding) for finding in findings]))
+    page.with_suffix(".json").write_text(json.dumps({"findings": [asdict(finding) for finding in findings]}))
     card = model_card(run, exports=tmp_path, report=page)
     assert f"| {claim.said} | {claim.measure}: FT against SFT | -0.02 [-0.05, +0.01] | 5 x 170 | fails |" in card
     assert r"no answers that can be checked \| here" in card, "a bar would break the table"

@@ -74,8 +74,10 @@ def test_page_needs_nothing_beside_it_and_escapes_everything(tmp_path):
         assert finding.verdict.replace("'", "&#39;") in page
     assert not (tmp_path / "deep/report.part").exists()
     told = json.loads((tmp_path / "deep/report.json").read_text(encoding="utf-8"))
-    assert [one["verdict"] for one in told] == [finding.verdict for finding in findings]
-    assert told[0]["claim"]["said"] == evil
+    assert [one["verdict"] for one in told["findings"]] == [finding.verdict for finding in findings]
+    assert told["findings"][0]["claim"]["said"] == evil
+    assert told["measures"] == {evil: {evil: 1.0}}
+    assert re.match(r"Made on \d{4}-\d\d-\d\d with ironlogic \S+, torch", told["lines"][-1])
 
 
 def test_spread_stands_beside_the_mean_of_several_trainings():

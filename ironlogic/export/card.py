@@ -76,8 +76,8 @@ def _findings(stages: list[Run], report: Path) -> dict[str, Any]:
     if not beside.is_file():
         raise RunError(f"{beside}: no findings here; notebook 05 writes them beside its report.html")
     try:
-        findings = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
+        findings = json.loads(beside.read_text(encoding="utf-8"))["findings"]
+    except (ValueError, LookupError, TypeError) as error:
         raise RunError(f"{beside} is damaged ({error}); make the report again") from error
     own = [stage.folder.name for stage in stages if stage.folder.absolute().parent == beside.parent]
     return {"findings": findings, "study": beside.parent.name, "own": own}

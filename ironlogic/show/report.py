@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from ironlogic import __version__
 from ironlogic.evidence.claims import Finding, Findings
 from ironlogic.evidence.statistics import Interval
 from ironlogic.show.evidence import VERDICT_COLORS, finding_pictures, plot_frontier, plot_recipes
@@ -15,6 +19,8 @@ from ironlogic.show.plots import png_bytes
 
 import jinja2
 import pandas as pd
+import torch
+import transformers
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -41,7 +47,7 @@ def write_report(
     sweep: Sequence[Mapping[str, Any]] = (),
     measures: pd.DataFrame,
 ) -> Path:
-    """Writes the page, and the findings beside it as JSON; returns its path.
+    """Writes the page, and beside it as JSON what it says, with day, machine and versions; returns its path.
 
     `lines` say what was done with what, `recipes` come from `compare_recipes`, `sweep` from `Study.sweep_points`,
     `measures` from `describe`.
@@ -51,13 +57,33 @@ def write_report(
         sections.append(("The learning rates that were tried", plot_frontier(sweep)))
     if any(finding.effect for finding in recipes):
         sections.append(("What each recipe buys, and what it costs", plot_recipes(recipes)))
+    lines = [*lines, _made()]
     page = _render("page", title=title, lines=lines, findings=findings, sections=sections, measures=measures)
-    plain = [{name: _finite(value) for name, value in asdict(finding).items()} for finding in findings]
+    told = {
+        "title": title,
+        "lines": lines,
+        "findings": [_plain(finding) for finding in findings],
+        "recipes": [_plain(finding) for finding in recipes],
+        "measures": {arm: json.loads(measures[arm, "mean"].to_json()) for arm in measures.columns.levels[0]},
+    }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_whole(path, page)
-    _write_whole(path.with_suffix(".json"), json.dumps(plain, indent=1, ensure_ascii=False))
+    _write_whole(path.with_suffix(".json"), json.dumps(told, indent=1, ensure_ascii=False))
     return path
+
+
+def _made() -> str:
+    """When, where and with what."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
+    return (
+        f"Made on {date.today()} with ironlogic {__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__} on {platform.machine()}, {os.cpu_count()} cores, {card}."
+    )
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    return {name: _finite(value) for name, value in asdict(finding).items()}
 
 
 def _finite(value: Any) -> Any:
