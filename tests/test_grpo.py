@@ -298,7 +298,7 @@ def test_rewards_are_means_over_prompts_and_steps_without_what_was_passed_over()
 def test_pass_at_k_rises_and_the_share_that_thinks_is_a_bar():
     marks = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     thoughts = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
-    left, right = plot_pass({"before": replace(samples(marks), thinks=thoughts)}).axes
+    left, right = plot_pass({"before": [replace(samples(marks), thinks=thoughts)]}).axes
     assert np.allclose(curve(left, "before"), ([1, 2, 3, 4], [0.625, 0.75, 0.875, 1.0]))
     assert right.patches[0].get_width() == 0.375
 

@@ -36,7 +36,7 @@ BRIEF = {
     "02": {"ROWS": 160, "SEEDS": 2, "QUESTIONS": 40},
     "03": {"ROWS": 64, "SEEDS": 1},
     "05": {"ROWS": 160, "SEEDS": 2, "QUESTIONS": 40},
-    "06": {"ROWS": 160, "STEPS": 2, "PROBLEMS": 16, "QUESTIONS": 17},
+    "06": {"ROWS": 160, "STEPS": 2, "TRAININGS": 2, "PROBLEMS": 16, "QUESTIONS": 17},
     "07": {"PROMPTS": 4},
 }
 

@@ -1,5 +1,6 @@
 """Reinforcement learning drawn and read: rewards over the steps, pass at k on problems held out, completions."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -48,17 +49,17 @@ def plot_rewards(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, reward: str
     return figure
 
 
-def plot_pass(arms: "Mapping[str, Samples]") -> Figure:
+def plot_pass(arms: "Mapping[str, Sequence[Samples]]") -> Figure:
     """Chance that one of k sampled answers is right over k (left), and what share of answers thinks (right).
 
-    Bands and whiskers are 95 % intervals over problems.
+    An arm is one training or several; bands and whiskers are 95 % intervals over problems and trainings.
     """
     figure, (left, right) = _axes(2)
-    for i, (name, samples) in enumerate(arms.items()):
-        ks = range(1, samples.correct.shape[1] + 1)
-        passed = [share_interval(samples.pass_at(k)) for k in ks]
+    for i, (name, trainings) in enumerate(arms.items()):
+        ks = range(1, trainings[0].correct.shape[1] + 1)
+        passed = [share_interval([samples.pass_at(k) for samples in trainings]) for k in ks]
         draw_band(left, ks, passed, color=f"C{i}", label=name)
-        share = share_interval(samples.thinks.mean(axis=1))
+        share = share_interval([samples.thinks.mean(axis=1) for samples in trainings])
         right.barh(i, share.mean, xerr=error_bars(share), color=f"C{i}", height=0.6)
     left.set(xlabel="k, answers sampled to a problem", ylabel="one of them is right", ylim=(0, 1.04))
     left.legend(frameon=False, fontsize=9, loc="lower right")
@@ -109,15 +110,16 @@ def sample_explorer(arms: "Mapping[str, Samples]") -> Explorer:
     return Explorer("samples", {"problem": problem}, show)
 
 
-def live_rewards(arm: str) -> Callable[[list[dict[str, Any]]], None]:
-    """A `watch` for train_grpo: one line that follows the steps."""
-    update = live_html(f"<p>{escape(arm)}: starting</p>")
+def live_rewards() -> Callable[[str, list[dict[str, Any]]], None]:
+    """A `watch` for `run_parallel`: a line for each training that follows its steps."""
+    update, lines_of = live_html("<p>starting; the first steps come when the libraries are loaded</p>"), {}
 
-    def watch(lines: list[dict[str, Any]]) -> None:
-        recent = pd.DataFrame(lines[-5:])[["reward", "think_rate"]].mean()
-        update(
-            f"<p><b>{escape(arm)}</b> {progress(lines[-1])} · reward {recent['reward']:.2f} · "
-            f"{recent['think_rate']:.0%} think</p>"
-        )
+    def watch(name: str, lines: list[dict[str, Any]]) -> None:
+        recent = pd.DataFrame(lines[-5:])
+        figures = f"loss {lines[-1].get('loss', math.nan):.3f}"
+        if "reward" in recent:
+            figures = f"reward {recent['reward'].mean():.2f} · {recent['think_rate'].mean():.0%} think"
+        lines_of[name] = f"<b>{escape(name)}</b> {progress(lines[-1])} · {figures}"
+        update(f"<p>{'<br>'.join(lines_of.values())}</p>")
 
     return watch

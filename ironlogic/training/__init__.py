@@ -13,7 +13,7 @@ __getattr__, __dir__, __all__ = lazy(
         "runs": "Run RunError open_run",
         "sft": "train_sft",
         "prepared": "prepare_sft train_prepared",
-        "grpo": "GrpoError GrpoSettings Samples read_completions rejection_chats sample_answers train_grpo",
+        "grpo": "GrpoError GrpoSettings Samples read_completions rejection_sampling sample_answers train_grpo",
         "parallel": "run_parallel",
     },
 )

@@ -18,9 +18,10 @@ from ironlogic import IronLogicError
 from ironlogic.data.chats import Chats, make_chats
 from ironlogic.data.problems import Task, accuracy_reward, check_answer, normal_answer, thinks
 from ironlogic.generate import Completion, chat_ids, generate
-from ironlogic.models import LoadedModel, as_loaded
-from ironlogic.presets import LoraSettings
+from ironlogic.models import LoadedModel, as_loaded, free_memory, load_model
+from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.training.runs import Run, drop_later_steps, read_steps, run_folder, save_adapter, start_or_join
+from ironlogic.training.sft import train_sft
 from ironlogic.training.stages import (
     Watch,
     content_hash,
@@ -42,11 +43,13 @@ from scipy.special import comb
 __all__ = [
     "GrpoError",
     "GrpoSettings",
+    "RandomReward",
     "Samples",
-    "random_reward",
     "read_completions",
     "rejection_chats",
+    "rejection_sampling",
     "sample_answers",
+    "train_and_sample",
     "train_grpo",
 ]
 
@@ -156,6 +159,42 @@ def read_completions(run: Run | str | Path) -> list[dict[str, Any]]:
     return read_steps(folder / "completions.jsonl")
 
 
+def rejection_sampling(
+    loaded: LoadedModel | Any,
+    problems: Sequence[Task],
+    settings: TrainSettings,
+    *,
+    run: str | Path,
+    samples: int = 8,
+    max_new_tokens: int = 72,
+    watch: Watch | None = None,
+) -> Run:
+    """One round: every problem answered `samples` times, and SFT on the right answers. Its sampling has the
+    settings' seed; `run` and `watch` as in `train_sft`."""
+    answers = sample_answers(loaded, problems, samples=samples, max_new_tokens=max_new_tokens, seed=settings.seed)
+    return train_sft(loaded, rejection_chats(answers), settings, run=run, watch=watch)
+
+
+def train_and_sample(
+    source: str | Path,
+    train: Callable[..., Run],
+    test: Sequence[Task],
+    *,
+    seed: int,
+    load: Mapping[str, Any],
+    watch: Watch | None = None,
+) -> "Samples":
+    """`train(model, watch=watch)` of that model or adapter, then its answers to problems held out.
+
+    A job of `run_parallel`: it keeps no model. `load`: options of `load_model`; `seed`: of the sampling.
+    """
+    run = train(load_model(source, **load), watch=watch)
+    adapter = run.adapter
+    del run  # with its model: a card has room for one
+    free_memory()
+    return sample_answers(load_model(adapter, **load), test, seed=seed)
+
+
 # --- rows -------------------------------------------------------------------------------------------------
 def _prepare(
     loaded: LoadedModel, problems: Any, settings: GrpoSettings, *, needs_answer: bool
@@ -230,14 +269,16 @@ def _reward_names(rewards: Sequence[Reward], rows: Sequence[Mapping[str, Any]]) 
     return names
 
 
-def random_reward(seed: int) -> Reward:
+@dataclass(frozen=True)
+class RandomReward:
     """A reward that is a coin for every completion, whatever it says: a control for what any reward brings."""
 
-    def random_reward(completions: Sequence[Any], trainer_state: Any, **_: Any) -> list[float]:
-        coin = random.Random(f"{seed}-{trainer_state.global_step}")
-        return [float(coin.random() < 0.5) for _ in completions]
+    seed: int
+    __name__ = "random_reward"
 
-    return random_reward
+    def __call__(self, completions: Sequence[Any], trainer_state: Any, **_: Any) -> list[float]:
+        coin = random.Random(f"{self.seed}-{trainer_state.global_step}")
+        return [float(coin.random() < 0.5) for _ in completions]
 
 
 class _Rewards(transformers.TrainerCallback):
