@@ -11,6 +11,7 @@ from ironlogic.evidence.items import (
     load_items,
     made_items,
     scramble,
+    shuffle_answers,
     substitute_words,
 )
 
@@ -41,6 +42,16 @@ def test_deletion_takes_from_user_turns_only_and_keeps_the_order():
     assert left == [word for word in TEXT.split() if word in left]
     assert after[1] == chat[1]
     assert chat[0]["content"] == TEXT
+
+
+def test_shuffled_answers_are_all_there_and_none_in_its_place():
+    chats = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(9)]
+    shuffled = shuffle_answers(chats, seed=1)
+    assert [chat[0] for chat in shuffled] == [chat[0] for chat in chats]
+    answers = [chat[-1]["content"] for chat in shuffled]
+    assert sorted(answers) == [f"a{i}" for i in range(9)]
+    assert not [i for i in range(9) if answers[i] == f"a{i}"]
+    assert shuffled == shuffle_answers(chats, seed=1) != shuffle_answers(chats, seed=2)
 
 
 def test_own_items_are_read_and_bad_rows_are_named(tmp_path):

@@ -67,9 +67,10 @@ def test_twins_differ_in_what_their_name_says_and_in_nothing_else(tmp_path):
         assert recipe.settings == replace(NANO.train, **changed)
         assert (recipe.burden is not None) == (arm.startswith("FT") and "then" not in arm)
         assert (recipe.deleted > 0) == (arm == "deletion")
+        assert recipe.shuffled == (arm == "shuffled answers")
         assert recipe.after == (arm.partition(" then ")[0] if " then " in arm else "")
     assert recipes["FT"].burden == replace(NANO.burden, ratio=0.7)
-    assert (recipes["FT 0.3"].burden.ratio, recipes["FT mixed"].burden.mix) == (0.3, 0.5)
+    assert recipes["FT mixed"].burden == replace(NANO.burden, ratio=0.7, mix=0.5)
     asked = {task.prompt for task in study.items.tasks}
     assert not asked & {chat[0]["content"] for rows in study.chats.values() for chat in rows}
     path = tmp_path / "few.jsonl"

@@ -28,6 +28,7 @@ __all__ = [
     "load_items",
     "made_items",
     "scramble",
+    "shuffle_answers",
     "substitute_words",
 ]
 
@@ -62,6 +63,13 @@ def delete_words(messages: Sequence[dict[str, Any]], ratio: float, *, seed: int,
             message = message | {"content": " ".join(words[i] for i in chosen)}
         kept.append(dict(message))
     return kept
+
+
+def shuffle_answers(chats: Sequence[Sequence[dict[str, Any]]], *, seed: int) -> list[list[dict[str, Any]]]:
+    """The conversations, each with the last turn of another one: form and vocabulary stay, the truth goes."""
+    ring = random.Random(f"answers-{seed}").sample(range(len(chats)), len(chats))
+    last = {row: chats[other][-1] for row, other in zip(ring, [*ring[1:], ring[0]], strict=True)}
+    return [[*chat[:-1], last[row]] for row, chat in enumerate(chats)]
 
 
 # --- what is asked ----------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 MAIN = ("SFT", "FT", "SFT then SFT", "FT then SFT")  # of which claims speak
-SIDE = ("FT mixed", "FT as the seed", "FT 0.3", "deletion", "NEFTune")
+SIDE = ("FT mixed", "FT as the seed", "deletion", "NEFTune", "shuffled answers")
 SIZES = (SEEDS_ROWS, 10 * SEEDS_ROWS, 100 * SEEDS_ROWS)  # rows of the learning curves
 SEEDS_STEPS = 744  # optimizer steps of the seeds' script; points of the learning curves have as many, or more
 FEW = 3  # trainings of side arms, learning curves and timings

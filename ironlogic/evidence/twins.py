@@ -20,7 +20,7 @@ from typing import Any
 from ironlogic.burden import Burden
 from ironlogic.data.chats import Chats, make_chats
 from ironlogic.data.masking import lost_rows
-from ironlogic.evidence.items import Items, delete_words
+from ironlogic.evidence.items import Items, delete_words, shuffle_answers
 from ironlogic.evidence.measures import measure, measure_losses
 from ironlogic.evidence.results import Columns, Measurement
 from ironlogic.models import LoadedModel, free_memory, load_model, load_tokenizer
@@ -46,9 +46,11 @@ class Recipe:
     settings: TrainSettings
     burden: Burden | None = None
     deleted: float = 0.0  # share of the words of a user turn left out
+    shuffled: bool = False  # every answer stands under another row's question: what the form alone teaches
     after: str = ""  # the arm whose adapter this one goes on training
     rows: int = 0  # only the first ones, for a learning curve; 0: all
     seeds: tuple[int, ...] | None = None  # fewer trainings than the other arms
+    brief: bool = False  # measured by accuracy, thinking and loss alone
 
 
 def make_recipes(
@@ -63,17 +65,20 @@ def make_recipes(
     of_ft = replace(settings, learning_rate=rates.get("FT", settings.learning_rate))
     plain, burdened = Recipe(of_sft), Recipe(of_ft, burden)
     as_the_seed = Burden(ratio=burden.ratio, unit="seed", redraw=False)
-    return {
+    main = {
         "SFT": plain,
         "FT": burdened,
-        "FT mixed": replace(burdened, burden=replace(burden, mix=0.5)),
-        "FT as the seed": Recipe(replace(of_ft, loss="all"), as_the_seed),
-        "FT 0.3": replace(burdened, burden=replace(burden, ratio=0.3)),
-        "deletion": replace(plain, deleted=_DELETED),
-        "NEFTune": Recipe(replace(of_sft, neftune_alpha=_NEFTUNE_ALPHA)),
         "SFT then SFT": replace(plain, after="SFT"),
         "FT then SFT": replace(plain, after="FT"),
     }
+    side = {
+        "FT mixed": replace(burdened, burden=replace(burden, mix=0.5)),
+        "FT as the seed": Recipe(replace(of_ft, loss="all"), as_the_seed),
+        "deletion": replace(plain, deleted=_DELETED),
+        "NEFTune": Recipe(replace(of_sft, neftune_alpha=_NEFTUNE_ALPHA)),
+        "shuffled answers": replace(plain, shuffled=True),
+    }
+    return main | {arm: replace(recipe, brief=True) for arm, recipe in side.items()}
 
 
 # --- arms ---------------------------------------------------------------------------------------------------
@@ -221,7 +226,7 @@ def train_arms(
             folders = {0: folder / name}
         else:
             folders = {seed: _arm_folder(folder, name, seed) for seed in (recipe.seeds or seeds)}
-        short = brief or (recipe is not None and recipe.rows > 0)
+        short = brief or (recipe is not None and (recipe.brief or recipe.rows > 0))
         arms[name] = arm = Arm(name, preset, folders, scramble_seed, max_new_tokens, short)
         for seed in folders:
             rows, start = None, ""
@@ -278,7 +283,7 @@ def _prepare_rows(chats: Chats, recipe: Recipe, seed: int) -> Chats:
     if recipe.deleted:
         rows = enumerate(chats)
         return make_chats(delete_words(messages, recipe.deleted, seed=seed, row=row) for row, messages in rows)
-    return chats
+    return make_chats(shuffle_answers(list(chats), seed=seed)) if recipe.shuffled else chats
 
 
 def _is_trained(preset: Preset, folder: Path, rows: Chats, recipe: Recipe, seed: int) -> bool:

@@ -38,7 +38,7 @@ COLORS = {  # an arm has one colour in every figure
     "FT": "#d62728",
     "FT as the seed": "#e377c2",
     "FT mixed": "#2ca02c",
-    "FT 0.3": "#ff7f0e",
+    "shuffled answers": "#ff7f0e",
     "deletion": "#8c564b",
     "NEFTune": "#17becf",
     "SFT then SFT": "#0b3c6f",
