@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ironlogic.evidence.claims import CLAIMS, compare_recipes, judge_claims
 from ironlogic.evidence.items import RATIOS, items_of_chats, made_items
+from ironlogic.session import ROOT
 from ironlogic.show.evidence import (
     MEASURES,
     finding_pictures,
@@ -158,3 +159,24 @@ def test_explorer_offers_what_was_measured():
     unchecked = robustness_explorer(plain, items_of_chats(chats))
     assert list(unchecked.controls["measure"].options.values()) == ["tokens"]
     assert list(unchecked.controls["sort"].options.values()) == ["all"]
+
+
+def test_the_readme_says_what_the_kept_results_say():
+    """The cells of SmolLM2 in README's table of claims are those of the study that lies in data/."""
+    told = json.loads((ROOT / "data/evidence/smollm2.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| said | measured | nano | SmolLM2-135M |") :].split("\n\n")[0]
+    cells = [row.split("|")[4] for row in table.splitlines()[2:]]
+    findings = [finding for finding in told["findings"] if finding["claim"]["key"] != "routing"]  # without experts
+    assert len(cells) == len(findings)
+    for cell, finding in zip(cells, findings, strict=True):
+        effect, form = finding["effect"], finding["claim"]["form"]
+        figures = [float(figure) for figure in re.findall(r"[-+]?\d*\.\d+", cell)]
+        if effect is None:
+            assert not figures, cell
+        else:
+            scale = 100 if form == "saved" else 1
+            expected = [scale * effect[end] for end in ("mean", "low", "high")]
+            assert np.allclose(figures[:3], expected, atol=0.05 if form == "saved" else 0.0005), cell
+        words = {"can't be told here": "can't be told", "no room to tell": "no room"}
+        assert effect is None or words.get(finding["verdict"], finding["verdict"]) in cell
