@@ -1,8 +1,8 @@
 """Makes the pictures of README.md again, from executed notebooks: `python tests/pictures.py [runs/notebooks]`.
 
 `burden.png` is no output of a cell but the widget itself in a browser: tests/test_notebooks.py leaves it among its
-screenshots (IRONLOGIC_SHOTS). `smollm2-*.png` are `plot_entropy` and `plot_words` of notebook 04 with preset smollm2
-and README's prompt, on the FT adapter of `ironlogic evidence --preset smollm2`.
+screenshots (IRONLOGIC_SHOTS). `smollm2-*.png` are `plot_entropy` and `plot_words` of notebook 04 with preset
+smollm2 and README's prompt, on the FT adapter of `ironlogic evidence --preset smollm2`.
 """
 
 import base64
