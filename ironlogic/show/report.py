@@ -16,6 +16,7 @@ from ironlogic.evidence.statistics import Interval
 from ironlogic.show.evidence import VERDICT_COLORS, finding_pictures, plot_frontier, plot_recipes
 from ironlogic.show.explorer import picture_html
 from ironlogic.show.plots import png_bytes
+from ironlogic.training.runs import replacing
 
 import jinja2
 import pandas as pd
@@ -67,9 +68,9 @@ def write_report(
         "measures": {arm: json.loads(measures[arm, "mean"].to_json()) for arm in measures.columns.levels[0]},
     }
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, page)
-    _write_whole(path.with_suffix(".json"), json.dumps(told, indent=1, ensure_ascii=False))
+    for file, text in ((path, page), (path.with_suffix(".json"), json.dumps(told, indent=1, ensure_ascii=False))):
+        with replacing(file) as part:
+            part.write_text(text, encoding="utf-8")
     return path
 
 
@@ -88,12 +89,6 @@ def _plain(finding: Finding) -> dict[str, Any]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_whole(file: Path, text: str) -> None:
-    beside = file.with_suffix(".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
 
 
 def _render(part: str, *, findings: Findings | None = None, **values: Any) -> str:

@@ -169,8 +169,10 @@ def rejection_sampling(
     max_new_tokens: int = 72,
     watch: Watch | None = None,
 ) -> Run:
-    """One round: every problem answered `samples` times, and SFT on the right answers. Its sampling has the
-    settings' seed; `run` and `watch` as in `train_sft`."""
+    """One round: every problem answered `samples` times, and SFT on the right answers.
+
+    The sampling has the settings' seed; `run` and `watch` as in `train_sft`.
+    """
     answers = sample_answers(loaded, problems, samples=samples, max_new_tokens=max_new_tokens, seed=settings.seed)
     return train_sft(loaded, rejection_chats(answers), settings, run=run, watch=watch)
 
