@@ -437,6 +437,8 @@ def _check(name: str, model: ModelCount, setup: _Setup, room: float) -> None:
         raise PlanError(f"{name}: the pictures take {tokens}; expected a length beyond that, not {setup.length}")
     if setup.optimizer not in OPTIMIZER_BYTES:
         raise PlanError(f"unknown optimizer {setup.optimizer!r}; expected one of {', '.join(OPTIMIZER_BYTES)}")
+    if setup.lora and setup.lora.vision:
+        raise PlanError(f"{name}: lora.vision; what a trained tower keeps was never measured, so it isn't planned")
     if setup.checkpointing not in CHECKPOINTS:
         raise PlanError(f"checkpointing is {setup.checkpointing!r}; expected True, False, 'offload' or 'card'")
 

@@ -373,7 +373,7 @@ def as_loaded(model: Any, tokenizer: Any = None) -> LoadedModel:
 
 
 def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedModel:
-    """The model with a fresh low-rank adapter on its language model; the same seed gives the same adapter.
+    """The model with a fresh low-rank adapter where `lora` asks for it; the same seed gives the same adapter.
 
     Raises `ModelError` where the adapter would sit elsewhere than `lora` asks, as `lora_places` has it.
     """
@@ -381,13 +381,18 @@ def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedMod
         raise ModelError(f"{loaded.source} carries an adapter already; load the base model again for a fresh one")
     if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in loaded.model.modules()):
         raise ModelError(f"{loaded.source}: an earlier run trained inside this model; load it again")
-    asked = [kind for kind in ("attention", "mlp", "experts") if getattr(lora, kind)]
+    asked = [kind for kind in ("attention", "mlp", "experts", "vision") if getattr(lora, kind)]
     parts = list(_trainable_parts(loaded.model))
+    if lora.vision and not any(kind == "vision" for kind, _, _ in parts):
+        raise ModelError(f"{loaded.source}: lora.vision, but this model has no vision tower; leave it off")
     if not {name.rpartition(".")[2] for _, name, _ in parts} & set(_FAMILIES):
         name, known = type(loaded.model).__name__, ", ".join(_FAMILIES)
         raise ModelError(f"{name} has no layer named {known}: it is of no family that is trained here")
-    names = sorted({name for kind, name, matrix in parts if matrix and kind in asked})
-    target = rf"(?!.*(?:{'|'.join(_SENSES)})).*\.\d+\.(?:{'|'.join(map(re.escape, names))})"
+    names = {name for kind, name, matrix in parts if matrix and kind in asked and kind != "vision"}
+    target = rf"(?!.*(?:{'|'.join(_SENSES)})).*\.\d+\.(?:{_any_of(names)})"
+    if lora.vision:
+        names = {name for kind, name, _ in parts if kind == "vision"}
+        target = rf"(?:{target}|.*(?:{'|'.join(_EYES)}).*\.\d+\.(?:{_any_of(names)}))"
     stacks = sorted({name for _, name, matrix in parts if not matrix})
     settings = {
         "r": lora.rank,
@@ -428,7 +433,8 @@ def add_lora(loaded: LoadedModel, lora: LoraSettings, *, seed: int) -> LoadedMod
 # Where a language model can be trained: matrices, and stacks of them where experts lie in one tensor
 _FAMILIES = ("q_proj", "o_proj", "qkv_proj")  # every family that is trained here has one of these
 # Parts beside the language model, and parts that an adapter on them would not reach
-_SENSES = ("vision", "visual", "audio", "projector", "connector", "encoder_attn", "indexer", "dt_proj")
+_EYES = ("vision", "visual")
+_SENSES = (*_EYES, "audio", "projector", "connector", "encoder_attn", "indexer", "dt_proj")
 _IN_A_LAYER = re.compile(r"\.(?:layers|h|blocks)\.\d+\.(.+)$")
 _MIXES_TOKENS = re.compile(r"attn|attention|mixer|mamba|conv|rnn")
 _ROUTERS = ("gate", "router", "wg", "shared_expert_gate")
@@ -436,21 +442,29 @@ _WRAPPED = re.compile(r"\.base_layer\b|\bbase_model\.model\.")
 
 
 def _trainable_parts(model: torch.nn.Module) -> Iterator[tuple[str, str, bool]]:
-    """(kind, name within its layer, matrix or stack) of every weight of the decoder layers that LoRA can sit on."""
+    """(kind, name within its layer, matrix or stack) of every weight that LoRA can sit on, layer by layer."""
     for path, module in model.named_modules():
         place = _WRAPPED.sub("", f".{path}")
         inside = _IN_A_LAYER.search(place)
-        if not inside or any(word in place for word in _SENSES):
+        if not inside or any(word in place for word in _SENSES if word not in _EYES):
             continue
-        name = inside[1]
+        name, kind = inside[1], _part_kind(place, inside[1])
         if isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D) and ".lora_" not in place:
-            yield _part_kind(name), name, True
+            yield kind, name, True
         for weight, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and "expert" in f"{name}.{type(module).__name__}".lower():
+            if parameter.dim() == 3 and "expert" in f"{name}.{type(module).__name__}".lower() and kind != "vision":
                 yield "experts", f"{name}.{weight}", False
 
 
-def _part_kind(name: str) -> str:
+def _any_of(names: set[str]) -> str:
+    """As a pattern."""
+    return "|".join(map(re.escape, sorted(names)))
+
+
+def _part_kind(place: str, name: str) -> str:
+    """Of a weight by its path in the model and its name within the layer."""
+    if any(word in place for word in _EYES):
+        return "vision"
     if "expert" in name and "shared" not in name:
         return "experts"
     if name.rpartition(".")[2] in _ROUTERS:
@@ -459,13 +473,14 @@ def _part_kind(name: str) -> str:
 
 
 def lora_places(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """By kind of part (attention, mlp, experts, router): how many weights carry an adapter, of how many."""
+    """By kind of part (attention, mlp, experts, router, vision): how many weights carry an adapter, of how many."""
     adapted, counts = Counter(), Counter(kind for kind, _, _ in _trainable_parts(model))
     for path, module in model.named_modules():
-        inside = _IN_A_LAYER.search(_WRAPPED.sub("", f".{path}"))
+        place = _WRAPPED.sub("", f".{path}")
+        inside = _IN_A_LAYER.search(place)
         if inside and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             stack = hasattr(module, "parameter_name")
-            adapted["experts" if stack else _part_kind(inside[1])] += 1
+            adapted["experts" if stack else _part_kind(place, inside[1])] += 1
     return {kind: (adapted[kind], counts[kind]) for kind in adapted | counts}
 
 

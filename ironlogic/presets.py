@@ -26,13 +26,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Where the low-rank adapter sits. Always on the language model, never on a vision tower."""
+    """Where the low-rank adapter sits: on the language model, and on a vision tower only where `vision` says so."""
 
     rank: int = 8
     alpha: int = 16  # the update is scaled by alpha / rank
     attention: bool = True
     mlp: bool = True
     experts: bool = False  # the experts of a mixture-of-experts model; costs gigabytes
+    vision: bool = False  # the tower of a model that sees, in `train_sft`; a splice's own stages keep theirs frozen
     dropout: float = 0.0
 
 

@@ -18,7 +18,7 @@ from ironlogic import (
     train_projector,
     train_twins,
 )
-from ironlogic.data import caption_chat, make_scenes, question_chat, save_scenes
+from ironlogic.data import scene_chats
 from ironlogic.evidence import made_items
 from ironlogic.models import DATA
 from ironlogic.presets import PRESETS, VISION_PRESETS
@@ -67,13 +67,12 @@ def test_control_and_evidence(tmp_runs):
 @pytest.mark.slow
 def test_splice(tmp_runs):
     stage = VISION_PRESETS["nano-vision"]
-    scenes = make_scenes(32, seed=1)
-    shown = list(zip(scenes, save_scenes(scenes, tmp_runs / "pictures"), strict=True))
+    shown = tmp_runs / "pictures"
     model = splice("nano-vision", "nano")
     assert check_splice(model).passed
-    captions = make_chats(caption_chat(*scene) for scene in shown)
+    captions = make_chats(scene_chats(32, shown, kinds=["caption"], seed=1))
     one = train_projector(model, captions, stage.projector_stage, run="eyes-1")
-    questions = make_chats(question_chat(*scene, "number") for scene in shown)
+    questions = make_chats(scene_chats(32, shown, kinds=["number"], seed=1))
     two = train_instruct(one.loaded, questions, stage.instruct_stage, run="eyes-2")
     assert (two.folder / "run.json").is_file()
 

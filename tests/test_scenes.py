@@ -7,10 +7,8 @@ from ironlogic.data.scenes import (
     KINDS,
     PLACES,
     SIZE,
-    caption_chat,
     make_scenes,
-    question_chat,
-    save_scenes,
+    scene_chats,
 )
 from ironlogic.session import ROOT
 
@@ -77,13 +75,13 @@ def test_questions_and_their_answers():
 
 
 def test_conversations_and_saved_pictures(tmp_path):
-    scenes = make_scenes(3, seed=7)
-    paths = save_scenes(scenes, tmp_path / "pictures")
-    for scene, path in zip(scenes, paths, strict=True):
+    chats = scene_chats(3, tmp_path / "pictures", kinds=["caption", "color"], seed=7)
+    for index, (scene, chat) in enumerate(zip(make_scenes(3, seed=7), chats, strict=True)):
+        path = tmp_path / "pictures" / f"0000{index}.png"
         assert np.array_equal(np.asarray(Image.open(path)), scene.image)
-        for chat in (caption_chat(scene, path), question_chat(scene, path, "color")):
-            assert check_chat(chat) == chat
-            assert chat[0]["content"][0] == {"type": "image", "image": str(path)}
+        assert check_chat(chat) == chat
+        assert chat[0]["content"][0] == {"type": "image", "image": str(path)}
+        assert scene.color in chat[1]["content"].split()
 
 
 def test_every_answer_is_spoken_in_three_tokens():

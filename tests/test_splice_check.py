@@ -3,7 +3,7 @@
 import functools
 
 from ironlogic.data.chats import make_chats
-from ironlogic.data.scenes import make_scenes, question_chat, save_scenes
+from ironlogic.data.scenes import scene_chats
 from ironlogic.models import LoadedModel, load_model
 from ironlogic.presets import VISION_PRESETS
 from ironlogic.vision.check import check_splice
@@ -280,9 +280,7 @@ def test_the_loss_falls_while_no_picture_reaches_the_language_model():
 
 @pytest.mark.slow
 def test_both_losses_fall_but_the_broken_splice_learns_nothing_about_pictures(tmp_path):
-    scenes = make_scenes(160, seed=1)
-    paths = save_scenes(scenes, tmp_path)
-    rows = make_chats(question_chat(scene, path, "color") for scene, path in zip(scenes, paths, strict=True))
+    rows = make_chats(scene_chats(160, tmp_path, kinds=["color"], seed=1))
     settings = VISION_PRESETS["nano-vision"].instruct_stage
     built = []
 

@@ -199,8 +199,12 @@ def test_a_run_of_the_release_before_is_known_by_what_it_recorded(small_run, tmp
     shutil.copytree(small_run.folder, folder)
     record = json.loads((folder / "run.json").read_text())
     del record["four_bit"], record["settings"]["padding_free"], record["settings"]["report_to"]
+    del record["settings"]["lora"]["vision"]
     (folder / "run.json").write_text(json.dumps(record))
     assert train_ft(folder).loaded is None
+    eyes = replace(SETTINGS, lora=replace(SETTINGS.lora, vision=True))
+    with pytest.raises(RunError, match=r"differs in settings\.lora\.vision \(None, now True\)"):
+        train_ft(folder, settings=eyes)
     (folder / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json is damaged"):
         open_run(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ironlogic.data.chats import ChatError, make_chats
 from ironlogic.data.masking import IGNORED
-from ironlogic.data.scenes import KINDS, make_scenes, question_chat, save_scenes
+from ironlogic.data.scenes import scene_chats
 from ironlogic.models import ModelError, load_model
 from ironlogic.presets import TrainSettings
 from ironlogic.show.picture_widget import picture_explorer
@@ -360,9 +360,7 @@ def nano_eyes():
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    scenes = make_scenes(3, seed=9, split="test")
-    paths = save_scenes(scenes, tmp_path_factory.mktemp("pictures"))
-    return [question_chat(scene, path, kind) for scene, path, kind in zip(scenes, paths, KINDS, strict=True)]
+    return scene_chats(3, tmp_path_factory.mktemp("pictures"), seed=9, split="test")
 
 
 @pytest.fixture

@@ -4,21 +4,23 @@ from dataclasses import replace
 
 from ironlogic.burden import Burden
 from ironlogic.data.chats import load_chats, make_chats
-from ironlogic.models import load_model
+from ironlogic.memory import PlanError, plan_memory
+from ironlogic.models import ModelError, load_model
 from ironlogic.presets import LoraSettings
 from ironlogic.training.picture_rows import PictureBatches, encode_pictures
 from ironlogic.training.prepared import prepare_sft, train_prepared
 from ironlogic.training.runs import RunError
 from ironlogic.training.sft import train_sft
 from ironlogic.vision.answers import answer_pictures, control_rows
+from ironlogic.vision.train import train_instruct
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from eyes import chat
+from eyes import chat, on_nano
 from PIL import Image
-from test_systems import STEP, gemma3, qwen3_vl
+from test_systems import CHATS, STEP, gemma3, qwen3_vl
 
 pytestmark = pytest.mark.slow
 SETTINGS = replace(STEP, batch_size=4, learning_rate=8e-3, warmup_steps=0, epochs=12, save_steps=1000)
@@ -81,6 +83,40 @@ def test_the_merged_whole_is_read_by_plain_transformers(system, tmp_path):
         ours, same = run.loaded.model.eval()(**batch).logits, merged.eval()(**batch).logits
         assert torch.equal(plain(**batch).logits, same)
     torch.testing.assert_close(ours, same, rtol=1e-3, atol=1e-3)
+
+
+def test_the_tower_is_trained_where_that_is_asked(system, tmp_path):
+    folder, frozen = system
+    adapted, parts = frozen.record["adapted"]["vision"]
+    assert (adapted, parts > 0) == (0, True)
+    settings = replace(SETTINGS, epochs=1, lora=LoraSettings(rank=4, alpha=8, vision=True))
+    loaded = load_model(folder, four_bit=False, max_length=256)
+    run = train_sft(loaded, make_chats(conversations(8)), settings, run=tmp_path / "run", burden=BURDEN)
+    assert run.record["adapted"]["vision"] == [parts, parts]
+    assert run.record["adapted"]["attention"] == frozen.record["adapted"]["attention"]
+    merged = load_model(run.adapter, four_bit=False, max_length=256).model.merge_and_unload()
+    before = dict(load_model(folder, four_bit=False).model.named_parameters())
+    moved = [name for name, p in merged.named_parameters() if not torch.equal(p, before[name])]
+    assert sum("vis" in name for name in moved) == parts
+    assert not [name for name in moved if "projector" in name or "merger" in name]
+    encoded, reader, _ = encode_pictures(run.loaded, make_chats(conversations(2)), max_length=256)
+    batch = PictureBatches(reader)(encoded)
+    del batch["labels"]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run.loaded.model.eval()(**batch).logits, merged.eval()(**batch).logits, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_no_tower_no_training_of_one(tmp_path):
+    settings = replace(SETTINGS, lora=LoraSettings(vision=True))
+    with pytest.raises(ModelError, match="nano: lora.vision, but this model has no vision tower"):
+        train_sft(load_model("nano", four_bit=False), make_chats(CHATS), settings, run=tmp_path / "a")
+    with pytest.raises(RunError, match="keep the tower frozen; train_sft trains it"):
+        train_instruct(on_nano(), make_chats(conversations(2)), settings, run=tmp_path / "b")
+    with pytest.raises(PlanError, match="lora.vision"):
+        plan_memory("qwen3-vl-4b", lora=settings.lora)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_prepared_folder_carries_its_pictures(system, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ironlogic.burden import Burden
 from ironlogic.data.chats import make_chats
-from ironlogic.data.scenes import make_scenes, question_chat, save_scenes
+from ironlogic.data.scenes import scene_chats
 from ironlogic.models import ModelError, load_model
 from ironlogic.presets import VISION_PRESETS, LoraSettings, TrainSettings
 from ironlogic.training.prepared import prepare_sft, train_prepared
@@ -264,9 +264,7 @@ def test_tiles_read_a_digit_that_is_too_small_for_one_view(tmp_path):
     """Unseen scans on a canvas twice as wide and high, in one view seven pixels; chance is .1."""
     rows = {}
     for split, count in (("train", 1920), ("test", 120)):
-        scenes = make_scenes(count, seed=1, split=split, tiles=2)
-        paths = save_scenes(scenes, tmp_path / split)
-        rows[split] = [question_chat(scene, path, "number") for scene, path in zip(scenes, paths, strict=True)]
+        rows[split] = scene_chats(count, tmp_path / split, kinds=["number"], seed=1, split=split, tiles=2)
     tests = {name: control_rows(rows["test"], name) for name in ("image", "blank", "shuffled")}
     settings = VISION_PRESETS["nano-vision"].instruct_stage
     right = {}

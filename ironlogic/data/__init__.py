@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = lazy(
         "masking": "encode_chats show_mask",
         "pictures": "read_picture",
         "problems": "accuracy_reward bayes_ceiling check_answer format_reward make_tasks task_chat",
-        "scenes": "caption_chat make_scenes question_chat save_scenes",
+        "scenes": "make_scenes scene_chats",
     },
 )

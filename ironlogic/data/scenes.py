@@ -23,10 +23,8 @@ __all__ = [
     "PLACES",
     "SIZE",
     "Scene",
-    "caption_chat",
     "make_scenes",
-    "question_chat",
-    "save_scenes",
+    "scene_chats",
 ]
 
 SIZE, _DIGIT = 32, 14  # pixels: the canvas, a scan on it
@@ -62,7 +60,11 @@ class Scene:
 
     def ask(self, kind: str) -> tuple[str, str]:
         """The question of that kind, and its answer, in words that nano knows."""
+        # The projector can move the first word of a frozen model's reply most, and the number is hardest to see:
+        # with the caption's own order some trainings never learned it.
+        number_first = " ".join(reversed(self.caption.split()))
         question, answer = {
+            "caption": ("What is it please?", number_first),
             "number": ("Which number is it please?", self.number),
             "color": ("Which color is it please?", self.color),
             "place": ("Who has it now please?", PLACES[self.place]),
@@ -111,29 +113,24 @@ def _draw(rng: np.random.Generator, split: str, tiles: int) -> Scene:
     return Scene(image, scan, int(digit[scan]), str(color), list(PLACES)[place])
 
 
-def save_scenes(scenes: Sequence[Scene], folder: Path) -> list[Path]:
-    """Each picture as `00000.png`, ... in the folder; their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{index:05}.png" for index in range(len(scenes))]
-    for scene, path in zip(scenes, paths, strict=True):
-        Image.fromarray(scene.image).save(path, compress_level=1)
-    return paths
+def scene_chats(
+    count: int,
+    folder: Path,
+    *,
+    kinds: Sequence[str] = KINDS,
+    seed: int,
+    split: Literal["train", "val", "test"] = "train",
+    tiles: int = 1,
+) -> list[list[dict[str, Any]]]:
+    """Conversations about that many scenes of `make_scenes`: a picture, a question (`kinds` in turn), its answer.
 
-
-def caption_chat(scene: Scene, picture: Path | str) -> list[dict[str, Any]]:
-    """What stage 1 trains: the picture described, the number first.
-
-    The projector can move the first word of a frozen model's reply most, and the number is hardest to see: with the
-    caption's own order some trainings never learned it.
+    The pictures are written into the folder as `00000.png`, ... "caption" is what stage 1 of a splice trains.
     """
-    number_first = " ".join(reversed(scene.caption.split()))
-    return _chat(picture, "What is it please?", f"Answer: {number_first}")
-
-
-def question_chat(scene: Scene, picture: Path | str, kind: str) -> list[dict[str, Any]]:
-    """What stage 2 trains: one question about the picture, answered in a word or two."""
-    return _chat(picture, *scene.ask(kind))
-
-
-def _chat(picture: Path | str, question: str, answer: str) -> list[dict[str, Any]]:
-    return [picture_turn(str(picture), question), {"role": "assistant", "content": answer}]
+    folder.mkdir(parents=True, exist_ok=True)
+    chats = []
+    for index, scene in enumerate(make_scenes(count, seed=seed, split=split, tiles=tiles)):
+        picture = folder / f"{index:05}.png"
+        Image.fromarray(scene.image).save(picture, compress_level=1)
+        question, answer = scene.ask(kinds[index % len(kinds)])
+        chats.append([picture_turn(str(picture), question), {"role": "assistant", "content": answer}])
+    return chats

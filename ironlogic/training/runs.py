@@ -141,8 +141,10 @@ def find_run(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         return {}
     names = [*_SAME, *(name for name in _SAME_ONCE_BEGUN if name in previous)]
     pairs = {name: (previous.get(name), record.get(name)) for name in names}
-    for name, value in previous["settings"].items():  # an older version knew fewer
-        pairs[f"settings.{name}"] = (value, record["settings"].get(name))
+    was, now = (_flat(of["settings"]) for of in (previous, record))
+    for name in was | now:
+        if name in was or now[name]:  # an older version knew fewer; what came later is off by default
+            pairs[f"settings.{name}"] = (was.get(name), now.get(name))
     pairs.pop("settings.report_to", None)  # a tracker changes nothing that is learned
     if other := [f"{name} ({was!r:.40}, now {now!r:.40})" for name, (was, now) in pairs.items() if was != now]:
         raise RunError(
@@ -150,6 +152,12 @@ def find_run(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
             "Choose another name for this run, or delete the folder"
         )
     return previous
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """With the settings of LoRA among the others."""
+    lora = settings.get("lora") or {}
+    return {n: v for n, v in settings.items() if n != "lora"} | {f"lora.{n}": v for n, v in lora.items()}
 
 
 def start_or_join(folder: Path, record: dict[str, Any]) -> None:

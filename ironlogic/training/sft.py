@@ -47,11 +47,11 @@ def train_sft(
     """Supervised fine-tuning of a LoRA adapter; Fragmented Training when a `burden` is given.
 
     `chats` come from `load_chats` or `make_chats`; with pictures where the model takes them (Qwen3-VL, Gemma 3, a
-    splice): its eyes stay as they are, and the burden moves words alone. A model that carries an adapter goes on
-    training it, any other gets a fresh one from `settings.lora`. Every epoch of rows is written out before, each
-    with its own draw of the burden, so what the model sees can be looked at and resuming is exact.
-    `run` is a name in the results folder or a path; if it holds the same run, finished, that is returned, and
-    if interrupted, training goes on from the newest whole checkpoint. `watch` is called with all metrics at
+    splice): its eyes stay as they are unless `settings.lora.vision`, and the burden moves words alone. A model that
+    carries an adapter goes on training it, any other gets a fresh one from `settings.lora`. Every epoch of rows is
+    written out before, each with its own draw of the burden, so what the model sees can be looked at and resuming
+    is exact. `run` is a name in the results folder or a path; if it holds the same run, finished, that is returned,
+    and if interrupted, training goes on from the newest whole checkpoint. `watch` is called with all metrics at
     every logged step. Under torchrun an optimizer step takes processes x batch_size x accumulation rows, and
     only the first process writes.
 

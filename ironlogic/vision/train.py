@@ -155,6 +155,8 @@ def _train(
     cache: str | Path | None,
 ) -> Run:
     folder, sha256 = run_folder(run), rows_hash(chats)
+    if settings.lora.vision:
+        raise RunError("lora.vision: the stages of a splice keep the tower frozen; train_sft trains it afterwards")
     _must_be_bare(loaded)
     check_splice(loaded, reload=False).require()
     rows, reader, rejected = encode_pictures(

@@ -201,20 +201,18 @@ def ft_in_float16() -> Result:
 
 def splice_in_float16() -> Result:
     from ironlogic.data.chats import make_chats
-    from ironlogic.data.scenes import KINDS, caption_chat, make_scenes, question_chat, save_scenes
+    from ironlogic.data.scenes import scene_chats
     from ironlogic.presets import VISION_PRESETS
     from ironlogic.vision.check import check_splice
     from ironlogic.vision.splice import splice
     from ironlogic.vision.train import train_instruct, train_projector
 
     preset, runs = VISION_PRESETS["nano-vision"], Path(os.environ["IRONLOGIC_RUNS"])
-    scenes = make_scenes(320, seed=1)
-    shown = list(zip(scenes, save_scenes(scenes, runs / "pictures"), strict=True))
     loaded = splice(preset.tower, preset.language_model, projector=preset.projector, four_bit=True, seed=1)
     report = check_splice(loaded)
     assert report.passed, str(report)
-    captions = make_chats(caption_chat(*scene) for scene in shown[:160])
-    questions = make_chats(question_chat(*scene, KINDS[i % 3]) for i, scene in enumerate(shown[160:]))
+    captions = make_chats(scene_chats(160, runs / "pictures", kinds=["caption"], seed=1))
+    questions = make_chats(scene_chats(320, runs / "pictures", seed=1)[160:])
     one = train_projector(loaded, captions, preset.projector_stage, run="float16-1")
     two = train_instruct(one.loaded, questions, preset.instruct_stage, run="float16-2")
     return {"losses": [round(run.metrics[-1]["loss"], 3) for run in (one, two)]}
