@@ -588,12 +588,16 @@ def test_a_mark_on_a_turn_is_obeyed_or_named(role, mark, obeyed):
     assert obeyed or f".train is {mark!r}; " in str(rejected[0])
 
 
-def test_one_question_about_many_pictures_is_split_by_picture():
+def test_rows_with_pictures_are_split_by_picture():
+    """One question about many of them, and several about each, as LLaVA's rows have them."""
     pictures = [png(Image.new("RGB", (8, 8), (color, 0, 0))) for color in range(60)]
-    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a colour"}]
-    dataset, rejected = load([{"messages": turns, "images": [picture]} for picture in pictures])
+    rows = []
+    for question in ("What is it?", "Which colour?"):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "a colour"}]
+        rows += [{"messages": turns, "images": [picture]} for picture in pictures]
+    dataset, rejected = load(rows)
     assert not rejected
     train, test = split_chats(dataset, holdout=0.3)
-    assert min(len(train), len(test)) > 5
+    assert min(len(train), len(test)) > 10
     assert not {row[0] for row in train["images"]} & {row[0] for row in test["images"]}

@@ -133,20 +133,15 @@ class Chats:
     def split(self, holdout: float = 0.1, *, seed: int = 0) -> "tuple[Chats, Chats]":
         """(train, test), about a share `holdout` of the chats in the second.
 
-        A hash of the user turns and their pictures decides for each chat by itself: chats with the same questions
-        are never on both sides, and new rows move no old one. Raises ChatError unless 0 <= holdout < 1.
+        A hash of its first picture, without one of its user turns, decides for each chat by itself: chats about one
+        picture, or with the same questions, are never on both sides, and new rows move no old one. Raises ChatError
+        unless 0 <= holdout < 1.
         """
         if not 0 <= holdout < 1:
             raise ChatError(f"holdout is {holdout}; expected a share of the chats, from 0 to below 1")
         train, test = [], []
         for index, row in enumerate(self._stored()):
-            for part in image_parts(row["messages"]):
-                if part.get("image"):
-                    part["image"] = Path(part["image"]).name  # folders differ between machines
-            asked = [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
-            digest = blake2b(json.dumps([seed, asked], sort_keys=True).encode(), digest_size=8)
-            for image in row.get("images") or ():
-                digest.update(image or b"")
+            digest = blake2b(json.dumps([seed, _subject(row)], sort_keys=True).encode(), digest_size=8)
             held_out = int.from_bytes(digest.digest(), "big") < holdout * 2**64
             (test if held_out else train).append(index)
         return self.select(train), self.select(test)
@@ -158,6 +153,17 @@ class Chats:
     def to_json(self, path: str | os.PathLike) -> None:
         """Writes all columns as JSON Lines."""
         self.rows.to_json(path, force_ascii=False)
+
+
+def _subject(row: Mapping[str, Any]) -> Any:
+    """What a chat of `Chats.rows` is about: its first picture, without one what the user says."""
+    for part in image_parts(plain_turns(row["messages"], row.get("images")))[:1]:
+        picture = part.get("image")
+        if isinstance(picture, bytes):
+            return blake2b(picture).hexdigest()
+        if picture:
+            return Path(picture).parts[-2:]  # where those folders lie differs between machines
+    return [turn["content"] for turn in row["messages"] if turn["role"] == "user"]
 
 
 def plain_turns(messages: list[dict], images: Iterable[bytes | None] | None = None) -> list[dict]:
