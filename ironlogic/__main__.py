@@ -57,6 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     table.add_argument("--questions", type=int, default=0, help="held-out problems that every model is asked")
     table.add_argument("--short", action="store_true", help="base, SFT and FT alone, at the preset's learning rate")
+    table.add_argument(
+        "--arms", nargs="+", default=[], metavar="ARM", help='--short with these beside them: "FT then SFT", ...'
+    )
     table.add_argument("--out", metavar="DIR", help=OUT)
     table.set_defaults(work=gather_evidence)
 
@@ -200,9 +203,11 @@ def gather_evidence(options: argparse.Namespace) -> int:
     print(*rejected, sep="\n", end="\n" if rejected else "")
     asked = {"rows": options.rows, "seeds": options.seeds, "questions": options.questions}
     study = open_study(preset, runs, data=options.data, items=items, **asked)
-    print(f"{len(study.twins() if options.short else study.full())} arms in {study.folder}", flush=True)
-    if options.short:
-        arms, sizes = run_study(study, study.twins(), report=partial(print, flush=True)) | shown_base(study), ()
+    short = options.short or options.arms
+    recipes = study.twins() | {arm: study.arm(arm) for arm in options.arms} if short else study.full()
+    print(f"{len(recipes)} arms in {study.folder}", flush=True)
+    if short:
+        arms, sizes = run_study(study, recipes, report=partial(print, flush=True)) | shown_base(study), ()
     else:
         study, arms, sizes = run_full_study(study, report=partial(print, flush=True))
     findings = judge_claims(arms, study.items, sizes=sizes)

@@ -76,6 +76,9 @@ def test_twins_differ_in_what_their_name_says_and_in_nothing_else(tmp_path):
     path = tmp_path / "few.jsonl"
     chats = [[{"role": "user", "content": f"q {i}"}, {"role": "assistant", "content": "r"}] for i in range(20)]
     path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    assert study.arm("deletion") == replace(recipes["deletion"], seeds=study.seeds[:3])
+    with pytest.raises(RunError, match="no arm 'FT then'; expected one of base, SFT, FT"):
+        study.arm("FT then")
     small = open_study(NANO, tmp_path, data=str(path))
     assert len(small.held_out) >= 1
     assert small.can_sweep == (small.validation is not None)

@@ -90,6 +90,13 @@ class Study:
         side = {arm: replace(self.recipes[arm], seeds=self.seeds[:FEW]) for arm in SIDE}
         return {"base": None, **main, **side}
 
+    def arm(self, name: str) -> Recipe | None:
+        """One arm of the full table. Raises `RunError` with the names that exist."""
+        arms = self.full()
+        if name not in arms:
+            raise RunError(f"no arm {name!r}; expected one of {', '.join(arms)}")
+        return arms[name]
+
     def curves(self) -> tuple[Recipes, tuple[int, ...]]:
         """The control's learning curve and FT at the seeds' size, and the sizes; the longest training first."""
         most = SIZES[-1] if self.made else min(map(len, self.chats.values()))

@@ -65,13 +65,10 @@ def make_recipes(
     of_ft = replace(settings, learning_rate=rates.get("FT", settings.learning_rate))
     plain, burdened = Recipe(of_sft), Recipe(of_ft, burden)
     as_the_seed = Burden(ratio=burden.ratio, unit="seed", redraw=False)
-    main = {
-        "SFT": plain,
-        "FT": burdened,
+    main = {"SFT": plain, "FT": burdened}
+    side = {  # claims ask for their accuracy at most
         "SFT then SFT": replace(plain, after="SFT"),
         "FT then SFT": replace(plain, after="FT"),
-    }
-    side = {
         "FT mixed": replace(burdened, burden=replace(burden, mix=0.5)),
         "FT as the seed": Recipe(replace(of_ft, loss="all"), as_the_seed),
         "deletion": replace(plain, deleted=_DELETED),
