@@ -9,6 +9,7 @@ from ironlogic.models import (
     LoadedModel,
     ModelError,
     as_loaded,
+    bare,
     free_memory,
     inference,
     model_inputs,
@@ -19,7 +20,16 @@ import torch
 import transformers
 from jinja2 import TemplateError
 
-__all__ = ["Completion", "chat_ids", "end_ids", "generate", "prompt_text", "stream", "visible_text"]
+__all__ = [
+    "Completion",
+    "chat_ids",
+    "end_ids",
+    "generate",
+    "prompt_text",
+    "rows_can_share",
+    "stream",
+    "visible_text",
+]
 
 Prompt = str | Sequence[dict[str, Any]]
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -67,6 +77,8 @@ def generate(
     spoken: list[list[int]] = [[] for _ in ids]
     seconds = [0.0] * len(ids)
     open_rows, limit = list(range(len(ids))), _FIRST_LIMIT
+    if not rows_can_share(loaded):
+        batch_size = 1
     with inference(loaded) as model:
         while open_rows:
             # a batch takes as long as its longest answer: the long ones go on among themselves
@@ -83,6 +95,24 @@ def generate(
             open_rows = [i for i in open_rows if spoken[i][-1] not in ends and limit < max_new_tokens]
             limit *= 4
     return [_completion(loaded.tokenizer, *answer, ends) for answer in zip(spoken, seconds, strict=True)]
+
+
+def rows_can_share(loaded: LoadedModel) -> bool:
+    """Whether a row of a padded batch is answered as it is alone.
+
+    Asked of models with a recurrent state, some of which run over their padding (transformers 5.17: RWKV,
+    RecurrentGemma).
+    """
+    if not getattr(bare(loaded.model), "_is_stateful", False):
+        return True
+    with inference(loaded) as model:
+        row, pad = list(range(1, 4)), [0] * 4
+        ids = torch.tensor([pad + row, row[:1] * 4 + row], device=loaded.device)
+        mask = torch.ones_like(ids)
+        mask[0, : len(pad)] = 0
+        together = model(input_ids=ids, attention_mask=mask).logits[0, -1].float()
+        alone = model(input_ids=ids[:1, len(pad) :]).logits[0, -1].float()
+    return (together - alone).abs().max().item() < 0.1 * alone.std().item()  # padding: several times that spread
 
 
 def prompt_text(processor: Any, messages: Sequence[dict[str, Any]]) -> str:

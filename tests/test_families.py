@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run by h
 
 from ironlogic import IronLogicError
 from ironlogic.export import export_lora_gguf, merge_adapter
+from ironlogic.generate import chat_ids, end_ids, generate, visible_text
 from ironlogic.lens import read_attention, read_layers, read_routing
 from ironlogic.models import DATA, LoadedModel, add_lora, load_model, use_adapter
 from ironlogic.presets import LoraSettings
@@ -30,12 +31,13 @@ from tiny import build
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 MAP = Path(__file__).with_name("families.md")
-PLACES = ("load", "LoRA", "lens", "attention", "routing", "splice", "export")
+PLACES = ("load", "answers", "LoRA", "lens", "attention", "routing", "splice", "export")
 HEAD = """# Families
 
 What holds of every causal language model that transformers builds, on a tiny one of its kind: `right` (proved by
 other means than its own) or `refused` in our own words. `tests/test_families.py` writes this table and compares it
-with what it finds. LoRA: on attention and MLP. Export: merged. Without experts there is no routing to read.
+with what it finds. Answers: together as alone. LoRA: on attention and MLP. Export: merged. Without experts there is
+no routing to read.
 
 """
 IDS = torch.tensor([[5, 17, 23, 101, 55, 9, 200, 31, 77, 12]])
@@ -62,6 +64,20 @@ def check_loading(folder: Path, model) -> LoadedModel:
     loaded = load_model(folder, four_bit=False, backend="transformers")
     assert torch.allclose(logits(loaded.model), logits(model), atol=1e-5)
     return loaded
+
+
+def check_answers(loaded: LoadedModel) -> None:
+    """Prompts of other lengths at once get what each gets alone, cache and padding or not."""
+    prompts = ["Who is it?", "Which number is the largest in this list: 4 9 2 please?"]
+    together = generate(loaded, prompts, max_new_tokens=12)
+    for prompt, answer in zip(prompts, together, strict=True):
+        ids = torch.tensor(chat_ids(loaded.tokenizer, [prompt]))
+        asked = ids.shape[1]
+        with torch.no_grad():
+            for _ in range(answer.tokens):
+                best = loaded.model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)
+                ids = torch.cat([ids, best], dim=1)
+        assert answer.text == visible_text(loaded.tokenizer, ids[0, asked:].tolist(), end_ids(loaded))
 
 
 def check_lora(loaded: LoadedModel) -> LoadedModel:
@@ -174,6 +190,7 @@ def travel(kind: str, folder: Path) -> dict[str, str]:
     tokenizer.save_pretrained(folder / "base")
     loaded = send("load", lambda: check_loading(folder / "base", model))
     loaded = loaded or LoadedModel(model, tokenizer, base=str(folder / "base"))
+    send("answers", lambda: check_answers(loaded))
     send("lens", lambda: check_lens(loaded))
     send("attention", lambda: check_attention(loaded))
     send("routing", lambda: check_routing(loaded))

@@ -32,7 +32,9 @@ SMALL = {  # of a configuration's values, those that it has
 HALF = {"layer_types": ["mamba", "attention"] * 2}
 MLA = {"head_dim": 8, "num_key_value_heads": 4}
 SPECIAL = {
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "youtu"), MLA),
+    **dict.fromkeys(
+        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 youtu".split(), MLA
+    ),
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma4_text": {"vocab_size_per_layer_input": 1024, "hidden_size_per_layer_input": 8},

@@ -17,8 +17,8 @@ from typing import Any
 from ironlogic import IronLogicError
 from ironlogic.data.chats import Chats, make_chats
 from ironlogic.data.problems import Task, accuracy_reward, check_answer, normal_answer, thinks
-from ironlogic.generate import Completion, chat_ids, generate
-from ironlogic.models import LoadedModel, as_loaded, free_memory, load_model
+from ironlogic.generate import Completion, chat_ids, generate, rows_can_share
+from ironlogic.models import LoadedModel, as_loaded, bare, free_memory, load_model
 from ironlogic.presets import LoraSettings, TrainSettings
 from ironlogic.training.runs import Run, drop_later_steps, read_steps, run_folder, save_adapter, start_or_join
 from ironlogic.training.sft import train_sft
@@ -131,6 +131,11 @@ def train_grpo(
     used, `RunError` when the folder holds another run or can't be written.
     """
     loaded, folder = as_loaded(loaded), run_folder(run)
+    if not rows_can_share(loaded):
+        name = type(bare(loaded.model)).__name__
+        raise GrpoError(
+            f"train_grpo: {name} takes padding for text, so its completions would be wrong; take another"
+        )
     rows, left_out = _prepare(loaded, problems, settings, needs_answer=accuracy_reward in rewards)
     names = _reward_names(rewards, rows)
     record = describe_stage("grpo", loaded, len(rows), content_hash(rows), settings)
