@@ -20,7 +20,7 @@ from functools import partial
 
 from ironlogic.data.chats import make_chats
 from ironlogic.training.picture_rows import PictureBatches, encode_pictures
-from ironlogic.vision.shortcuts import cached_tower, compute_features, label_loss, open_head
+from ironlogic.vision.features import cached_tower, compute_features, label_loss, open_head
 from ironlogic.vision.splice import splice
 
 import pytest

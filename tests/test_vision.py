@@ -18,10 +18,10 @@ from ironlogic.show.picture_widget import picture_explorer
 from ironlogic.show.vision import plot_answers
 from ironlogic.training.picture_rows import PictureBatches, PictureReader, encode_pictures
 from ironlogic.training.runs import RunError
-from ironlogic.vision import shortcuts
 from ironlogic.vision.answers import answer_pictures, control_rows, control_tests, last_question, load_questions
-from ironlogic.vision.shortcuts import (
+from ironlogic.vision.features import (
     Features,
+    _run_tower,
     cached_tower,
     compute_features,
     label_loss,
@@ -218,14 +218,14 @@ def test_features_are_computed_once_of_each_picture_alone_and_give_the_same_logi
 
 def test_of_several_processes_one_computes_and_the_others_wait(loaded, tmp_path, monkeypatch):
     """Here threads, which hold the same lock on the file."""
-    runs, tower = [], shortcuts._run_tower
+    runs, tower = [], _run_tower
 
     def slowly(*args):
         runs.append(args)
         time.sleep(0.1)
         return tower(*args)
 
-    monkeypatch.setattr(shortcuts, "_run_tower", slowly)
+    monkeypatch.setattr("ironlogic.vision.features._run_tower", slowly)
     reader = PictureReader(loaded)
     keys = [reader.add(picture()) for _ in range(4)]
     with ThreadPoolExecutor() as pool:
@@ -264,7 +264,7 @@ def test_no_room_for_features_is_told(loaded, tmp_path, monkeypatch, capsys):
     needed = 4 * 17 * 64 * 4  # bytes: 4 pictures, 16 patches and CLS, width 64, float32
     for free, fits in ((2 * needed, True), (2 * needed - 1, False)):
         usage = type("Usage", (), {"free": free})
-        monkeypatch.setattr("ironlogic.vision.shortcuts.shutil.disk_usage", lambda path, usage=usage: usage)
+        monkeypatch.setattr("ironlogic.vision.features.shutil.disk_usage", lambda path, usage=usage: usage)
         features = compute_features(loaded, reader, keys, tmp_path / str(free))
         assert (features is not None) == fits
         assert ("the tower runs at every step" in capsys.readouterr().out) == (not fits)
@@ -275,7 +275,7 @@ def test_a_disk_that_is_full_while_features_are_written(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("ironlogic.vision.shortcuts.save_file", full)
+    monkeypatch.setattr("ironlogic.vision.features.save_file", full)
     with pytest.raises(RunError, match="No space left on device"):
         Features(tmp_path / "features").add({"a": torch.ones(2, 3)})
     assert not list((tmp_path / "features").iterdir())
@@ -295,7 +295,7 @@ def test_label_loss_is_cross_entropy_and_so_is_its_gradient(monkeypatch):
     )
     (gradient,) = torch.autograd.grad(wanted, hidden)
     for size in (2**24, 500 * 7):  # all at once, and seven rows at a time
-        monkeypatch.setattr("ironlogic.vision.shortcuts._LOGITS", size)
+        monkeypatch.setattr("ironlogic.vision.features._LOGITS", size)
         got = label_loss(hidden, labels, head)
         torch.testing.assert_close(got, wanted)
         torch.testing.assert_close(torch.autograd.grad(got, hidden)[0], gradient)

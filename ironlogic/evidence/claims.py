@@ -234,6 +234,16 @@ class Finding:
     note: str = ""
     at_least: bool = False  # the learning curve ends before the effect does
 
+    @property
+    def power(self) -> str:
+        """Beside what can't be told: the effect that would have been seen, or the loss that is ruled out."""
+        if self.verdict != UNKNOWN or not math.isfinite(self.detectable):
+            return ""
+        if self.claim.form == "no harm":
+            return f"a loss of {-self.effect.low:.3f} is ruled out"
+        shown = f"{self.detectable:.1%}" if self.claim.form == "saved" else f"{self.detectable:.3f}"
+        return f"an effect of {shown} would have shown"
+
 
 @dataclass(frozen=True, eq=False)
 class Findings:
@@ -263,7 +273,7 @@ class Findings:
                 "said": finding.claim.said,
                 "measured": finding.claim.measure,
                 "effect": finding.note if finding.effect is None else f"{finding.effect:+}",
-                "verdict": finding.verdict + _power(finding),
+                "verdict": f"{finding.verdict} ({finding.power})" if finding.power else finding.verdict,
             }
             for finding in self.rows
         ]
@@ -271,15 +281,6 @@ class Findings:
 
     def __str__(self) -> str:
         return self.note or self.table().to_string()
-
-
-def _power(finding: Finding) -> str:
-    """Beside what can't be told: the effect that would have been seen, or the loss that is ruled out."""
-    if finding.verdict != UNKNOWN or not math.isfinite(finding.detectable):
-        return ""
-    if finding.claim.form == "no harm":
-        return f" (a loss of {-finding.effect.low:.2f} is ruled out)"
-    return f" (an effect of {finding.detectable:.2f} would have shown)"
 
 
 def judge_claims(

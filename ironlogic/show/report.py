@@ -94,7 +94,7 @@ def _finite(value: Any) -> Any:
 def _render(part: str, *, findings: Findings | None = None, **values: Any) -> str:
     """`report.html`: the whole page, or that part of it."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    filters = {"level": _level, "effect": _effect, "power": _power, "details": _details, "spread": _spread}
+    filters = {"level": _level, "effect": _effect, "details": _details, "spread": _spread}
     environment.filters |= filters | {"picture": _picture}
     pictures = finding_pictures(findings) if findings else {}
     values |= {"findings": findings, "pictures": pictures, "colors": VERDICT_COLORS}
@@ -114,15 +114,6 @@ def _level(interval: Interval | None) -> str:
 
 def _effect(value: float, form: str) -> str:
     return {"saved": f"{value:+.1%}", "worth": f"{value:.2g} x"}.get(form, f"{value:+.3f}")
-
-
-def _power(finding: Finding) -> str:
-    """Beside what can't be told: the smallest effect that would have been, or the loss that is ruled out."""
-    if finding.verdict != "can't be told here" or not math.isfinite(finding.detectable):
-        return ""
-    if finding.claim.form == "no harm":
-        return f"a loss of {-finding.effect.low:.3f} is ruled out"
-    return f"{_effect(finding.detectable, finding.claim.form)} would have shown"
 
 
 def _spread(mean: float, deviation: float) -> str:

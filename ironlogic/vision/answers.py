@@ -13,7 +13,7 @@ from ironlogic.data.masking import IGNORED
 from ironlogic.models import LoadedModel, inference
 from ironlogic.training.picture_rows import PictureBatches, PictureReader
 from ironlogic.training.runs import run_folder
-from ironlogic.vision.shortcuts import cached_tower, compute_features
+from ironlogic.vision.features import cached_tower, compute_features
 
 from jinja2 import TemplateError
 from PIL import Image

@@ -53,7 +53,7 @@ from ironlogic.training.stages import (
 )
 from ironlogic.vision.answers import answer_pictures
 from ironlogic.vision.check import check_splice
-from ironlogic.vision.shortcuts import (
+from ironlogic.vision.features import (
     Features,
     cached_tower,
     compute_features,

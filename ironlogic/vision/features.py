@@ -1,9 +1,8 @@
-"""What makes the stages of a splice fast, at the same loss: features computed once, logits only for labels.
+"""The features of a splice's tower, computed once and kept; and a loss that makes logits only where labels are.
 
 Three things cost most when the seeds train: running the frozen tower on the same picture again and again, padding
-every row to one length, and logits over 151,936 words where nothing is learned. So the features of the tower are
-computed once and kept, rows of similar length share a batch, and `label_loss` makes the logits of a few labels at a
-time.
+every row to one length, and logits over 151,936 words where nothing is learned. So features are kept, rows of
+similar length share a batch, and `label_loss` makes the logits of a few labels at a time. The loss stays the same.
 """
 
 import contextlib
