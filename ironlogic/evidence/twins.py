@@ -27,7 +27,7 @@ from ironlogic.models import LoadedModel, free_memory, load_model, load_tokenize
 from ironlogic.presets import PRESETS, Preset, TrainSettings
 from ironlogic.training.parallel import run_parallel
 from ironlogic.training.prepared import rows_hash
-from ironlogic.training.runs import Run, RunError, open_run, run_folder, write_json
+from ironlogic.training.runs import Run, RunError, open_run, other_settings, run_folder, write_json
 from ironlogic.training.sft import train_sft
 
 import numpy as np
@@ -295,7 +295,7 @@ def _is_trained(preset: Preset, folder: Path, rows: Chats, recipe: Recipe, seed:
         "model": bool(recipe.after) or record["model"] == preset.model,
         "four_bit": record["four_bit"] == preset.four_bit,
         "rows": record["data_sha256"] == rows_hash(rows),
-        "settings": record["settings"].items() <= json.loads(json.dumps(settings)).items(),
+        "settings": not other_settings(record["settings"], json.loads(json.dumps(settings))),
         "burden": record["burden"] == json.loads(json.dumps(burden)),
     }
     if other := [name for name, equal in same.items() if not equal]:

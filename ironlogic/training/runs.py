@@ -141,17 +141,23 @@ def find_run(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         return {}
     names = [*_SAME, *(name for name in _SAME_ONCE_BEGUN if name in previous)]
     pairs = {name: (previous.get(name), record.get(name)) for name in names}
-    was, now = (_flat(of["settings"]) for of in (previous, record))
-    for name in was | now:
-        if name in was or now[name]:  # an older version knew fewer; what came later is off by default
-            pairs[f"settings.{name}"] = (was.get(name), now.get(name))
-    pairs.pop("settings.report_to", None)  # a tracker changes nothing that is learned
+    pairs |= other_settings(previous["settings"], record["settings"])
     if other := [f"{name} ({was!r:.40}, now {now!r:.40})" for name, (was, now) in pairs.items() if was != now]:
         raise RunError(
             f"{folder} holds another run: it differs in {', '.join(other)}. "
             "Choose another name for this run, or delete the folder"
         )
     return previous
+
+
+def other_settings(was: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """By name, both values of every setting by which two runs learn otherwise.
+
+    Those of an older version lack what came later, which is off by default.
+    """
+    was, now = _flat(was), _flat(now)
+    names = [name for name in was | now if was.get(name) != now.get(name) and (name in was or now[name])]
+    return {f"settings.{name}": (was.get(name), now.get(name)) for name in names if name != "report_to"}
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
