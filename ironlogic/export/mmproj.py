@@ -2,26 +2,22 @@
 
 The eye is written by the programs of the user's llama.cpp checkout, from a folder that they take: SmolVLM's layout
 by `convert_hf_to_gguf.py --mmproj`, LLaVA's by the older `convert_image_encoder_to_gguf.py`, as the former takes no
-CLIP. `why_not_mmproj` says what llama.cpp can't express. `picture_features` computes what such a file makes of a
-picture, so that language model and eye are compared with the splice in one. llama.cpp itself is not run: it scales
-pictures with a filter of its own, and under LLaVA pads those that are not square, where CLIP's processor crops.
+CLIP. `why_not_mmproj` says what llama.cpp can't express. Both files together are compared with the splice by
+`write.check_export`, on a picture that needs no scaling: llama.cpp scales with a filter of its own, and under LLaVA
+pads pictures that are not square, where CLIP's processor crops.
 """
 
 import json
-import math
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ironlogic.export.gguf import ExportError, call, convert, gguf_readers, load_gguf
+from ironlogic.export.gguf import ExportError, call, convert
 
-import gguf
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch.nn import functional
 
 # Towers of llama.cpp's LLaVA, each with what LLaVA calls the removal of its CLS feature, or that there is none
 _TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
@@ -87,6 +83,12 @@ def find_eye_converter(config: Any, checkout: Path | None) -> Path:
     return script
 
 
+def unscaled_side(image_processor: Any) -> int:
+    """Pixels on each side of a picture that a splice sees without scaling it; the view of the whole aside."""
+    size = getattr(image_processor, "crop_size", None) or image_processor.size
+    return size["longest_edge"] if "longest_edge" in size else size["height"]
+
+
 def picture_mark(processor: Any) -> str:
     """What a prompt of llama.cpp has to hold in the place of a picture, for the turn that the splice was taught."""
     question, picture = {"type": "text", "text": "?"}, {"type": "image"}
@@ -148,81 +150,3 @@ def convert_eye(script: Path, folder: Path, path: Path, image_processor: Any) ->
         options += [f"--image-{name}", *getattr(image_processor, f"image_{name}")]
     call([sys.executable, "-c", _AS_IT_EXPECTS, script, "--model-dir", folder, *options], written)
     shutil.move(written, path)
-
-
-# --- reading back -------------------------------------------------------------------------------------------
-def picture_features(path: Path, pixels: torch.Tensor) -> torch.Tensor:
-    """What an mmproj file makes of `pixels` (view, 3, side, side): (view, feature, width of the language model).
-
-    The graphs of llama.cpp's `llava` and `siglip` over again, in float32.
-    """
-    reader = gguf.GGUFReader(path)
-    tensors = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-    about = {name.removeprefix("clip.").removeprefix("vision."): f.contents() for name, f in reader.fields.items()}
-    heads, epsilon = about["attention.head_count"], about["attention.layer_norm_epsilon"]
-
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return functional.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"))
-
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-        return functional.layer_norm(x, weight.shape, weight, bias, epsilon)
-
-    def gelu(x: torch.Tensor) -> torch.Tensor:
-        return functional.gelu(x, approximate="tanh")
-
-    def activate(x: torch.Tensor) -> torch.Tensor:
-        return gelu(x) if about["use_gelu"] else x * torch.sigmoid(1.702 * x)
-
-    kernel, bias = tensors["v.patch_embd.weight"], tensors.get("v.patch_embd.bias")
-    x = functional.conv2d(pixels.float(), kernel, bias, stride=about["patch_size"]).flatten(2).mT
-    patches = x.shape[1]
-    if "v.class_embd" in tensors:
-        x = torch.cat([tensors["v.class_embd"].expand(len(x), 1, -1), x], dim=1)
-    x = x + tensors["v.position_embd.weight"]
-    if "v.pre_ln.weight" in tensors:
-        x = norm(x, "v.pre_ln")
-    # the older script calls the first half of the feed-forward "down"; llama.cpp tells them by their shapes
-    swapped = tensors["v.blk.0.ffn_down.weight"].shape[1] == x.shape[-1]
-    first, second = ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
-    for i in range(about["block_count"]):
-        layer = f"v.blk.{i}."
-        inside = norm(x, f"{layer}ln1")
-        query, key, value = (
-            linear(inside, f"{layer}attn_{part}").unflatten(-1, (heads, -1)).transpose(1, 2) for part in "qkv"
-        )
-        seen = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        x = x + linear(seen, f"{layer}attn_out")
-        x = x + linear(activate(linear(norm(x, f"{layer}ln2"), layer + first)), layer + second)
-    if "v.post_ln.weight" in tensors:
-        x = norm(x, "v.post_ln")
-    if about["projector_type"] == "mlp":
-        return linear(gelu(linear(x[:, -patches:], "mm.0")), "mm.2")
-    factor = about["projector.scale_factor"]
-    side = math.isqrt(patches) // factor
-    squares = x.unflatten(1, (side, factor, side, factor)).transpose(2, 3).flatten(3)  # (view, y, x, square)
-    return linear(squares.flatten(1, 2), "mm.model.fc")
-
-
-@torch.inference_mode()
-def splice_logits(
-    language_model: Path, eye: Path, probes: Sequence[dict[str, torch.Tensor]], image_token: int
-) -> tuple[str, list[torch.Tensor]]:
-    """The kind of the language model's file, and the float32 logits (token, vocabulary) of both files together."""
-    kind, readers = gguf_readers(language_model)
-    if "transformers" not in readers:
-        raise ExportError(
-            f"{language_model.name} can't be checked with its eye: transformers doesn't read its kind"
-        )
-    model, logits = load_gguf(language_model), []
-    for probe in probes:
-        inputs = model.get_input_embeddings()(probe["input_ids"])
-        if "pixel_values" in probe:
-            pixels = probe["pixel_values"]
-            try:
-                features = picture_features(eye, pixels.reshape(-1, *pixels.shape[-3:]))
-                inputs[probe["input_ids"] == image_token] = features.flatten(0, 1)
-            except (OSError, ValueError, IndexError, KeyError, RuntimeError) as error:
-                raise ExportError(f"{eye.name} is no eye of this splice, or damaged: {error!r:.200}") from error
-        logits.append(model(inputs_embeds=inputs).logits[0].float())
-    return kind, logits

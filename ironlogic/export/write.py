@@ -17,12 +17,10 @@ from typing import Any
 
 from ironlogic.export.gguf import (
     ExportError,
+    call,
     convert,
     find_quantizer,
-    gguf_logits,
-    load_gguf,
     modelfile_text,
-    quantize,
     why_not_gguf,
     write_gguf,
     write_lora_gguf,
@@ -31,11 +29,12 @@ from ironlogic.export.mmproj import (
     convert_eye,
     find_eye_converter,
     picture_mark,
-    splice_logits,
+    unscaled_side,
     why_not_mmproj,
     write_eye,
     write_language_model,
 )
+from ironlogic.export.readers import Llama, gguf_log_probs, gguf_readers, has_llama, load_gguf
 from ironlogic.models import (
     LoadedModel,
     ModelError,
@@ -93,7 +92,7 @@ class Comparison:
     kind: str  # f32, bf16, f16, q8_0, q4_k_m
     bytes: int
     positions: int  # next-token distributions compared
-    logit_difference: float  # largest
+    logit_difference: float  # largest, of normalised logits (log probabilities)
     mean_kl: float  # nats
     top1: float  # share of positions with the same most likely token
     tolerance: float  # of mean_kl
@@ -143,9 +142,9 @@ def check_export(
     """Reloads an artefact with every reader at hand and compares its next-token distributions over `PROBES`.
 
     `reference`: what it was made from (a run, an adapter, or the merged folder). A merged folder is read by
-    transformers; a GGUF file by transformers where it can (head width 128) and by llama.cpp where `llama_cpp` is
+    transformers; a GGUF file by transformers where it can (head width 128) and by llama.cpp where xllamacpp is
     installed, which also has to cut the probes into the same tokens; that of a splice beside its eye, `mmproj`, by
-    transformers, two of the probes with a picture. A mean divergence above `tolerance` (default:
+    llama.cpp alone, two of the probes with a picture. A mean divergence above `tolerance` (default:
     `TOLERANCE` of its kind), or no reader at all, is an `ExportError`. `as_trained`: the reference is loaded as it
     was trained, in 4 bit where it was; rounding is part of the difference then, and any is accepted.
     """
@@ -166,12 +165,11 @@ def check_export(
     elif "pixel_values" in probes[0]:
         if mmproj is None:
             raise ExportError(f"{artefact.name} is the language model of a splice; name its eye too (mmproj=...)")
-        image_token = _read_config(source.base).image_token_id
-        kind, read = splice_logits(artefact, Path(mmproj), probes, image_token)
-        logits = {"transformers": read}
+        kind, logits = gguf_readers(artefact)[0], {"llama.cpp": _after_probes(artefact, Path(mmproj), processor)}
+        expected = [of_probe[-1:] for of_probe in expected]
     else:
         rows = [probe["input_ids"][0].tolist() for probe in probes]
-        kind, logits = gguf_logits(artefact, rows, getattr(processor, "tokenizer", processor))
+        kind, logits = gguf_log_probs(artefact, rows, getattr(processor, "tokenizer", processor))
     found = [_compare(artefact, reader, kind, expected, got) for reader, got in logits.items()]
     return _insist(found, tolerance)
 
@@ -189,13 +187,13 @@ def export_gguf(
 
     `out`: the file, or a folder that gets `<name>-<quantization>.gguf`. A dense Qwen3 is written by `gguf`, any
     other model by the converter of a llama.cpp checkout (`llama_cpp`, or UNSLOTH_LLAMA_CPP_SCRIPTS_DIR; "": none).
-    q4_k_m also needs a quantizer: `llama-quantize` or the package llama-cpp-python. Nothing is built in this
-    process; what is missing is named with the command to run later (`ExportError`).
+    q4_k_m also needs a quantizer, `llama-quantize`. Nothing is built in this process; what is missing is named with
+    the command to run later (`ExportError`).
 
     Of a splice this is the language model; its eye, in f16, is written beside it by a checkout, as
-    `mmproj-<name>-f16.gguf`. `llama-mtmd-cli -m FILE --mmproj EYE --image PICTURE -p "MARK QUESTION"` shows it a
-    picture; MARK is `picture` in export.json. What llama.cpp can't express of a splice is an `ExportError`, before
-    anything is written.
+    `mmproj-<name>-f16.gguf`, and llama.cpp itself (the package xllamacpp) compares both with the splice.
+    `llama-mtmd-cli -m FILE --mmproj EYE --image PICTURE -p "MARK QUESTION"` shows it a picture; MARK is `picture`
+    in export.json. What llama.cpp can't express of a splice is an `ExportError`, before anything is written.
     """
     if quantization not in ("f16", "q8_0", "q4_k_m"):
         raise ExportError(f"quantization {quantization!r}: expected f16, q8_0 or q4_k_m")
@@ -283,7 +281,7 @@ def _write(folder: Path, path: Path, quantization: str, checkout: Path | None) -
         tool, first = find_quantizer(checkout), path.with_name(f"{path.name}.f16")
         try:
             _write(folder, first, "f16", checkout)
-            quantize(first, path, tool=tool)
+            call([tool, first, path, "Q4_K_M"], path)  # matrices of no multiple of 256 come out in other types
         finally:
             first.unlink(missing_ok=True)
     elif not (reason := why_not_gguf(folder)):
@@ -364,6 +362,8 @@ def _find_eye(source: _Source, config: Any, checkout: Path | None) -> tuple[Any,
         raise ExportError(f"{source.base} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     if reason := why_not_mmproj(config, processor):
         raise ExportError(f"{source.name} can't leave as GGUF: {reason}. merge_adapter keeps its eyes")
+    if not has_llama():
+        raise ExportError("a splice as GGUF is checked by llama.cpp itself: pip install xllamacpp, then again")
     return processor, find_eye_converter(config, checkout)
 
 
@@ -465,20 +465,43 @@ def _with_adapter(model: Any, source: _Source) -> Any:
 
 # --- comparing ----------------------------------------------------------------------------------------------
 def _probe_inputs(processor: Any) -> list[dict[str, torch.Tensor]]:
-    """The probes as a model takes them; with a picture in front where it can see."""
+    """The probes as a model takes them; with a picture in front of two where it can see."""
     need_template(processor)
     seeing = hasattr(processor, "image_processor")
-    ramp = np.add.outer(np.arange(96), np.arange(96)).astype(np.uint8)
-    picture = Image.fromarray(np.stack([ramp, ramp.T[::-1], 255 - ramp], axis=-1))
     inputs = []
     for i, probe in enumerate(PROBES):
         content = [{"type": "image"}] * (seeing and i < 2) + [{"type": "text", "text": probe}] if seeing else probe
         text = processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        pictures = {"images": [picture]} if seeing and i < 2 else {}
+        pictures = {"images": [_probe_picture(processor)]} if seeing and i < 2 else {}
         inputs.append(dict(processor(text=text, **pictures, add_special_tokens=False, return_tensors="pt")))
     return inputs
+
+
+def _probe_picture(processor: Any) -> Image.Image:
+    """Colours that run in three directions; for a splice without need of scaling."""
+    spliced = isinstance(processor, transformers.LlavaProcessor | transformers.Idefics3Processor)
+    side = unscaled_side(processor.image_processor) if spliced else 96
+    ramp = np.linspace(0, 255, side).astype(np.uint8)
+    falling, rising = np.broadcast_to(ramp[::-1], (side, side)), np.broadcast_to(ramp, (side, side)).T
+    return Image.fromarray(np.stack([rising, falling, 255 - rising // 2 - falling // 2], axis=-1))
+
+
+def _after_probes(language_model: Path, eye: Path, processor: Any) -> list[torch.Tensor]:
+    """What llama.cpp with that eye expects after each probe: log probabilities (1, vocabulary)."""
+    if not has_llama():
+        raise ExportError("a splice as GGUF is checked by llama.cpp itself: pip install xllamacpp")
+    picture = _probe_picture(processor)
+    before, _, behind = picture_mark(processor).partition("<__media__>")
+    llama, read = Llama(language_model, length=8192, eye=eye), []
+    for i, probe in enumerate(PROBES):
+        content: Any = probe
+        if i < 2:
+            around = [{"type": "text", "text": text} for text in (before, behind + probe)]
+            content = [around[0], {"type": "image", "image": picture}, around[1]]
+        read.append(llama.after([{"role": "user", "content": content}])[1][None])
+    return read
 
 
 @torch.inference_mode()
@@ -490,7 +513,7 @@ def _next_token_logits(model: Any, probes: Sequence[dict[str, torch.Tensor]]) ->
 def _compare(
     path: Path, reader: str, kind: str, expected: list[torch.Tensor], got: list[torch.Tensor]
 ) -> Comparison:
-    """Two models' logits over the same probes; columns that a padded vocabulary adds are left out."""
+    """Two models' logits, or log probabilities, over the same probes; what a padded vocabulary adds is left out."""
     ours, theirs = torch.cat(expected), torch.cat([g[:, : e.shape[1]] for e, g in zip(expected, got, strict=True)])
     p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
@@ -500,7 +523,7 @@ def _compare(
         kind=kind,
         bytes=sum(f.stat().st_size for f in (path.glob("*.safetensors") if path.is_dir() else [path])),
         positions=len(ours),
-        logit_difference=round((ours - theirs).abs().max().item(), 6),
+        logit_difference=round((p - q).abs().max().item(), 6),
         mean_kl=divergence.mean().item(),
         top1=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
         tolerance=TOLERANCE[kind],
