@@ -7,7 +7,6 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from pathlib import Path
 
 from ironlogic.data.chats import ChatError, make_chats
 from ironlogic.data.masking import IGNORED
@@ -448,10 +447,10 @@ def test_an_empty_thought_is_no_part_of_an_answer(nano_eyes, rows, monkeypatch):
 
 
 def test_own_questions_are_split_and_too_few_are_told(rows, tmp_path, capsys):
-    shutil.copytree(Path(rows[0][0]["content"][0]["image"]).parent, tmp_path, dirs_exist_ok=True)
     chats = [chat(f"Say {i}.", "so") for i in range(60)]
     for i in range(60):
-        chats.append(chat(f"Who? {i}", "Ann", Path(rows[i % 3][0]["content"][0]["image"]).name))
+        shutil.copy(rows[0][0]["content"][0]["image"], tmp_path / f"{i}.png")
+        chats.append(chat(f"Who? {i}", "Ann", f"{i}.png"))
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
     train, test = load_questions(path, train=40, test=3, seed=1)
