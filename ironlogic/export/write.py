@@ -362,9 +362,10 @@ def _find_eye(source: _Source, config: Any, checkout: Path | None) -> tuple[Any,
         raise ExportError(f"{source.base} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     if reason := why_not_mmproj(config, processor):
         raise ExportError(f"{source.name} can't leave as GGUF: {reason}. merge_adapter keeps its eyes")
+    script = find_eye_converter(config, checkout)
     if not has_llama():
         raise ExportError("a splice as GGUF is checked by llama.cpp itself: pip install xllamacpp, then again")
-    return processor, find_eye_converter(config, checkout)
+    return processor, script
 
 
 def _check_room(source: _Source, folder: Path, quantization: str = "") -> None:
