@@ -122,7 +122,8 @@ def test_the_language_model_alone_says_what_the_splice_says_of_text(kind, tmp_pa
     words = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = words("Tom is taller than Anna.", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
-        assert torch.equal(alone(input_ids=ids).logits, loaded.model(input_ids=ids).logits)
+        logits = loaded.model(input_ids=ids).logits[..., : len(loaded.tokenizer)]
+        assert torch.equal(alone(input_ids=ids).logits[..., : len(loaded.tokenizer)], logits)
     assert type(alone).__name__ == "Qwen3ForCausalLM"
     assert words.get_vocab() == loaded.tokenizer.get_vocab()
 
@@ -191,6 +192,7 @@ def llama():
     file = gguf_file()
     words = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     words.eos_token, words.pad_token = "<|im_end|>", "<|endoftext|>"
+    words.backend_tokenizer.model.byte_fallback = False  # else the converter takes it for sentencepiece
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
     torch.manual_seed(1)

@@ -7,6 +7,7 @@ CLIP. `why_not_mmproj` says what llama.cpp can't express. Both files together ar
 pads pictures that are not square, where CLIP's processor crops.
 """
 
+import copy
 import json
 import shutil
 import sys
@@ -109,6 +110,9 @@ def write_language_model(model: Any, processor: Any, folder: Path) -> None:
     trunk = model.model.text_model if model.config.model_type == "smolvlm" else model.model.language_model
     setattr(alone, alone.base_model_prefix, trunk)
     alone.set_output_embeddings(model.get_output_embeddings())
+    if len(processor.tokenizer) < alone.config.vocab_size:  # llama.cpp knows no rows without a token
+        alone = copy.deepcopy(alone)  # the splice keeps its rows
+        alone.resize_token_embeddings(len(processor.tokenizer))
     alone.generation_config = model.generation_config
     alone.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)

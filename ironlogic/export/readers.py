@@ -113,7 +113,7 @@ class Llama:
             options.mmproj.path, options.mmproj_use_gpu = str(eye), False
         try:
             self._server = xllamacpp.Server(options)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:  # the latter: a vocabulary that it can't use
             files = " with ".join(file.name for file in (path, lora, eye) if file)
             raise ExportError(f"{files} can't be read by llama.cpp: {error}") from error
 
@@ -131,11 +131,16 @@ class Llama:
 
     def _ask(self, prompt: Prompt, tokens: int, alternatives: int) -> dict[str, Any]:
         asked = {"max_tokens": tokens, "temperature": 0.0}
-        if isinstance(prompt, list) and isinstance(prompt[0], dict):
-            asked |= {"messages": [_as_openai_has_it(turn) for turn in prompt]}
-            reply = self._server.handle_chat_completions(asked | {"logprobs": True, "top_logprobs": alternatives})
-        else:
-            reply = self._server.handle_completions(asked | {"prompt": prompt, "logprobs": alternatives})
+        try:
+            if isinstance(prompt, list) and isinstance(prompt[0], dict):
+                asked |= {"messages": [_as_openai_has_it(turn) for turn in prompt]}
+                reply = self._server.handle_chat_completions(
+                    asked | {"logprobs": True, "top_logprobs": alternatives}
+                )
+            else:
+                reply = self._server.handle_completions(asked | {"prompt": prompt, "logprobs": alternatives})
+        except (RuntimeError, IndexError) as error:  # the latter: a vocabulary that it can't use
+            raise ExportError(f"{self.path.name}: llama.cpp fails on a prompt: {error}") from error
         if "error" in reply:
             raise ExportError(f"{self.path.name}: llama.cpp says {reply['error'].get('message', reply)}")
         return reply

@@ -515,9 +515,10 @@ def _insist_on_pictures(eye: Path, expected: Sequence[torch.Tensor], got: Sequen
 
     Distributions alone don't tell: a model that is sure of its next word says it whatever it is shown.
     """
-    words = expected[0].shape[-1]
-    ours, theirs = (of[0].log_softmax(-1) - of[1].log_softmax(-1) for of in (expected, got))
-    error = ((ours - theirs[:, :words]).norm() / ours.norm()).item()
+    words = min(expected[0].shape[1], got[0].shape[1])
+    logs = [[of_probe[:, :words].log_softmax(-1) for of_probe in of[:2]] for of in (expected, got)]
+    ours, theirs = (first - second for first, second in logs)
+    error = ((ours - theirs).norm() / ours.norm()).item()
     if not error < _PICTURES_MAY_DIFFER:
         raise ExportError(
             f"{eye.name}: llama.cpp sees other pictures than the splice: what an exchange of two changes is "
@@ -537,7 +538,8 @@ def _compare(
     path: Path, reader: str, kind: str, expected: list[torch.Tensor], got: list[torch.Tensor]
 ) -> Comparison:
     """Two models' logits, or log probabilities, over the same probes; what a padded vocabulary adds is left out."""
-    ours, theirs = torch.cat(expected), torch.cat([g[:, : e.shape[1]] for e, g in zip(expected, got, strict=True)])
+    words = min(expected[0].shape[1], got[0].shape[1])
+    ours, theirs = (torch.cat([of_probe[:, :words] for of_probe in of]) for of in (expected, got))
     p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0)
     return Comparison(
