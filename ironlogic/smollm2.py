@@ -74,6 +74,7 @@ def read_gguf(file: Path) -> tuple[Any, Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     tokenizer.eos_token, tokenizer.pad_token = _END, _PAD
     tokenizer.clean_up_tokenization_spaces = False  # of no use to it, and told at every decoding
+    tokenizer.backend_tokenizer.model.byte_fallback = False  # never needed; llama.cpp's converter reads it as SPM's
     quantised = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, local_files_only=True, dtype=torch.float32
     )
