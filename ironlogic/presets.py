@@ -191,6 +191,7 @@ PRESETS = {
             card_gib=0,
             train=_NANO,
             burden=Burden(),
+            rows=1500,
             evaluation_seeds=5,
             sweep=(5e-4, 1e-3, 2e-3, 5e-3),
             note="shipped in data/, runs on any laptop",
