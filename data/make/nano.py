@@ -275,7 +275,8 @@ def _write_conversations(path: Path, seed: int) -> None:
 
 def _write_readme(folder: Path, seed: int, steps: int, moe_steps: int, vision_steps: int) -> None:
     """Origin, licence and sha256 of every file."""
-    made = ("nano", "nano-moe", "nano-vision", "nano-siglip", "python-docs.jsonl", "reasoning-248.jsonl")
+    made = ("evidence", "nano", "nano-moe", "nano-vision", "nano-siglip")
+    made += ("python-docs.jsonl", "reasoning-248.jsonl")
     shipped = sorted(p for name in made for p in [folder / name, *folder.glob(f"{name}/*")] if p.is_file())
     rows = [
         f"| `{path.relative_to(folder).as_posix()}` | {path.stat().st_size:,} "
@@ -301,6 +302,8 @@ equal byte for byte.
 - `reasoning-248.jsonl`: 248 conversations, the number of the seeds; `<think>` on the hard ones.
 - `python-docs.jsonl`: 400 questions about Python's standard library, answered by its own docstrings (PSF
   License 2), as an example of real text: `python -m data.make.python_docs`.
+- `evidence/`: what studies of nano and of SmolLM2-135M-Instruct measured: every finding with its interval and rule, every
+  measure of every arm, the learning rates that were tried, day, machine and versions. README's claims say how each is made.
 - `pictures/`: for the project's README, from a run of the notebooks on nano (`python tests/pictures.py`).
 
 | file | bytes | sha256 |

@@ -65,6 +65,7 @@ def write_report(
         "lines": lines,
         "findings": [_plain(finding) for finding in findings],
         "recipes": [_plain(finding) for finding in recipes],
+        "sweep": list(sweep),
         "measures": {arm: json.loads(measures[arm, "mean"].to_json()) for arm in measures.columns.levels[0]},
     }
     path = Path(path)
