@@ -302,8 +302,9 @@ equal byte for byte.
 - `reasoning-248.jsonl`: 248 conversations, the number of the seeds; `<think>` on the hard ones.
 - `python-docs.jsonl`: 400 questions about Python's standard library, answered by its own docstrings (PSF
   License 2), as an example of real text: `python -m data.make.python_docs`.
-- `evidence/`: what studies of nano and of SmolLM2-135M-Instruct measured: every finding with its interval and rule, every
-  measure of every arm, the learning rates that were tried, day, machine and versions. README's claims say how each is made.
+- `evidence/`: what studies of nano and of SmolLM2-135M-Instruct measured: every finding with its interval and rule,
+  every measure of every arm, the learning rates that were tried, day, machine and versions. README says how each
+  is made.
 - `pictures/`: for the project's README, from a run of the notebooks on nano (`python tests/pictures.py`).
 
 | file | bytes | sha256 |
