@@ -267,6 +267,13 @@ def test_a_new_image_token_makes_the_embedding_larger_by_rows_that_follow_the_se
     assert "<image>" not in words.get_vocab()
 
 
+def test_a_splice_pads_on_the_left_when_reloaded_though_its_tokenizer_was_not_made_so(tmp_path):
+    model, words = language_model()
+    words.init_kwargs.pop("padding_side")  # as SmolLM2's
+    splice(tower(), (model, words)).processor.save_pretrained(tmp_path)
+    assert tf.AutoProcessor.from_pretrained(tmp_path).tokenizer.padding_side == "left"
+
+
 # --- where the parts come from
 
 

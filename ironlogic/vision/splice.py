@@ -400,7 +400,8 @@ def splice(
         tokenizer, image_token = _rename_for_tiles(tokenizer, image_token)
     image_id = add_image_token(tokenizer, image_token)
     tokenizer.chat_template = image_template(tokenizer, image_token)
-    tokenizer.padding_side = "left"  # answers of a batch begin at one place
+    # answers of a batch begin at one place; a tokenizer keeps only what it was made with
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
         with torch.random.fork_rng():  # new rows are drawn
             torch.manual_seed(seed)
